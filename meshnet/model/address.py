@@ -1,0 +1,57 @@
+"""Where a socket is."""
+
+import ipaddress
+
+import msgspec
+
+
+class Address(msgspec.Struct, frozen=True, order=True):
+    """An IP address in canonical text and a TCP port."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    @property
+    def is_v6(self) -> bool:
+        return ":" in self.host
+
+
+def canonical_host(text: str) -> str:
+    """The one spelling of an IP address; a v4-mapped IPv6 address becomes the IPv4 it stands for.
+
+    Raises ValueError when `text` is not an IP address.
+    """
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(address)
+
+
+def parse_address(text: str) -> Address:
+    """`10.0.0.1:80` or `[fd00::1]:80`. Raises ValueError on anything else."""
+    host, separator, port = text.rpartition(":")
+    if not separator or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"{text!r} is not HOST:PORT")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"{text!r}: write an IPv6 address as [ADDRESS]:PORT")
+    return Address(canonical_host(host), int(port))
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def parse_network(text: str) -> Network:
+    """A CIDR such as `10.0.0.0/8`, or one address; v4-mapped blocks become IPv4. Raises ValueError.
+
+    Host bits must be zero.
+    """
+    network = ipaddress.ip_network(text)
+    mapped = network.network_address.ipv4_mapped if isinstance(network, ipaddress.IPv6Network) else None
+    if mapped is not None and network.prefixlen >= 96:
+        return ipaddress.IPv4Network((mapped, network.prefixlen - 96))
+    return network

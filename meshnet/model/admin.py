@@ -1,0 +1,148 @@
+"""What is said over the admin socket: one JSON line a request, one or more JSON lines in answer."""
+
+import msgspec
+
+from meshnet.model.connection import Connection, Shape
+
+
+class ListConnections(Shape, frozen=True, tag="conns"):
+    """Open ones, those that ended badly in the last `recent` seconds; `all`: also every ended one still kept."""
+
+    recent: float = 60.0
+    all: bool = False
+
+
+class FollowConnections(Shape, frozen=True, tag="follow"):
+    """A stream of ConnectionEvent: first every open connection, then events as they come."""
+
+
+class ExplainConnection(Shape, frozen=True, tag="explain"):
+    id: str
+
+
+class GetStatus(Shape, frozen=True, tag="status"):
+    pass
+
+
+class ListEndpoints(Shape, frozen=True, tag="endpoints"):
+    service: str = ""
+
+
+class Drain(Shape, frozen=True, tag="drain"):
+    """Stop accepting and end when nothing is open or the time (seconds) is over; answered at once."""
+
+    timeout: float = 30.0
+
+
+Request = ListConnections | FollowConnections | ExplainConnection | GetStatus | ListEndpoints | Drain
+
+
+class ConnectionListMetadata(Shape, frozen=True):
+    node: str
+    generated_at: str
+    open: int
+    failed: int
+    plaintext: int
+
+
+class ConnectionList(Shape, frozen=True):
+    metadata: ConnectionListMetadata
+    items: tuple[Connection, ...] = ()
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "ConnectionList"
+
+
+class ConnectionEvent(Shape, frozen=True):
+    """`event` is open, update, close, fail, deny, or lost (then `count` events were not sent to a slow reader)."""
+
+    event: str
+    connection: Connection | None = None
+    count: int = 0
+
+
+class CertificateStatus(Shape, frozen=True):
+    identity: str = ""
+    not_before: str = ""
+    not_after: str = ""
+    issuer: str = ""
+    serial: str = ""
+    expires_in_seconds: float = 0.0
+    problem: str = ""
+
+
+class ConfigStatus(Shape, frozen=True):
+    version: int
+    directory: str
+    services: int
+    policies: int
+    age_seconds: float
+    problem: str = ""  # why the newest files were refused; the last good state stays in force
+
+
+class RelayStatus(Shape, frozen=True):
+    in_use: tuple[str, ...]
+    not_in_use: dict[str, str] = {}  # relay: why
+
+
+class TunnelStatus(Shape, frozen=True):
+    peer: str
+    idle: int
+    leased: int
+
+
+class Status(Shape, frozen=True):
+    node: str
+    version: str
+    pid: int
+    uptime_seconds: float
+    ready: bool
+    not_ready_because: tuple[str, ...]
+    draining: bool
+    listeners: dict[str, str]
+    open_connections: int
+    opened_total: int
+    failed_total: int
+    certificate: CertificateStatus
+    config: ConfigStatus
+    relay: RelayStatus
+    tunnels: tuple[TunnelStatus, ...] = ()
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "Status"
+
+
+class EndpointView(Shape, frozen=True):
+    service: str
+    endpoint: str
+    tunnel: str
+    identity: str
+    weight: int
+    breaker: str  # closed, open or half-open
+    connections: int
+    pending: int
+    failures: int  # consecutive
+    open_for_seconds: float = 0.0
+    last_error: str = ""
+
+
+class EndpointList(Shape, frozen=True):
+    items: tuple[EndpointView, ...] = ()
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "EndpointList"
+
+
+class Accepted(Shape, frozen=True):
+    """The answer to a request that only does something."""
+
+    message: str = ""
+    kind: str = "Accepted"
+
+
+class Refused(Shape, frozen=True):
+    """The answer to a request that could not be met."""
+
+    error: str
+    fix: str = ""
+    kind: str = "Error"
+
+
+decode_request = msgspec.json.Decoder(Request).decode

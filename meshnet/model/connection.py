@@ -1,0 +1,94 @@
+"""One connection as operators see it: the item of `meshnet conns -o json` and of the access log."""
+
+import enum
+
+import msgspec
+
+from meshnet.errors import EndedBy, Phase, Reason
+
+
+class Shape(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """The base of what the admin socket and the log print. Within v1 fields are only ever added."""
+
+
+class Direction(enum.StrEnum):
+    OUTBOUND = "outbound"
+    INBOUND = "inbound"
+
+
+class State(enum.StrEnum):
+    """Where a connection is in its life; the last four are ends."""
+
+    CONNECTING = "connecting"
+    QUEUED = "queued"
+    OPEN = "open"
+    HALF_IN = "half-in"  # the client has finished sending
+    HALF_OUT = "half-out"  # the endpoint has finished sending
+    CLOSED = "closed"
+    REFUSED = "refused"  # by a limit, a breaker, or because there was nowhere to go
+    DENIED = "denied"
+    FAILED = "failed"
+
+
+class Security(enum.StrEnum):
+    MTLS = "mtls"
+    PLAIN = "plain"
+    NONE = "none"  # no endpoint leg came to be
+
+
+class Peer(Shape, frozen=True):
+    address: str = ""
+    identity: str = ""
+    service: str = ""
+
+
+class TlsView(Shape, frozen=True):
+    mode: Security = Security.NONE
+    version: str = ""
+    cipher: str = ""
+    peer_identity: str = ""
+    handshake_ms: float | None = None  # None: the tunnel was already there
+    resumed: bool = False
+
+
+class Attempt(Shape, frozen=True):
+    endpoint: str
+    result: str  # "ok" or a reason code
+    ms: float
+    detail: str = ""
+
+
+class ReasonView(Shape, frozen=True):
+    code: Reason
+    message: str = ""
+    ended_by: EndedBy | None = None
+    phase: Phase = Phase.ACCEPT
+
+
+class Connection(Shape, frozen=True):
+    """`sent` and `received` are bytes as this proxy's client leg saw them: sent by the client, received by it.
+
+    `policy` names what denied or allowed it. Times are RFC 3339 UTC.
+    """
+
+    id: str
+    direction: Direction
+    state: State
+    source: Peer
+    destination: Peer
+    original_destination: str = ""
+    endpoint: str = ""
+    tls: TlsView = TlsView()
+    policy: str = ""
+    relay: str = ""
+    attempts: tuple[Attempt, ...] = ()
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    opened_at: str = ""
+    closed_at: str = ""
+    duration_ms: float = 0.0
+    connect_ms: float | None = None
+    queue_ms: float | None = None
+    idle_ms: float | None = None
+    reason: ReasonView | None = None  # None while it is open
+    trace: tuple[str, ...] = ()  # one line a step, for `explain`

@@ -1,0 +1,145 @@
+"""Services, their endpoints, and how traffic to them is treated."""
+
+import enum
+
+import msgspec
+
+from meshnet.model import Model
+from meshnet.model.address import Address
+
+
+class TunnelKind(enum.StrEnum):
+    """How an endpoint's host is spoken to: in plain TCP, or through its sidecar."""
+
+    NONE = "none"
+    MESHNET = "meshnet"
+
+
+class Mode(enum.StrEnum):
+    """What an inbound port does with a connection by how it came.
+
+    permissive takes tunnels and plain text, strict refuses plain text, disable refuses tunnels.
+    """
+
+    PERMISSIVE = "permissive"
+    STRICT = "strict"
+    DISABLE = "disable"
+
+
+class Balance(enum.StrEnum):
+    """Which endpoint gets the next connection."""
+
+    LEAST_CONN = "least_conn"
+    ROUND_ROBIN = "round_robin"
+
+
+class Limits(Model, frozen=True, kw_only=True):
+    """They protect the endpoint side; 0 means no limit. Per service unless the name says endpoint."""
+
+    max_connections: int = 1024
+    max_pending: int = 1024
+    queue_timeout: float = 3.0
+    max_connections_per_endpoint: int = 0
+
+
+class BreakerSettings(Model, frozen=True, kw_only=True):
+    """It protects the caller: per endpoint, opened by consecutive failures the endpoint is to blame for.
+
+    Times in seconds; `jitter` is the share by which an open time may be longer.
+    """
+
+    failures: int = 5
+    open_time: float = 1.0
+    max_open_time: float = 60.0
+    jitter: float = 0.5
+    reset_after: float = 60.0
+
+
+class ConnectSettings(Model, frozen=True, kw_only=True):
+    """Connecting to an endpoint: seconds for one attempt and for all, and how many different endpoints to try."""
+
+    attempt_timeout: float = 2.0
+    total_timeout: float = 5.0
+    attempts: int = 3
+
+
+class Traffic(Model, frozen=True, kw_only=True):
+    """Everything a TrafficPolicy says, with the defaults that hold without one."""
+
+    balance: Balance = Balance.LEAST_CONN
+    limits: Limits = Limits()
+    breaker: BreakerSettings = BreakerSettings()
+    connect: ConnectSettings = ConnectSettings()
+
+
+class Endpoint(Model, frozen=True, kw_only=True):
+    """One address behind a service port, ready to be dialled."""
+
+    address: Address
+    tunnel: TunnelKind = TunnelKind.NONE
+    tunnel_port: int = 15108
+    identity: str = ""
+    weight: int = 1
+
+    @property
+    def name(self) -> str:
+        return str(self.address)
+
+    @property
+    def tunnel_address(self) -> Address:
+        return Address(self.address.host, self.tunnel_port)
+
+
+class ServicePort(Model, frozen=True, kw_only=True):
+    """One port of one service: what a connection is routed to. `name` is `service:port`."""
+
+    service: str
+    namespace: str
+    port: int
+    mode: Mode
+    endpoints: tuple[Endpoint, ...]
+    traffic: Traffic = Traffic()
+
+    @property
+    def name(self) -> str:
+        return f"{self.service}:{self.port}"
+
+
+class Action(enum.StrEnum):
+    ALLOW = "ALLOW"
+    DENY = "DENY"
+
+
+class Source(Model, frozen=True, kw_only=True):
+    """Who calls. Lists are OR, fields are AND. `principals` are SPIFFE ids, exact or with one `*` at an end."""
+
+    principals: tuple[str, ...] = ()
+    not_principals: tuple[str, ...] = ()
+    ip_blocks: tuple[str, ...] = ()
+    not_ip_blocks: tuple[str, ...] = ()
+
+
+class Target(Model, frozen=True, kw_only=True):
+    """What is called: the application's ports."""
+
+    ports: tuple[int, ...] = ()
+    not_ports: tuple[int, ...] = ()
+
+
+class Rule(Model, frozen=True, kw_only=True):
+    """One way to match: every part that is given must match; a rule with nothing in it matches nobody."""
+
+    source: Source | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="from")
+    target: Target | msgspec.UnsetType = msgspec.field(default=msgspec.UNSET, name="to")
+
+
+class AccessPolicy(Model, frozen=True, kw_only=True):
+    """Who may call. Any DENY that matches wins; with an ALLOW in force, one must match.
+
+    `services` narrows the policy to the ports of these services (as `name` or `namespace/name`); empty: every port.
+    """
+
+    name: str
+    action: Action
+    services: tuple[str, ...] = ()
+    rules: tuple[Rule, ...] = ()

@@ -1,0 +1,77 @@
+"""One sidecar's settings: meshnet.toml, MESHNET_SECTION__KEY, flags. Times are durations as text (`5s`)."""
+
+from typing import Literal
+
+import msgspec
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The base of a [section]: snake_case keys, unknown keys refused."""
+
+
+class ProxySection(Section, frozen=True):
+    outbound_port: int = 15101
+    inbound_port: int = 15106
+    tunnel_port: int = 15108
+    mark: int = 0x4D01  # SO_MARK on every socket the proxy opens; the rules let it pass
+    relay_threads: int = 1
+    drain_timeout: str = "30s"
+
+
+class AdminSection(Section, frozen=True):
+    socket: str = "/run/meshnet/admin.sock"
+    health_address: str = "0.0.0.0"
+    health_port: int = 15120
+    recent: int = 1000  # ended connections kept for `meshnet conns --all` and `explain`
+
+
+class MeshSection(Section, frozen=True):
+    directory: str = "/etc/meshnet/mesh.d"
+
+
+class IdentitySection(Section, frozen=True):
+    """PEM files; without a certificate the sidecar has no identity and speaks to no meshed endpoint."""
+
+    certificate: str = "/var/lib/meshnet/identity/cert.pem"
+    key: str = "/var/lib/meshnet/identity/key.pem"
+    bundle: str = "/var/lib/meshnet/identity/bundle.pem"
+
+
+class PoolSection(Section, frozen=True):
+    idle_timeout: str = "5m"
+    max_idle: int = 64  # idle tunnels kept per peer
+
+
+class LogSection(Section, frozen=True):
+    access: Literal["auto", "json", "text", "off"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class CaptureSection(Section, frozen=True):
+    """What `meshnet init` and `meshnet up` put into the kernel. Ports are numbers or ranges (`8000-8100`)."""
+
+    backend: Literal["auto", "nft", "iptables"] = "auto"
+    inbound_ports: tuple[str, ...] = ("*",)
+    exclude_inbound_ports: tuple[str, ...] = ("22",)  # the way in must not depend on the sidecar
+    exclude_inbound_cidrs: tuple[str, ...] = ()
+    outbound_ports: tuple[str, ...] = ("*",)
+    exclude_outbound_ports: tuple[str, ...] = ()
+    outbound_cidrs: tuple[str, ...] = ("*",)
+    exclude_outbound_cidrs: tuple[str, ...] = ()
+    gid: int = 15137  # the proxy's primary group
+    ipv6: Literal["auto", "on", "off"] = "auto"
+
+
+class Settings(Section, frozen=True):
+    proxy: ProxySection = ProxySection()
+    admin: AdminSection = AdminSection()
+    mesh: MeshSection = MeshSection()
+    identity: IdentitySection = IdentitySection()
+    pool: PoolSection = PoolSection()
+    log: LogSection = LogSection()
+    capture: CaptureSection = CaptureSection()
+
+    def own_ports(self) -> frozenset[int]:
+        """The ports that are the sidecar itself: never captured, never dialled on a local address."""
+        proxy = self.proxy
+        return frozenset({proxy.outbound_port, proxy.inbound_port, proxy.tunnel_port, self.admin.health_port})
