@@ -1,0 +1,265 @@
+"""The frames of meshnet/1, both ways. `meshnet.tunnel.protocol` says who may send which, and when.
+
+A frame is a kind (1 byte), the length of the payload (3 bytes, big endian) and the payload:
+
+    kind         payload
+    0 DATA       1 to 16380 bytes of the application's; with its header it fills at most one TLS record (RFC 8446, 5.1)
+    1 OPEN       JSON object `Open`
+    2 OPENED     none
+    3 REFUSED    JSON object `Refused`
+    4 FIN        none
+    5 RESET      JSON object `Reset`
+    6 PING       none
+    7 PONG       none
+    8 GOAWAY     none
+
+A JSON object is UTF-8 (RFC 8259), at most 4096 bytes; a field at its default may be left out, and an unknown one is
+passed over, so that a field can be added without a new version. Everything else that is not as written here (kind,
+length, a value out of range) is an error, after which the connection is of no further use.
+"""
+
+import enum
+import re
+import struct
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from meshnet.errors import TunnelError
+from meshnet.model.address import canonical_host
+
+HEADER_SIZE = 4
+MAX_RECORD = 16384
+MAX_DATA = MAX_RECORD - HEADER_SIZE
+MAX_CONTROL = 4096  # more than any OPEN we write; a peer that says more is hostile
+MAX_DETAIL = 512  # even as four bytes a character it fits a control frame
+
+# What a peer says ends up in a terminal and in the log, so no text may carry a control character or turn its direction.
+_UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_ASCII = r"^[!-~]*\Z"
+
+_Address = Annotated[str, Meta(max_length=64, pattern=_ASCII)]
+_Port = Annotated[int, Meta(ge=1, le=65535)]
+_Id = Annotated[str, Meta(max_length=64, pattern=_ASCII)]
+_Traceparent = Annotated[str, Meta(max_length=128, pattern=_ASCII)]
+_Name = Annotated[str, Meta(max_length=330, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]  # namespace/name in Kubernetes is 317
+_Reason = Annotated[str, Meta(max_length=64, pattern=r"^[a-z][a-z0-9_.]*\Z")]
+_Detail = Annotated[str, Meta(max_length=MAX_DETAIL, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
+_Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class Kind(enum.IntEnum):
+    DATA = 0
+    OPEN = 1
+    OPENED = 2
+    REFUSED = 3
+    FIN = 4
+    RESET = 5
+    PING = 6
+    PONG = 7
+    GOAWAY = 8
+
+
+class Open(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Asks for a connection to `host`:`port`, the application's address behind the peer sidecar.
+
+    `host` is an IP address without a zone. `id` names the connection on both sides; `deadline` is the milliseconds
+    the asker will wait, 0: not said. `traceparent` is as in W3C Trace Context.
+    """
+
+    host: _Address
+    port: _Port
+    service: _Name = ""
+    source: _Address = ""
+    id: _Id = ""
+    traceparent: _Traceparent = ""
+    deadline: _Milliseconds = 0
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """`reason` is a code of `meshnet.errors.Reason`, or one that a newer peer knows."""
+
+    reason: _Reason
+    policy: _Name = ""
+    detail: _Detail = ""
+
+
+class Reset(msgspec.Struct, frozen=True, kw_only=True):
+    reason: _Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    payload: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Fin:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class GoAway:
+    pass
+
+
+Frame = Open | Opened | Refused | Data | Fin | Reset | Ping | Pong | GoAway
+
+KINDS: dict[type[Frame], Kind] = {
+    Data: Kind.DATA,
+    Open: Kind.OPEN,
+    Opened: Kind.OPENED,
+    Refused: Kind.REFUSED,
+    Fin: Kind.FIN,
+    Reset: Kind.RESET,
+    Ping: Kind.PING,
+    Pong: Kind.PONG,
+    GoAway: Kind.GOAWAY,
+}
+
+
+def data_header(size: int) -> bytes:
+    """What goes before `size` bytes of the application's. Raises ValueError unless 1 <= size <= MAX_DATA."""
+    if not 0 < size <= MAX_DATA:
+        raise ValueError(f"a DATA frame carries 1 to {MAX_DATA} bytes, not {size}")
+    return size.to_bytes(HEADER_SIZE, "big")  # DATA is kind 0
+
+
+def encode(frame: Frame) -> bytes:
+    """The whole frame. `detail` is cut and cleaned to fit; any other value that a peer would refuse: ValueError."""
+    match frame:
+        case Data():
+            return data_header(len(frame.payload)) + frame.payload
+        case Open() | Reset():
+            payload = msgspec.json.encode(frame)
+        case Refused():
+            payload = msgspec.json.encode(msgspec.structs.replace(frame, detail=_printable(frame.detail)))
+        case Opened() | Fin() | Ping() | Pong() | GoAway():
+            payload = b""
+    kind = KINDS[type(frame)]
+    _check_size(kind, len(payload))
+    _decode(kind, memoryview(payload))  # what we would not take, we do not send
+    return _HEADER.pack(kind << 24 | len(payload)) + payload
+
+
+class Reader:
+    """Turns what a peer sent, in any pieces, into frames. Holds at most one incomplete frame."""
+
+    def __init__(self) -> None:
+        self._held = bytearray()
+
+    def feed(self, data: bytes | bytearray | memoryview) -> list[Frame]:
+        """The frames that `data` completes; payloads may be views into `data`. Raises TunnelError.
+
+        After an error the reader is of no further use; frames that came in the same piece are lost with it.
+        """
+        # On a busy tunnel one read is one TLS record is one DATA frame. DATA is kind 0, so its header is its length.
+        if not self._held and HEADER_SIZE < (size := len(data)) <= MAX_RECORD:
+            (header,) = _HEADER.unpack_from(data)
+            if header == size - HEADER_SIZE:
+                return [Data(memoryview(data)[HEADER_SIZE:])]
+        try:
+            return self._take_apart(memoryview(data))
+        except (ValueError, RecursionError) as error:  # JSON nested too deep is a RecursionError
+            raise TunnelError(f"malformed frame: {error}") from error
+
+    def _take_apart(self, view: memoryview) -> list[Frame]:
+        frames: list[Frame] = []
+        while view:
+            if self._held or len(view) < HEADER_SIZE:
+                view = self._hold(view, HEADER_SIZE)
+                if len(self._held) < HEADER_SIZE:
+                    break
+            kind, size = _parse_header(self._held or view)
+            whole = HEADER_SIZE + size
+            if self._held or len(view) < whole:
+                view = self._hold(view, whole)
+                if len(self._held) < whole:
+                    break
+                frame, self._held = memoryview(self._held), bytearray()
+            else:
+                frame, view = view[:whole], view[whole:]
+            frames.append(_decode(kind, frame[HEADER_SIZE:]))
+        return frames
+
+    def _hold(self, view: memoryview, size: int) -> memoryview:
+        """Moves bytes from `view` until `size` are held; returns the rest."""
+        missing = max(0, size - len(self._held))
+        self._held += view[:missing]
+        return view[missing:]
+
+
+_HEADER = struct.Struct(">I")
+_SIZES = {kind: range(1) for kind in Kind} | {
+    Kind.DATA: range(1, MAX_DATA + 1),
+    Kind.OPEN: range(MAX_CONTROL + 1),
+    Kind.REFUSED: range(MAX_CONTROL + 1),
+    Kind.RESET: range(MAX_CONTROL + 1),
+}
+
+
+def _parse_header(data: bytearray | memoryview) -> tuple[Kind, int]:
+    (header,) = _HEADER.unpack_from(data)
+    kind, size = Kind(header >> 24), header & 0xFFFFFF
+    _check_size(kind, size)
+    return kind, size
+
+
+def _check_size(kind: Kind, size: int) -> None:
+    if size not in _SIZES[kind]:
+        raise ValueError(f"a payload of {size} bytes in a {kind.name} frame")
+
+
+_decode_open = msgspec.json.Decoder(Open).decode
+_decode_refused = msgspec.json.Decoder(Refused).decode
+_decode_reset = msgspec.json.Decoder(Reset).decode
+
+
+def _decode(kind: Kind, payload: memoryview) -> Frame:
+    match kind:
+        case Kind.DATA:
+            return Data(payload)
+        case Kind.OPEN:
+            return _canonical(_decode_open(payload))
+        case Kind.OPENED:
+            return Opened()
+        case Kind.REFUSED:
+            return _decode_refused(payload)
+        case Kind.FIN:
+            return Fin()
+        case Kind.RESET:
+            return _decode_reset(payload)
+        case Kind.PING:
+            return Ping()
+        case Kind.PONG:
+            return Pong()
+        case Kind.GOAWAY:
+            return GoAway()
+
+
+def _canonical(asked: Open) -> Open:
+    if "%" in asked.host:
+        raise ValueError(f"{asked.host!r}: a zone means nothing on another host")
+    host = canonical_host(asked.host)
+    return asked if host == asked.host else msgspec.structs.replace(asked, host=host)
+
+
+def _printable(text: str) -> str:
+    return re.sub(f"[{_UNPRINTABLE}]+", " ", text)[:MAX_DETAIL]
