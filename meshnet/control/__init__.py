@@ -1,0 +1,1 @@
+"""THE CONTROL PLANE. Today it is the authority that issues certificates; discovery and policy are files."""
