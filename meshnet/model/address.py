@@ -1,5 +1,6 @@
 """Where a socket is."""
 
+import functools
 import ipaddress
 
 import msgspec
@@ -19,6 +20,7 @@ class Address(msgspec.Struct, frozen=True, order=True):
         return ":" in self.host
 
 
+@functools.lru_cache(maxsize=4096)  # asked for every connection, of few addresses
 def canonical_host(text: str) -> str:
     """The one spelling of an IP address; a v4-mapped IPv6 address becomes the IPv4 it stands for.
 

@@ -1,6 +1,6 @@
 """Mesh resources as users write them: Kubernetes-shaped, apiVersion meshnet.dev/v1.
 
-Durations are text here (`3s`); `meshnet.model.snapshot.build` turns resources into what a proxy works with.
+Durations are text here (`3s`); `meshnet.codec.mesh` turns resources into what a proxy works with.
 """
 
 from meshnet.model import Model

@@ -91,7 +91,7 @@ class Endpoint(Model, frozen=True, kw_only=True):
 
 
 class ServicePort(Model, frozen=True, kw_only=True):
-    """One port of one service: what a connection is routed to. `name` is `service:port`."""
+    """One port of one service: what a connection is routed to."""
 
     service: str
     namespace: str
@@ -102,7 +102,9 @@ class ServicePort(Model, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        return f"{self.service}:{self.port}"
+        """`service:port`; with `namespace/` before it unless that is `default`."""
+        prefix = "" if self.namespace == "default" else f"{self.namespace}/"
+        return f"{prefix}{self.service}:{self.port}"
 
 
 class Action(enum.StrEnum):

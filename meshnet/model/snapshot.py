@@ -23,5 +23,5 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     by_endpoint: dict[Address, tuple[ServicePort, Endpoint]] = {}
 
     def named(self, name: str) -> ServicePort | None:
-        """The service port called `service:port`, or None."""
+        """The service port of that name, or None."""
         return next((service for service in self.services if service.name == name), None)

@@ -1,0 +1,119 @@
+"""What one policy says: a TrafficPolicy over the defaults, an AccessPolicy with its rules checked."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from meshnet.codec.fields import Fields
+from meshnet.codec.problem import Path
+from meshnet.model.duration import format_duration
+from meshnet.model.resource import AccessPolicySpec, TrafficPolicySpec
+from meshnet.model.service import (
+    AccessPolicy,
+    Balance,
+    BreakerSettings,
+    ConnectSettings,
+    Limits,
+    Rule,
+    Source,
+    Target,
+    Traffic,
+)
+
+S = TypeVar("S", bound=msgspec.Struct)
+V = TypeVar("V")
+
+
+def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
+    """The defaults, with what the policy says in their place."""
+
+    def count(path: Path, value: int) -> int:
+        return fields.number(path, value, 0)
+
+    def some(path: Path, value: int) -> int:
+        return fields.number(path, value, 1)
+
+    def wait(path: Path, text: str) -> float:
+        return fields.duration(path, text, zero=True)
+
+    limits = _merged(
+        Limits(),
+        spec.limits,
+        ("spec", "limits"),
+        {
+            "max_connections": count,
+            "max_pending": count,
+            "queue_timeout": wait,
+            "max_connections_per_endpoint": count,
+        },
+    )
+    breaker = _merged(
+        BreakerSettings(),
+        spec.breaker,
+        ("spec", "breaker"),
+        {
+            "failures": some,
+            "open_time": fields.duration,
+            "max_open_time": fields.duration,
+            "jitter": fields.share,
+            "reset_after": wait,
+        },
+    )
+    if breaker.max_open_time < breaker.open_time:
+        longest = format_duration(breaker.max_open_time)
+        fields.wrong(("spec", "breaker", "openTime"), f"longer than maxOpenTime, {longest}", "raise maxOpenTime too")
+    connect = _merged(
+        ConnectSettings(),
+        spec.connect,
+        ("spec", "connect"),
+        {"attempt_timeout": fields.duration, "total_timeout": fields.duration, "attempts": some},
+    )
+    return Traffic(balance=spec.balance or Balance.LEAST_CONN, limits=limits, breaker=breaker, connect=connect)
+
+
+def _merged(default: S, spec: msgspec.Struct, at: Path, checks: Mapping[str, Callable[[Path, Any], object]]) -> S:
+    """`default` with every field that `spec` gives, each through its check."""
+    given = {
+        field.name: checks[field.name]((*at, field.encode_name), value)
+        for field in msgspec.structs.fields(type(spec))
+        if (value := getattr(spec, field.name)) is not None
+    }
+    return msgspec.structs.replace(default, **given)
+
+
+def access_policy(name: str, spec: AccessPolicySpec, services: Sequence[str], fields: Fields) -> AccessPolicy:
+    """`services` are those that `spec` names, as `namespace/name`."""
+    rules = tuple(_rule(rule, ("spec", "rules", index), fields) for index, rule in enumerate(spec.rules))
+    return AccessPolicy(name=name, action=spec.action, services=tuple(services), rules=rules)
+
+
+def _rule(rule: Rule, at: Path, fields: Fields) -> Rule:
+    """The rule with its networks in canonical text."""
+    if rule.source is msgspec.UNSET and rule.target is msgspec.UNSET:
+        fields.wrong(at, "an empty rule matches nobody", "say from or to")
+    source, target = rule.source, rule.target
+    if isinstance(source, Source):
+        _not_empty(source, (*at, "from"), fields, "name principals or ipBlocks")
+        source = Source(
+            principals=_each(source.principals, (*at, "from", "principals"), fields.principal),
+            not_principals=_each(source.not_principals, (*at, "from", "notPrincipals"), fields.principal),
+            ip_blocks=_each(source.ip_blocks, (*at, "from", "ipBlocks"), fields.network),
+            not_ip_blocks=_each(source.not_ip_blocks, (*at, "from", "notIpBlocks"), fields.network),
+        )
+    if isinstance(target, Target):
+        _not_empty(target, (*at, "to"), fields, "name ports")
+        target = Target(
+            ports=_each(target.ports, (*at, "to", "ports"), fields.port),
+            not_ports=_each(target.not_ports, (*at, "to", "notPorts"), fields.port),
+        )
+    return Rule(source=source, target=target)
+
+
+def _each(values: tuple[V, ...], at: Path, check: Callable[[Path, V], V]) -> tuple[V, ...]:
+    return tuple(check((*at, index), value) for index, value in enumerate(values))
+
+
+def _not_empty(part: Source | Target, at: Path, fields: Fields, hint: str) -> None:
+    if part == type(part)():
+        fields.wrong(at, "it says nothing", hint)

@@ -1,0 +1,238 @@
+"""meshnet.toml and MESHNET_SECTION__KEY: an environment variable beats the file, the file beats the default."""
+
+import ipaddress
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+from msgspec import inspect
+
+from meshnet.codec.fields import Fields
+from meshnet.codec.problem import Path, Problem, did_you_mean, in_one, in_words, mismatches, quoted
+from meshnet.errors import ConfigError
+from meshnet.model.settings import Settings
+
+Table = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a setting has its value from; `place` is `meshnet.toml:4` or the variable's name."""
+
+    kind: Literal["default", "file", "env"]
+    place: str = ""
+
+
+def load_settings(text: str, environ: Mapping[str, str], file: str = "meshnet.toml") -> Settings:
+    """The settings in force. Raises ConfigError that names every problem, a line each; `file` is for messages."""
+    return _read(text, environ, file)[0]
+
+
+def settings_with_origin(
+    text: str, environ: Mapping[str, str], file: str = "meshnet.toml"
+) -> tuple[Settings, dict[str, Origin]]:
+    """As `load_settings`, and where each `section.key` comes from, defaults included."""
+    settings, sources = _read(text, environ, file)
+    return settings, {
+        f"{section}.{key}": sources.origin((section, key)) for section, keys in _KEYS.items() for key in keys
+    }
+
+
+def _read(text: str, environ: Mapping[str, str], file: str) -> tuple[Settings, "_Sources"]:
+    sources = _Sources(text, file, _parse(text, file))
+    merged: Table = {name: dict(part) if isinstance(part, dict) else part for name, part in sources.table.items()}
+    for variable, path, value in _from_environment(environ):
+        sources.variables[path] = variable
+        section = merged.setdefault(path[0], {})
+        if isinstance(section, dict):
+            section[path[1]] = value
+    problems = list(_shape_problems(merged))
+    if not problems:
+        settings = msgspec.convert(merged, Settings, strict=True)
+        problems = _value_problems(settings)
+    if not problems:
+        return settings, sources
+    raise in_one([sources.error(problem) for problem in problems])
+
+
+def _parse(text: str, file: str) -> Table:
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError("not valid TOML: nested too deeply", file=file) from None
+    except ValueError as error:  # TOMLDecodeError, and what int() says of a number with thousands of digits
+        problem, _, place = str(error).partition(" (at ")
+        number = re.match(r"line (\d+)", place)
+        line = int(number[1]) if number else text.count("\n") + 1 if place else 0
+        raise ConfigError(f"not valid TOML: {problem}", file=file, line=line) from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str], object]]:
+    """Variable, (section, key) and value. Without the double underscore a variable is no setting, such as
+    MESHNET_CONFIG or what Kubernetes sets for a service called meshnet, unless it spells one almost.
+    """
+    almost = {f"MESHNET_{section}_{key}".upper(): (section, key) for section, keys in _KEYS.items() for key in keys}
+    for variable, text in sorted(environ.items()):
+        section, double, key = variable.removeprefix("MESHNET_").lower().partition("__")
+        if variable.startswith("MESHNET_") and double:
+            yield variable, (section, key), _typed(text, _KEYS.get(section, {}).get(key))
+        elif variable in almost:
+            section, key = almost[variable]
+            meant = f"MESHNET_{section}__{key}".upper()
+            raise ConfigError("this sets nothing", file=variable, suggestion=f"did you mean {meant}?")
+
+
+def _typed(text: str, kind: inspect.Type | None) -> object:
+    """What the text of a variable says; left as text if it is wrong, to be refused like any other wrong value."""
+    if isinstance(kind, inspect.VarTupleType):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    if isinstance(kind, inspect.IntType):
+        try:
+            return int(text, 16 if text.lower().startswith("0x") else 10)
+        except ValueError:
+            return text
+    return text
+
+
+def _shape_problems(table: Table) -> Iterator[Problem]:
+    for section, values in table.items():
+        if section not in _KEYS:
+            yield Problem((section,), "unknown section", did_you_mean(section, _KEYS))
+        elif not isinstance(values, dict):
+            yield Problem((section,), "expected a section", f"write [{section}] on a line of its own")
+        else:
+            for key, value in values.items():
+                if key in _KEYS[section]:
+                    yield from mismatches(value, _KEYS[section][key], (section, key))
+                else:
+                    yield Problem((section, key), "unknown key", _where_else(section, key))
+
+
+def _where_else(section: str, key: str) -> str:
+    homes = [f"[{other}]" for other, keys in _KEYS.items() if key in keys]
+    return f"it belongs to {' or '.join(homes)}" if homes else did_you_mean(key, _KEYS[section])
+
+
+def _value_problems(settings: Settings) -> list[Problem]:
+    fields = Fields()
+    proxy, admin, capture = settings.proxy, settings.admin, settings.capture
+    taken: dict[int, str] = {}
+    ports = {
+        ("proxy", "outbound_port"): proxy.outbound_port,
+        ("proxy", "inbound_port"): proxy.inbound_port,
+        ("proxy", "tunnel_port"): proxy.tunnel_port,
+        ("admin", "health_port"): admin.health_port,
+    }
+    for path, port in ports.items():
+        fields.port(path, port)
+        if port in taken:
+            fields.wrong(path, f"{port} is already {taken[port]}")
+        taken[port] = in_words(path)
+    fields.number(("proxy", "mark"), proxy.mark, 1, 2**32 - 1)
+    fields.number(("proxy", "relay_threads"), proxy.relay_threads, 1, 1024)
+    fields.duration(("proxy", "drain_timeout"), proxy.drain_timeout, zero=True)
+    try:
+        ipaddress.ip_address(admin.health_address)
+    except ValueError:
+        fields.wrong(("admin", "health_address"), f"{quoted(admin.health_address)} is not an IP address")
+    fields.number(("admin", "recent"), admin.recent, 0)
+    fields.duration(("pool", "idle_timeout"), settings.pool.idle_timeout, zero=True)
+    fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
+    fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
+    for key in ("inbound_ports", "exclude_inbound_ports", "outbound_ports", "exclude_outbound_ports"):
+        for index, text in enumerate(getattr(capture, key)):
+            if not (text == "*" and not key.startswith("exclude")):
+                _port_range(fields, ("capture", key, index), text)
+    for key in ("exclude_inbound_cidrs", "outbound_cidrs", "exclude_outbound_cidrs"):
+        for index, text in enumerate(getattr(capture, key)):
+            if not (text == "*" and not key.startswith("exclude")):
+                fields.network(("capture", key, index), text)
+    paths = {
+        ("admin", "socket"): admin.socket,
+        ("mesh", "directory"): settings.mesh.directory,
+        ("identity", "certificate"): settings.identity.certificate,
+        ("identity", "key"): settings.identity.key,
+        ("identity", "bundle"): settings.identity.bundle,
+    }
+    for path, text in paths.items():
+        if not text or "\0" in text:
+            fields.wrong(path, f"{quoted(text)} is not a path")
+    return fields.problems
+
+
+def _port_range(fields: Fields, path: Path, text: str) -> None:
+    first, dash, last = text.partition("-")
+    numbers = [int(part) for part in (first, last if dash else first) if re.fullmatch("[0-9]{1,5}", part)]
+    if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1] <= 65535:
+        fields.wrong(path, f"{quoted(text)} is not a port such as 8080 or a range such as 8000-8100")
+
+
+@dataclass(slots=True)
+class _Sources:
+    text: str
+    file: str
+    table: Table
+    variables: dict[Path, str] = field(default_factory=dict)  # section and key: the variable that says it
+
+    def error(self, problem: Problem) -> ConfigError:
+        text = f"{in_words(problem.path)}: {problem.text}"
+        for path, variable in self.variables.items():
+            if path == problem.path[:2] or (path[:1] == problem.path and not _contains(self.table, problem.path)):
+                return ConfigError(text, file=variable, suggestion=problem.suggestion)
+        return ConfigError(text, file=self.file, line=self._line(problem.path), suggestion=problem.suggestion)
+
+    def origin(self, path: tuple[str, str]) -> Origin:
+        if path in self.variables:
+            return Origin("env", self.variables[path])
+        if _contains(self.table, path):
+            return Origin("file", f"{self.file}:{self._line(path)}")
+        return Origin("default")
+
+    def _line(self, path: Path) -> int:
+        """Where the statement begins that sets `path`; 0 if the file does not. tomllib keeps no positions.
+
+        The beginning of a file up to a statement is TOML too, and does not have the key yet. Only lines that hold the
+        key's name are tried; a name spelt with escapes gets the line of its section.
+        """
+        path = path[:2]
+        if not _contains(self.table, path):
+            return 0
+        lines = self.text.split("\n")
+        found = 0
+        for number, line in enumerate(lines, start=1):
+            if str(path[-1]) not in line:
+                continue
+            try:
+                before = tomllib.loads("\n".join([*lines[: number - 1], ""]))
+            except ValueError:
+                continue  # in the middle of a statement
+            if _contains(before, path):
+                break
+            found = number
+        return found or (self._line(path[:-1]) if len(path) > 1 else 0)
+
+
+def _contains(table: object, path: Path) -> bool:
+    for step in path:
+        if not isinstance(table, dict) or step not in table:
+            return False
+        table = table[step]
+    return True
+
+
+def _keys() -> dict[str, dict[str, inspect.Type]]:
+    """Section, key, type."""
+    settings = inspect.type_info(Settings)
+    assert isinstance(settings, inspect.StructType)
+    sections = {section.encode_name: section.type for section in settings.fields}
+    return {
+        name: {key.encode_name: key.type for key in section.fields}
+        for name, section in sections.items()
+        if isinstance(section, inspect.StructType)
+    }
+
+
+_KEYS = _keys()

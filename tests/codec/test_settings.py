@@ -1,0 +1,256 @@
+import tomllib
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from meshnet.codec.settings import Origin, load_settings, settings_with_origin
+from meshnet.errors import ConfigError
+from meshnet.model.settings import Settings
+
+
+def refusal(text: str, environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_settings(text, environ or {})
+    return str(caught.value)
+
+
+def test_nothing_written_means_the_defaults() -> None:
+    assert load_settings("", {}) == Settings()
+
+
+def test_the_environment_beats_the_file_and_the_file_beats_the_default() -> None:
+    text = '[proxy]\nrelay_threads = 2\nmark = 0x10\n[log]\nlevel = "error"\n'
+    found = load_settings(
+        text, {"MESHNET_PROXY__MARK": "0x20", "MESHNET_CAPTURE__EXCLUDE_OUTBOUND_PORTS": "22, 8000-9000"}
+    )
+    assert (found.proxy.relay_threads, found.proxy.mark, found.log.level) == (2, 0x20, "error")
+    assert found.capture.exclude_outbound_ports == ("22", "8000-9000")
+    assert found.proxy.outbound_port == 15101
+
+
+def test_an_empty_variable_is_an_empty_list() -> None:
+    assert load_settings("", {"MESHNET_CAPTURE__INBOUND_PORTS": ""}).capture.inbound_ports == ()
+
+
+def test_every_setting_says_where_it_comes_from() -> None:
+    text = '# mark = 1\n[proxy]\n\nmark = 7\n[log]\naccess = "json"\n'
+    _, origins = settings_with_origin(text, {"MESHNET_LOG__LEVEL": "debug"}, "/etc/meshnet.toml")
+    assert origins["proxy.mark"] == Origin("file", "/etc/meshnet.toml:4")
+    assert origins["log.access"] == Origin("file", "/etc/meshnet.toml:6")
+    assert origins["log.level"] == Origin("env", "MESHNET_LOG__LEVEL")
+    assert origins["proxy.outbound_port"] == Origin("default")
+    assert len(origins) == sum(len(msgspec.structs.fields(type(s))) for s in msgspec.structs.astuple(Settings()))
+
+
+def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
+    others = {
+        "MESHNET_CONFIG": "x",
+        "MESHNET_SOCKET": "x",
+        "MESHNET_OUTPUT": "json",
+        "MESHNET_TOKEN": "x",
+        "MESHNET_SERVICE_HOST": "10.0.0.1",
+        "MESHNET_PORT_15110_TCP_ADDR": "10.0.0.1",
+        "PATH": "x__y",
+    }
+    assert load_settings("", others) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[prxy]\n", 'meshnet.toml:1: prxy: unknown section (did you mean "proxy"?)'),
+        (
+            "[proxy]\noutbund_port = 1\n",
+            'meshnet.toml:2: proxy.outbund_port: unknown key (did you mean "outbound_port"?)',
+        ),
+        ("[proxy]\nbackend = 'nft'\n", "meshnet.toml:2: proxy.backend: unknown key (it belongs to [capture])"),
+        (
+            "[proxy]\nrelay_threads = '2'\n",
+            'meshnet.toml:2: proxy.relay_threads: expected a whole number, got "2" (write it without quotes)',
+        ),
+        ("[proxy]\nmark = true\n", "meshnet.toml:2: proxy.mark: expected a whole number, got true"),
+        (
+            "[log]\nlevel = 'warn'\n",
+            'meshnet.toml:2: log.level: "warn" is not one of "debug", "error", "info", "warning" '
+            '(did you mean "warning"?)',
+        ),
+        (
+            "[capture]\nexclude_inbound_ports = 22\n",
+            "meshnet.toml:2: capture.exclude_inbound_ports: expected a list, got 22",
+        ),
+        (
+            "[capture]\nexclude_inbound_ports = [\n  '22',\n  22,\n]\n",
+            "meshnet.toml:2: capture.exclude_inbound_ports[1]: expected text, got 22 (write it in quotes)",
+        ),
+        ("proxy = 3\n", "meshnet.toml:1: proxy: expected a section (write [proxy] on a line of its own)"),
+        ("[proxy]\n\nmark = 0\n", "meshnet.toml:3: proxy.mark: 0 is not between 1 and 4294967295"),
+        ("[proxy]\nmark = 0x1_0000_0000\n", "meshnet.toml:2: proxy.mark: 4294967296 is not between 1 and 4294967295"),
+        ("[proxy]\nrelay_threads = 0\n", "meshnet.toml:2: proxy.relay_threads: 0 is not between 1 and 1024"),
+        ("[capture]\ngid = 0\n", "meshnet.toml:2: capture.gid: 0 is not between 1 and 4294967294"),
+        ("[proxy]\ninbound_port = 65536\n", "meshnet.toml:2: proxy.inbound_port: 65536 is not between 1 and 65535"),
+        ("[admin]\nhealth_port = 15101\n", "meshnet.toml:2: admin.health_port: 15101 is already proxy.outbound_port"),
+        (
+            "[proxy]\ndrain_timeout = '30'\n",
+            'meshnet.toml:2: proxy.drain_timeout: "30" is not a duration such as 250ms, 3s, 5m or 1h30m (write "30s")',
+        ),
+        ("[admin]\nhealth_address = 'lo'\n", 'meshnet.toml:2: admin.health_address: "lo" is not an IP address'),
+        ("[mesh]\ndirectory = ''\n", 'meshnet.toml:2: mesh.directory: "" is not a path'),
+        (
+            "[capture]\nexclude_outbound_cidrs = ['10.0.0.1/8']\n",
+            'meshnet.toml:2: capture.exclude_outbound_cidrs[0]: "10.0.0.1/8" is not a network such as 10.0.0.0/8 '
+            '(did you mean "10.0.0.0/8"?)',
+        ),
+        (
+            "[capture]\nexclude_inbound_ports = ['*']\n",
+            'meshnet.toml:2: capture.exclude_inbound_ports[0]: "*" is not a port such as 8080 '
+            "or a range such as 8000-8100",
+        ),
+        (
+            "[capture]\noutbound_ports = ['9000-8000']\n",
+            'meshnet.toml:2: capture.outbound_ports[0]: "9000-8000" is not a port such as 8080 '
+            "or a range such as 8000-8100",
+        ),
+        ("[proxy]\nmark = \n", "meshnet.toml:2: not valid TOML: Invalid value"),
+        ("[proxy]\nmark = 1\nmark = 2\n", "meshnet.toml:3: not valid TOML: Cannot overwrite a value"),
+        ("[proxy]\nmark", "meshnet.toml:2: not valid TOML: Expected '=' after a key in a key/value pair"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named_with_line_and_suggestion(text: str, message: str) -> None:
+    assert refusal(text) == message
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MESHNET_PROXY__MARK", "x", 'MESHNET_PROXY__MARK: proxy.mark: expected a whole number, got "x"'),
+        ("MESHNET_PROXY__MARK", "0", "MESHNET_PROXY__MARK: proxy.mark: 0 is not between 1 and 4294967295"),
+        ("MESHNET_PROXY__MARC", "1", 'MESHNET_PROXY__MARC: proxy.marc: unknown key (did you mean "mark"?)'),
+        ("MESHNET_PRXY__MARK", "1", 'MESHNET_PRXY__MARK: prxy: unknown section (did you mean "proxy"?)'),
+        ("MESHNET_PROXY_MARK", "1", "MESHNET_PROXY_MARK: this sets nothing (did you mean MESHNET_PROXY__MARK?)"),
+        (
+            "MESHNET_CAPTURE__OUTBOUND_CIDRS",
+            "10.0.0.0/8,lan",
+            'MESHNET_CAPTURE__OUTBOUND_CIDRS: capture.outbound_cidrs[1]: "lan" is not a network such as 10.0.0.0/8',
+        ),
+    ],
+)
+def test_what_is_wrong_in_the_environment_is_named_with_its_variable(variable: str, value: str, message: str) -> None:
+    assert refusal("", {variable: value}) == message
+
+
+def test_all_problems_are_told_at_once_and_the_error_has_the_place_of_the_first() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_settings("[proxy]\nmark = 'x'\nmrak = 1\n[lgo]\n", {"MESHNET_LOG__LEVEL": "loud"}, "m.toml")
+    assert str(caught.value).splitlines() == [
+        'm.toml:2: proxy.mark: expected a whole number, got "x"',
+        'm.toml:3: proxy.mrak: unknown key (did you mean "mark"?)',
+        'm.toml:4: lgo: unknown section (did you mean "log"?)',
+        'MESHNET_LOG__LEVEL: log.level: "loud" is not one of "debug", "error", "info", "warning"',
+    ]
+    assert (caught.value.file, caught.value.line) == ("m.toml", 2)
+
+
+def test_the_line_is_right_where_names_of_keys_stand_in_comments_and_in_text() -> None:
+    text = '# mark\n[mesh]\ndirectory = """\nmark = 1\n[proxy]\nmark = 2\n"""\n[proxy] # mark\n# mark = 3\nmark = 0\n'
+    assert refusal(text) == "meshnet.toml:10: proxy.mark: 0 is not between 1 and 4294967295"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "proxy.mark = 0",
+        "proxy = { inbound_port = 3, mark = 0 }",
+        '["proxy"]\n"mark" = 0',
+        "[proxy]\r\nmark = 0\r\n",
+        '[proxy]\n"m\\u0061rk" = 0',
+    ],
+)
+def test_the_line_is_found_however_the_key_is_spelt(text: str) -> None:
+    line = 1 if "\n" not in text or "\\u" in text else 2
+    assert refusal(text).startswith(f"meshnet.toml:{line}: proxy.mark: 0 is not")
+
+
+def test_nesting_without_end_is_refused() -> None:
+    assert refusal("a = " + "[" * 100_000) == "meshnet.toml: not valid TOML: nested too deeply"
+
+
+@given(st.text())
+@example("a = " + "1" * 5000)
+@example("a\x00 = 1")
+@example("[proxy]\n[proxy.mark]\n[[proxy.x]]")
+@example("proxy = [1]\n[log]\naccess = 1979-05-27")
+def test_no_text_does_more_than_be_refused(text: str) -> None:
+    error = error_of(text, {"MESHNET_PROXY__MARK": "5"})
+    assert error is None or str(error)
+
+
+_FRAGMENTS = [
+    "[proxy]",
+    "[capture]",
+    "mark",
+    "inbound_ports",
+    "=",
+    " = ",
+    "1",
+    "'x'",
+    "[",
+    "]",
+    "{",
+    "}",
+    '"""',
+    "\n",
+    ",",
+    "#",
+    ".",
+]
+
+
+@given(st.lists(st.sampled_from(_FRAGMENTS)).map("".join))
+@settings(max_examples=300)
+def test_a_line_that_is_told_exists(text: str) -> None:
+    error = error_of(text, {})
+    assert error is None or (0 <= error.line <= text.count("\n") + 1)
+
+
+@given(st.text(), st.text())
+def test_no_variable_does_more_than_be_refused(name: str, value: str) -> None:
+    environ = {f"MESHNET_{name}": value, f"MESHNET_{name}__{value}": name, "MESHNET_PROXY__MARK": value}
+    error = error_of("", environ)
+    assert error is None or str(error).startswith("MESHNET_")
+
+
+def error_of(text: str, environ: dict[str, str]) -> ConfigError | None:
+    try:
+        load_settings(text, environ)
+    except ConfigError as error:
+        return error
+    return None
+
+
+_PORTS = st.lists(st.integers(1, 65535), min_size=4, max_size=4, unique=True)
+_TEXTS = st.text(st.characters(exclude_categories=["C"]), min_size=1)
+
+
+@given(_PORTS, st.integers(1, 2**32 - 1), _TEXTS, st.lists(st.integers(1, 65535).map(str)))
+def test_file_and_environment_say_the_same(ports: list[int], mark: int, directory: str, excluded: list[str]) -> None:
+    outbound, inbound, tunnel, health = ports
+    wanted: dict[str, dict[str, object]] = {
+        "proxy": {"outbound_port": outbound, "inbound_port": inbound, "tunnel_port": tunnel, "mark": mark},
+        "admin": {"health_port": health},
+        "mesh": {"directory": directory},
+        "capture": {"exclude_outbound_ports": excluded},
+    }
+    pairs = [(section, key, value) for section, values in wanted.items() for key, value in values.items()]
+    text = "".join(f"{section}.{key} = {_toml(value)}\n" for section, key, value in pairs)
+    environ = {
+        f"MESHNET_{section}__{key}".upper(): ",".join(value) if isinstance(value, list) else str(value)
+        for section, key, value in pairs
+    }
+    assert load_settings(text, {}) == load_settings("", environ) == msgspec.convert(tomllib.loads(text), Settings)
+
+
+def _toml(value: object) -> str:
+    """A JSON string, number or list of strings is TOML too."""
+    return msgspec.json.encode(value).decode()
