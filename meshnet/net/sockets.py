@@ -1,0 +1,171 @@
+"""TCP sockets as the proxy wants them: listening, accepting, connecting, resetting."""
+
+import errno
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+
+import trio
+
+from meshnet.errors import ConnectionFailed, Reason
+from meshnet.model.address import Address, canonical_host
+
+_log = logging.getLogger("meshnet.net")
+
+_BACKLOG = 4096
+_ACCEPT_BATCH = 64  # then trio's other tasks get their turn
+_ACCEPT_PAUSE = 0.1  # seconds without descriptors before the next try
+_LINGER_RESET = struct.pack("ii", 1, 0)
+
+# A client leg's keepalive stays below the 60 s after which conntrack forgets a half-closed connection (CLOSE_WAIT):
+# the probes refresh the entry, so the NAT lives as long as the sockets do.
+_CLIENT_KEEPALIVE = (30, 10, 3)
+_ENDPOINT_KEEPALIVE = (60, 10, 6)
+_USER_TIMEOUT_MS = 60_000
+
+_BROKEN_LISTENER = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK})
+_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+_CONNECT_REASONS = {
+    errno.ECONNREFUSED: Reason.CONNECT_REFUSED,
+    errno.ECONNRESET: Reason.CONNECT_REFUSED,
+    errno.ETIMEDOUT: Reason.CONNECT_TIMEOUT,
+}
+
+
+def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket | None:
+    """A non-blocking listener on one family, or None where this host has no such family or address.
+
+    What is set here is inherited by every accepted socket (Linux), so accepting costs no further calls.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.EAFNOSUPPORT:
+            return None
+        raise
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        _tune(sock, _CLIENT_KEEPALIVE)
+        sock.bind((host, port))
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            return None
+        raise
+    return sock
+
+
+async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
+    """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors."""
+    while True:
+        await trio.lowlevel.wait_readable(listener)
+        for _ in range(_ACCEPT_BATCH):
+            try:
+                sock, peer = listener.accept()
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno in _BROKEN_LISTENER:
+                    raise
+                if error.errno not in _EXHAUSTED:
+                    continue  # what befell that one connection before we took it (accept(2), "Error handling")
+                _log.error("cannot accept on port %d: %s", listener.getsockname()[1], error.strerror)
+                await trio.sleep(_ACCEPT_PAUSE)
+                break
+            sock.setblocking(False)
+            carry(sock, peer_address(peer))
+
+
+def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
+    """An Address from what the socket module gives, v4-mapped folded into IPv4, without a zone."""
+    host = pair[0]
+    if ":" in host:
+        host = canonical_host(host.partition("%")[0])
+    return Address(host, pair[1])
+
+
+async def connect(address: Address, *, mark: int, timeout: float) -> socket.socket:
+    """A connected, non-blocking socket, marked as the proxy's own. Raises ConnectionFailed(connect.*)."""
+    family = socket.AF_INET6 if address.is_v6 else socket.AF_INET
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise ConnectionFailed(Reason.INTERNAL, f"cannot make a socket: {error.strerror}") from error
+    try:
+        if mark:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        _tune(sock, _ENDPOINT_KEEPALIVE)
+        code = sock.connect_ex((address.host, address.port))
+        if code == errno.EINPROGRESS:
+            with trio.move_on_after(timeout):
+                await trio.lowlevel.wait_writable(sock)
+                code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code == errno.EINPROGRESS:
+            raise ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
+        if code:
+            reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
+            raise ConnectionFailed(reason, f"{address}: {os.strerror(code)}")
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def can_mark(mark: int) -> bool:
+    """Whether this process may set SO_MARK (CAP_NET_ADMIN or CAP_NET_RAW); if not, the gid alone keeps us out."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        except PermissionError:
+            return False
+    return True
+
+
+def reset(sock: socket.socket) -> None:
+    """Closes with RST, so that the peer sees a failure and not an end."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
+    except OSError:
+        pass
+    sock.close()
+
+
+def was_reset(sock: socket.socket) -> bool:
+    """Whether the peer has already given up, looked at without taking a byte."""
+    try:
+        sock.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def is_local(host: str) -> bool:
+    """Whether `host` is an address of this machine: only then can a socket be bound to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _tune(sock: socket.socket, keepalive: tuple[int, int, int]) -> None:
+    idle, interval, count = keepalive
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, count)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
