@@ -21,7 +21,3 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     default_action: Action = Action.ALLOW
     by_address: dict[Address, ServicePort] = {}
     by_endpoint: dict[Address, tuple[ServicePort, Endpoint]] = {}
-
-    def named(self, name: str) -> ServicePort | None:
-        """The service port of that name, or None."""
-        return next((service for service in self.services if service.name == name), None)

@@ -161,7 +161,7 @@ def test_an_endpoint_of_two_services_belongs_to_the_first_by_name() -> None:
     other = DB.replace("name: db, namespace: data", "name: db2, namespace: data").replace("10.0.0.9", "10.0.0.8")
     for texts in ((DB, other), (other, DB)):
         service, _ = mesh(*texts).by_endpoint[Address("10.1.0.9", 5432)]
-        assert service.name == "db:5432"
+        assert service.name == "data/db:5432"
 
 
 def test_the_same_endpoint_twice_is_one() -> None:
