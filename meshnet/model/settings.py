@@ -13,7 +13,9 @@ class ProxySection(Section, frozen=True):
     outbound_port: int = 15101
     inbound_port: int = 15106
     tunnel_port: int = 15108
-    mark: int = 0x4D01  # SO_MARK on every socket the proxy opens; the rules let it pass
+    # SO_MARK on every socket the proxy opens; the rules let it pass. A bit that kube-proxy (0x4000, 0x8000), Calico
+    # (upper 16), Cilium (0x0f00), Tailscale (0xff0000) and Istio (low 12) leave alone.
+    mark: int = 0x1000
     relay_threads: int = 1
     drain_timeout: str = "30s"
 

@@ -65,24 +65,19 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket |
 
 
 async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
-    """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors."""
-    while True:
-        await trio.lowlevel.wait_readable(listener)
-        for _ in range(_ACCEPT_BATCH):
-            try:
-                sock, peer = listener.accept()
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno in _BROKEN_LISTENER:
-                    raise
-                if error.errno not in _EXHAUSTED:
-                    continue  # what befell that one connection before we took it (accept(2), "Error handling")
-                _log.error("cannot accept on port %d: %s", listener.getsockname()[1], error.strerror)
+    """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors.
+
+    Cancelled, it takes those that still wait, for the kernel has told their clients that they are connected, and
+    closes the listener.
+    """
+    try:
+        while True:
+            await trio.lowlevel.wait_readable(listener)
+            if not _accept_some(listener, carry, _ACCEPT_BATCH):
                 await trio.sleep(_ACCEPT_PAUSE)
-                break
-            sock.setblocking(False)
-            carry(sock, peer_address(peer))
+    finally:
+        _accept_some(listener, carry, _BACKLOG)
+        listener.close()
 
 
 def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
@@ -93,8 +88,11 @@ def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
     return Address(host, pair[1])
 
 
-async def connect(address: Address, *, mark: int, timeout: float) -> socket.socket:
-    """A connected, non-blocking socket, marked as the proxy's own. Raises ConnectionFailed(connect.*)."""
+async def connect(address: Address, *, mark: int, timeout: float, local: bool = False) -> socket.socket:
+    """A connected, non-blocking socket, marked as the proxy's own. Raises ConnectionFailed(connect.*).
+
+    `local`: the address is this host's, where a peer cannot vanish without a word and needs no keepalive.
+    """
     family = socket.AF_INET6 if address.is_v6 else socket.AF_INET
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -103,13 +101,19 @@ async def connect(address: Address, *, mark: int, timeout: float) -> socket.sock
     try:
         if mark:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-        _tune(sock, _ENDPOINT_KEEPALIVE)
+        if local:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            _tune(sock, _ENDPOINT_KEEPALIVE)
         code = sock.connect_ex((address.host, address.port))
         if code == errno.EINPROGRESS:
+            # To this very host the handshake is over when the call returns, and only a second one says so.
+            code = sock.connect_ex((address.host, address.port))
+        if code == errno.EALREADY:
             with trio.move_on_after(timeout):
                 await trio.lowlevel.wait_writable(sock)
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code == errno.EINPROGRESS:
+        if code == errno.EALREADY:
             raise ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
         if code:
             reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
@@ -131,7 +135,9 @@ def can_mark(mark: int) -> bool:
 
 
 def reset(sock: socket.socket) -> None:
-    """Closes with RST, so that the peer sees a failure and not an end."""
+    """Closes with RST, so that the peer sees a failure and not an end. Nothing if it is closed already."""
+    if sock.fileno() == -1:
+        return
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_RESET)
     except OSError:
@@ -158,6 +164,25 @@ def is_local(host: str) -> bool:
             probe.bind((host, 0))
         except OSError:
             return False
+    return True
+
+
+def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Address], object], most: int) -> bool:
+    """Takes up to `most` that wait; False when there are no descriptors left to do so."""
+    for _ in range(most):
+        try:
+            sock, peer = listener.accept()
+        except BlockingIOError:
+            break
+        except OSError as error:
+            if error.errno in _BROKEN_LISTENER:
+                raise
+            if error.errno not in _EXHAUSTED:
+                continue  # what befell that one connection before we took it (accept(2), "Error handling")
+            _log.error("cannot accept on port %d: %s", listener.getsockname()[1], error.strerror)
+            return False
+        sock.setblocking(False)
+        carry(sock, peer_address(peer))
     return True
 
 
