@@ -1,0 +1,83 @@
+"""A connection as cells of a table. What it is called here, `explain` calls it too."""
+
+import shlex
+from collections.abc import Callable, Mapping
+
+from meshnet.errors import Reason
+from meshnet.model.connection import Connection, Direction, Security
+from meshnet.model.identity import short_name
+from meshnet_cli.output import age, milliseconds, size
+from meshnet_cli.table import Colors
+
+
+def client_name(connection: Connection) -> str:
+    source = connection.source
+    return source.service or short_name(source.identity) or source.address or "-"
+
+
+def service_name(connection: Connection) -> str:
+    destination = connection.destination
+    return destination.service or connection.original_destination or destination.address or "-"
+
+
+def direction_name(connection: Connection) -> str:
+    return "in" if connection.direction is Direction.INBOUND else "out"
+
+
+def tls_name(connection: Connection) -> str:
+    """Plain text stands out; a connection without an endpoint leg has neither."""
+    return {Security.MTLS: "mtls", Security.PLAIN: "PLAIN", Security.NONE: "-"}[connection.tls.mode]
+
+
+COLUMNS: Mapping[str, Callable[[Connection], str]] = {
+    "ID": lambda connection: connection.id,
+    "DIR": direction_name,
+    "CLIENT": client_name,
+    "SERVICE": service_name,
+    "ENDPOINT": lambda connection: connection.endpoint or "-",
+    "TLS": tls_name,
+    "POLICY": lambda connection: connection.policy or "-",
+    "AGE": lambda connection: age(connection.duration_ms / 1000),
+    "TX": lambda connection: size(connection.bytes_sent),
+    "RX": lambda connection: size(connection.bytes_received),
+    "STATE": lambda connection: connection.state.value,
+    "IDLE": lambda connection: "-" if connection.idle_ms is None else age(connection.idle_ms / 1000),
+    "CONNECT": lambda connection: milliseconds(connection.connect_ms),
+    "TLS_MS": lambda connection: milliseconds(connection.tls.handshake_ms),
+    "TRIES": lambda connection: str(len(connection.attempts)),
+    "ORIG_DST": lambda connection: connection.original_destination or "-",
+    "SRC_IDENTITY": lambda connection: connection.source.identity or "-",
+    "DST_IDENTITY": lambda connection: connection.destination.identity or "-",
+    "RELAY": lambda connection: connection.relay or "-",
+    "REASON": lambda connection: connection.reason.code.value if connection.reason else "-",
+}
+WIDE = tuple(COLUMNS)
+TABLE = WIDE[: WIDE.index("STATE") + 1]
+
+COLORS: Colors = {
+    "TLS": {"PLAIN": "yellow"},
+    "STATE": {"refused": "red", "denied": "red", "failed": "red", "queued": "yellow"},
+}
+
+# A stream cannot wait for its widest row; wider cells push the rest of their line to the right.
+STREAM_WIDTHS: Mapping[str, int] = {
+    "ID": 8,
+    "DIR": 3,
+    "CLIENT": 16,
+    "SERVICE": 16,
+    "ENDPOINT": 18,
+    "TLS": 5,
+    "POLICY": 12,
+    "AGE": 6,
+    "TX": 5,
+    "RX": 5,
+}
+
+
+def note(connection: Connection) -> str:
+    """The second line of a row that did not end well: why, and where to read on. Empty for all others."""
+    reason = connection.reason
+    if reason is None or reason.code is Reason.OK:
+        return ""
+    # The id may have been made by the peer's sidecar, and this line is made to be pasted into a shell.
+    return "  ".join(filter(None, (reason.code, reason.message, f"meshnet explain {shlex.quote(connection.id)}")))

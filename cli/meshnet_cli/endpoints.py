@@ -1,0 +1,105 @@
+"""`meshnet endpoints`: what stands behind each service, and which of it gets no connections just now."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import click
+
+from meshnet.errors import CommandError
+from meshnet.model.admin import EndpointList, EndpointView, ListEndpoints
+from meshnet_cli.client import EXIT_FAILED, admin_options, ask
+from meshnet_cli.output import (
+    age,
+    chosen_columns,
+    output_options,
+    print_json,
+    print_json_line,
+    printable,
+    sort_option,
+    table_options,
+)
+from meshnet_cli.table import Colors, print_table
+
+STATES = {"closed": "healthy", "open": "ejected", "half-open": "probing"}
+"""What a breaker's state means for its endpoint."""
+
+COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
+    "SERVICE": lambda endpoint: endpoint.service,
+    "ENDPOINT": lambda endpoint: endpoint.endpoint,
+    "TUNNEL": lambda endpoint: endpoint.tunnel,
+    "WEIGHT": lambda endpoint: str(endpoint.weight),
+    "STATE": lambda endpoint: _state(endpoint),
+    "CONNS": lambda endpoint: str(endpoint.connections),
+    "PENDING": lambda endpoint: str(endpoint.pending),
+    "FAILS": lambda endpoint: str(endpoint.failures),
+    "EJECTED_FOR": lambda endpoint: age(endpoint.open_for_seconds) if endpoint.breaker == "open" else "-",
+    "LAST_ERROR": lambda endpoint: endpoint.last_error or "-",
+    "IDENTITY": lambda endpoint: endpoint.identity or "-",
+}
+WIDE = tuple(COLUMNS)
+TABLE = WIDE[: WIDE.index("LAST_ERROR") + 1]
+COLORS: Colors = {"STATE": {"ejected": "red", "probing": "yellow"}}
+
+SORT_KEYS: Mapping[str, Callable[[EndpointView], float]] = {
+    "conns": lambda endpoint: endpoint.connections,
+    "pending": lambda endpoint: endpoint.pending,
+    "fails": lambda endpoint: endpoint.failures,
+}
+
+
+@click.command(
+    epilog="\b\nExamples:\n  meshnet endpoints\n  meshnet endpoints api:8080 -o wide\n"
+    "  meshnet endpoints -o jsonl | jq 'select(.breaker != \"closed\")'",
+)
+@click.argument("service", default="")
+@sort_option(*SORT_KEYS)
+@table_options
+@output_options
+@admin_options
+def command(
+    *,
+    service: str,
+    sort: str | None,
+    no_header: bool,
+    columns: str | None,
+    output: str,
+    socket_path: str,
+    timeout: float,
+) -> None:
+    """Endpoints behind each service: healthy or ejected, and why.
+
+    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it.
+    """
+    names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
+    answer = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)
+    if service and not answer.items:
+        raise CommandError(
+            f"no endpoint of {service!r}",
+            why="the sidecar knows no such service, or it has no endpoints",
+            fix="meshnet endpoints lists them all",
+            code=EXIT_FAILED,
+        )
+    items = sorted(answer.items, key=SORT_KEYS[sort], reverse=True) if sort else list(answer.items)
+    match output:
+        case "json":
+            print_json(EndpointList(items=tuple(items)))
+        case "jsonl":
+            for endpoint in items:
+                print_json_line(endpoint)
+        case "name":
+            for endpoint in items:
+                click.echo(printable(endpoint.endpoint))
+        case _:
+            rows = [[COLUMNS[name](endpoint) for name in names] for endpoint in items]
+            print_table(names, rows, header=not no_header, colors=COLORS)
+            if not no_header:
+                click.echo(_totals(items))
+
+
+def _state(endpoint: EndpointView) -> str:
+    return STATES.get(endpoint.breaker, endpoint.breaker)
+
+
+def _totals(items: Sequence[EndpointView]) -> str:
+    healthy = sum(_state(endpoint) == "healthy" for endpoint in items)
+    ejected = sum(_state(endpoint) == "ejected" for endpoint in items)
+    return f"{healthy} of {len(items)} healthy" + (f", {ejected} ejected." if ejected else ".")

@@ -1,0 +1,97 @@
+"""`meshnet explain`: one connection step by step, and what to do about it."""
+
+import re
+import shlex
+from collections.abc import Iterator
+
+import click
+import msgspec
+
+from meshnet.errors import CommandError, Reason
+from meshnet.model.admin import ExplainConnection
+from meshnet.model.connection import Connection
+from meshnet_cli.client import admin_options, ask
+from meshnet_cli.columns import client_name, direction_name, service_name, tls_name
+from meshnet_cli.output import age, output_options, print_json, print_json_line, printable, size
+from meshnet_cli.reasons import ADVICE
+
+
+class Explanation(Connection, frozen=True, kw_only=True):
+    """The connection, and what its reason code means; both texts are empty while it is open."""
+
+    cause: str = ""
+    cure: str = ""
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "Explanation"
+
+
+@click.command(
+    epilog="\b\nExamples:\n  meshnet explain k802\n  meshnet explain $(meshnet conns --failed --top 1 -o name)",
+)
+@click.argument("id")
+@output_options
+@admin_options
+def command(*, id: str, output: str, socket_path: str, timeout: float) -> None:
+    """One connection step by step, and what to do about it.
+
+    ID is as `meshnet conns` shows it; it is the same on both hosts.
+    """
+    try:
+        connection = ask(socket_path, ExplainConnection(id=id), Connection, timeout=timeout)
+    except CommandError as error:
+        error.fix = error.fix or "meshnet conns --all -o name lists every connection the sidecar remembers"
+        raise
+    explanation = _explained(connection)
+    match output:
+        case "json":
+            print_json(explanation)
+        case "jsonl":
+            print_json_line(explanation)
+        case "name":
+            click.echo(printable(explanation.id))
+        case _:
+            click.echo("\n".join(map(printable, _lines(explanation))))
+
+
+def _explained(connection: Connection) -> Explanation:
+    fields = msgspec.structs.asdict(connection)
+    if connection.reason is None:
+        return Explanation(**fields)
+    advice = ADVICE[connection.reason.code]
+    own = {"SERVICE": shlex.quote(connection.destination.service or "SERVICE"), "ID": shlex.quote(connection.id)}
+    cure = re.sub(r"\b(SERVICE|ID)\b", lambda match: own[match[1]], advice.cure)
+    return Explanation(**fields, cause=advice.cause, cure=cure)
+
+
+def _lines(it: Explanation) -> Iterator[str]:
+    reason = it.reason
+    ends = f"{client_name(it)} -> {service_name(it)}"
+    yield _joined(it.id, direction_name(it), ends, it.state, reason.code if reason else "")
+    yield ""
+    for number, step in enumerate(it.trace, 1):
+        yield f"{number:>3}  {step}"
+    if it.trace:
+        yield ""
+    for label, text in _facts(it):
+        if text:
+            yield f"{label:<11} {text}"
+    if reason is not None and reason.code is not Reason.OK:
+        yield ""
+        yield f"{'reason':<11} " + ": ".join(filter(None, (reason.code, reason.message)))
+        yield f"{'ended':<11} " + (f"by {reason.ended_by}, " if reason.ended_by else "") + f"in phase {reason.phase}"
+        yield f"{'cause':<11} {it.cause}"
+        yield f"{'what to do':<11} {it.cure}"
+
+
+def _facts(it: Explanation) -> Iterator[tuple[str, str]]:
+    """What the steps do not say in one place; an empty text is not shown."""
+    yield "client", _joined(it.source.address, it.source.identity)
+    yield "service", _joined(it.destination.service, it.original_destination)
+    yield "endpoint", _joined(it.endpoint, it.destination.identity, tls_name(it) if it.endpoint else "")
+    yield "policy", it.policy
+    yield "bytes", f"{size(it.bytes_sent)} sent, {size(it.bytes_received)} received by the client"
+    yield "time", _joined(f"{age(it.duration_ms / 1000)} from {it.opened_at}", it.closed_at and f"to {it.closed_at}")
+
+
+def _joined(*parts: str) -> str:
+    return "  ".join(filter(None, parts))

@@ -1,0 +1,89 @@
+"""`meshnet status`: how this host's sidecar is. Exit code 0 if it is ready, 1 if not, 4 if there is none."""
+
+from collections.abc import Iterator
+
+import click
+
+from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status
+from meshnet_cli.client import EXIT_FAILED, admin_options, ask
+from meshnet_cli.output import age, output_options, print_json, print_json_line, printable
+
+_LABEL_WIDTH = 13
+
+
+@click.command(
+    epilog="\b\nExamples:\n  meshnet status\n  meshnet status -o json | jq .certificate.expiresInSeconds",
+)
+@output_options
+@admin_options
+def command(*, output: str, socket_path: str, timeout: float) -> None:
+    """How the sidecar is: ready or why not.
+
+    Exit code 0 if it is ready, 1 if it is not, 4 if none answers.
+    """
+    status = ask(socket_path, GetStatus(), Status, timeout=timeout)
+    match output:
+        case "json":
+            print_json(status)
+        case "jsonl":
+            print_json_line(status)
+        case "name":
+            click.echo(printable(status.node))
+        case _:
+            for label, text in _rows(status):
+                click.echo(_painted(printable(f"{label:<{_LABEL_WIDTH}} {text}"), label))
+    if not status.ready:
+        click.get_current_context().exit(EXIT_FAILED)
+
+
+def _rows(status: Status) -> Iterator[tuple[str, str]]:
+    """One line each: a label, empty where the line before goes on, and a text."""
+    state = "draining" if status.draining else "ready" if status.ready else "not ready"
+    uptime = age(status.uptime_seconds)
+    yield status.node, f"{state}, meshnet {status.version}, pid {status.pid}, up {uptime}"
+    for because in status.not_ready_because:
+        yield "not ready", because
+    yield "listeners", ", ".join(f"{name} {address}" for name, address in status.listeners.items()) or "none"
+    yield (
+        "connections",
+        f"{status.open_connections} open, {status.opened_total} opened, {status.failed_total} failed since it started",
+    )
+    yield from _certificate(status.certificate)
+    yield from _config(status.config)
+    yield "relay", ", ".join(status.relay.in_use) or "none"
+    for name, why in status.relay.not_in_use.items():
+        yield "", f"not {name}: {why}"
+    for at, tunnel in enumerate(status.tunnels):
+        yield "" if at else "tunnels", f"{tunnel.peer}: {tunnel.idle} idle, {tunnel.leased} in use"
+    if not status.tunnels:
+        yield "tunnels", "none"
+
+
+def _certificate(certificate: CertificateStatus) -> Iterator[tuple[str, str]]:
+    if not certificate.identity:
+        yield "certificate", "none: this sidecar speaks to no meshed endpoint"
+    elif certificate.expires_in_seconds > 0:
+        left = age(certificate.expires_in_seconds)
+        yield "certificate", f"{certificate.identity}, expires in {left} ({certificate.not_after})"
+    else:
+        yield "certificate", f"{certificate.identity}, EXPIRED {certificate.not_after}"
+    if certificate.problem:
+        yield "problem", certificate.problem
+
+
+def _config(config: ConfigStatus) -> Iterator[tuple[str, str]]:
+    yield (
+        "config",
+        f"version {config.version}, {age(config.age_seconds)} old, from {config.directory}: "
+        f"{_count(config.services, 'service')}, {_count(config.policies, 'policy', 'policies')}",
+    )
+    if config.problem:
+        yield "problem", f"{config.problem}; the last good version stays in force"
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def _painted(line: str, label: str) -> str:
+    return click.style(line, fg="red") if label in {"problem", "not ready"} else line

@@ -1,0 +1,102 @@
+import json
+
+import msgspec
+import pytest
+
+from meshnet.model.admin import EndpointList, EndpointView, ListEndpoints
+from tests.cli.conftest import Meshnet
+from tests.cli.sidecar import Sidecar
+
+API = "spiffe://prod/ns/default/sa/api"
+HEALTHY = EndpointView(
+    service="api:8080",
+    endpoint="10.9.0.3:8080",
+    tunnel="meshnet",
+    identity=API,
+    weight=1,
+    breaker="closed",
+    connections=9,
+    pending=0,
+    failures=0,
+)
+EJECTED = EndpointView(
+    service="api:8080",
+    endpoint="10.9.0.7:8080",
+    tunnel="meshnet",
+    identity=API,
+    weight=2,
+    breaker="open",
+    connections=0,
+    pending=1,
+    failures=5,
+    open_for_seconds=24.0,
+    last_error="timed out",
+)
+PROBING = EndpointView(
+    service="db:5432",
+    endpoint="10.9.0.4:5432",
+    tunnel="none",
+    identity="",
+    weight=1,
+    breaker="half-open",
+    connections=12,
+    pending=0,
+    failures=6,
+    last_error="refused",
+)
+ALL = EndpointList(items=(HEALTHY, EJECTED, PROBING))
+
+
+def test_the_table_says_which_endpoints_get_no_connections_and_why(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(ALL)
+    result = meshnet("endpoints")
+    assert sidecar.asked() == ListEndpoints()
+    assert result.exit_code == 0
+    assert result.output == (
+        "SERVICE   ENDPOINT       TUNNEL   WEIGHT  STATE    CONNS  PENDING  FAILS  EJECTED_FOR  LAST_ERROR\n"
+        "api:8080  10.9.0.3:8080  meshnet  1       healthy  9      0        0      -            -\n"
+        "api:8080  10.9.0.7:8080  meshnet  2       ejected  0      1        5      24s          timed out\n"
+        "db:5432   10.9.0.4:5432  none     1       probing  12     0        6      -            refused\n"
+        "1 of 3 healthy, 1 ejected.\n"
+    )
+
+
+def test_wide_adds_identities(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(ALL)
+    last_cells = [line.split()[-1] for line in meshnet("endpoints", "-o", "wide").output.splitlines()[:-1]]
+    assert last_cells == ["IDENTITY", API, API, "-"]
+
+
+def test_json_jsonl_and_name_carry_the_same_endpoints(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(ALL)
+    assert json.loads(meshnet("endpoints", "-o", "json").output) == json.loads(msgspec.json.encode(ALL))
+    lines = meshnet("endpoints", "-o", "jsonl").output.splitlines()
+    assert [msgspec.json.decode(line, type=EndpointView) for line in lines] == [HEALTHY, EJECTED, PROBING]
+    assert meshnet("endpoints", "-o", "name").output == "10.9.0.3:8080\n10.9.0.7:8080\n10.9.0.4:5432\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "first"), [("conns", "10.9.0.4:5432"), ("pending", "10.9.0.7:8080"), ("fails", "10.9.0.4:5432")]
+)
+def test_sort_puts_the_largest_first(meshnet: Meshnet, sidecar: Sidecar, key: str, first: str) -> None:
+    sidecar.will_answer(ALL)
+    assert meshnet("endpoints", "--sort", key, "-o", "name").output.split()[0] == first
+
+
+def test_a_service_can_be_named_and_an_unknown_one_is_an_error(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(EndpointList())
+    result = meshnet("endpoints", "nope")
+    assert sidecar.asked() == ListEndpoints(service="nope")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: no endpoint of 'nope'\n"
+        "why: the sidecar knows no such service, or it has no endpoints\n"
+        "fix: meshnet endpoints lists them all\n"
+    )
+
+
+def test_hostile_names_are_spelled_out(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    evil = msgspec.structs.replace(HEALTHY, service="a\x1b[2J", last_error="x\ny")
+    sidecar.will_answer(EndpointList(items=(evil,)))
+    result = meshnet("endpoints", "--columns", "service,last_error", "--no-header")
+    assert result.output == "a\\x1b[2J  x\\ny\n"

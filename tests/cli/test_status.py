@@ -1,0 +1,105 @@
+import json
+
+import msgspec
+
+from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, RelayStatus, Status, TunnelStatus
+from tests.cli.conftest import Meshnet
+from tests.cli.sidecar import Sidecar
+
+READY = Status(
+    node="vm1",
+    version="0.1.0",
+    pid=2231,
+    uptime_seconds=8_040.0,
+    ready=True,
+    not_ready_because=(),
+    draining=False,
+    listeners={"outbound": "0.0.0.0:15101", "inbound": "0.0.0.0:15106", "tunnel": "0.0.0.0:15108"},
+    open_connections=38,
+    opened_total=1204,
+    failed_total=3,
+    certificate=CertificateStatus(
+        identity="spiffe://prod/ns/default/sa/web",
+        not_before="2026-01-01T00:00:00Z",
+        not_after="2026-01-02T00:00:00Z",
+        issuer="meshnet root",
+        serial="4f",
+        expires_in_seconds=57_600.0,
+    ),
+    config=ConfigStatus(version=12, directory="/etc/meshnet/mesh.d", services=2, policies=1, age_seconds=5.0),
+    relay=RelayStatus(in_use=("native", "python"), not_in_use={"sockmap": "off by default"}),
+    tunnels=(
+        TunnelStatus(peer="10.9.0.3:15108 spiffe://prod/ns/default/sa/api", idle=2, leased=1),
+        TunnelStatus(peer="10.9.0.4:15108", idle=0, leased=4),
+    ),
+)
+NOT_READY = msgspec.structs.replace(
+    READY,
+    ready=False,
+    not_ready_because=("no certificate", "the redirect rules are not in place"),
+    certificate=CertificateStatus(problem="/var/lib/meshnet/identity/cert.pem: no such file"),
+    config=ConfigStatus(
+        version=0,
+        directory="/etc/meshnet/mesh.d",
+        services=1,
+        policies=2,
+        age_seconds=300.0,
+        problem="web.yaml:3: no port",
+    ),
+    relay=RelayStatus(in_use=("python",)),
+    tunnels=(),
+)
+
+
+def test_a_ready_sidecar_is_told_in_a_line_a_matter(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(READY)
+    result = meshnet("status")
+    assert sidecar.asked() == GetStatus()
+    assert result.exit_code == 0
+    assert result.output == (
+        "vm1           ready, meshnet 0.1.0, pid 2231, up 2h14m\n"
+        "listeners     outbound 0.0.0.0:15101, inbound 0.0.0.0:15106, tunnel 0.0.0.0:15108\n"
+        "connections   38 open, 1204 opened, 3 failed since it started\n"
+        "certificate   spiffe://prod/ns/default/sa/web, expires in 16h (2026-01-02T00:00:00Z)\n"
+        "config        version 12, 5s old, from /etc/meshnet/mesh.d: 2 services, 1 policy\n"
+        "relay         native, python\n"
+        "              not sockmap: off by default\n"
+        "tunnels       10.9.0.3:15108 spiffe://prod/ns/default/sa/api: 2 idle, 1 in use\n"
+        "              10.9.0.4:15108: 0 idle, 4 in use\n"
+    )
+
+
+def test_a_sidecar_that_is_not_ready_says_why_and_exits_with_1(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(NOT_READY)
+    result = meshnet("status")
+    assert result.exit_code == 1
+    assert result.output == (
+        "vm1           not ready, meshnet 0.1.0, pid 2231, up 2h14m\n"
+        "not ready     no certificate\n"
+        "not ready     the redirect rules are not in place\n"
+        "listeners     outbound 0.0.0.0:15101, inbound 0.0.0.0:15106, tunnel 0.0.0.0:15108\n"
+        "connections   38 open, 1204 opened, 3 failed since it started\n"
+        "certificate   none: this sidecar speaks to no meshed endpoint\n"
+        "problem       /var/lib/meshnet/identity/cert.pem: no such file\n"
+        "config        version 0, 5m old, from /etc/meshnet/mesh.d: 1 service, 2 policies\n"
+        "problem       web.yaml:3: no port; the last good version stays in force\n"
+        "relay         python\n"
+        "tunnels       none\n"
+    )
+
+
+def test_a_draining_sidecar_with_an_expired_certificate_says_both(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    expired = msgspec.structs.replace(READY.certificate, expires_in_seconds=-5.0)
+    sidecar.will_answer(msgspec.structs.replace(READY, ready=False, draining=True, certificate=expired))
+    lines = meshnet("status").output.splitlines()
+    assert lines[0] == "vm1           draining, meshnet 0.1.0, pid 2231, up 2h14m"
+    assert lines[3] == "certificate   spiffe://prod/ns/default/sa/web, EXPIRED 2026-01-02T00:00:00Z"
+
+
+def test_json_is_what_the_sidecar_said_and_the_exit_code_the_same(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(NOT_READY)
+    result = meshnet("status", "-o", "json")
+    assert json.loads(result.output) == json.loads(msgspec.json.encode(NOT_READY))
+    assert result.exit_code == 1
+    assert msgspec.json.decode(meshnet("status", "-o", "jsonl").output, type=Status) == NOT_READY
+    assert meshnet("status", "-o", "name").output == "vm1\n"
