@@ -1,0 +1,63 @@
+"""Hosts made of network namespaces, for every test with sockets, and what only tests need on top.
+
+The builder itself is `meshnet_cli.demo.world`; meshnet on its hosts is `meshnet_cli.demo.mesh`. As a pytest plugin this
+file moves the whole run into namespaces of its own before anything else starts, so no test can reach the host.
+
+    def test_a_client_reaches_a_server(world):
+        web, api = world.host("web"), world.host("api")
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+import trio
+
+from meshnet.errors import CommandError
+from meshnet_cli.demo.mesh import Mesh, Sidecar
+from meshnet_cli.demo.sandbox import enter_sandbox
+from meshnet_cli.demo.world import Host, Process, ProgramFailed, World, wait_for
+
+__all__ = ["Host", "Mesh", "Process", "ProgramFailed", "Sidecar", "World", "eventually", "mesh", "wait_for", "world"]
+
+T = TypeVar("T")
+
+_refusal: CommandError | None = None
+
+
+def pytest_configure() -> None:
+    # Here, while there is one thread: later the kernel would refuse a user namespace.
+    global _refusal
+    try:
+        enter_sandbox()
+    except CommandError as error:
+        _refusal = error
+
+
+@pytest.fixture
+def world(request: pytest.FixtureRequest) -> Iterator[World]:
+    """An empty world. When the test fails, its report shows the end of every log."""
+    if _refusal:
+        pytest.fail(f"{_refusal.what}: {_refusal.why}; {_refusal.fix}")
+    with World() as built:
+        yield built
+        for host in built.hosts.values():
+            for process in host.processes:
+                if text := process.output:
+                    request.node.add_report_section("teardown", f"{host.name}: {process.name}", text[-4000:])
+
+
+@pytest.fixture
+def mesh(world: World) -> Mesh:
+    """The mesh of `world`: no resources, no sidecars yet."""
+    return Mesh(world)
+
+
+async def eventually(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "") -> T:
+    """`wait_for` on trio's clock: other tasks run meanwhile, and a MockClock makes it quick."""
+    deadline = trio.current_time() + timeout
+    while not (value := condition()):
+        if trio.current_time() > deadline:
+            raise TimeoutError(f"{what or condition}: not in {timeout} s; saw {value!r}")
+        await trio.sleep(0.01)
+    return value
