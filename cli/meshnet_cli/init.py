@@ -1,0 +1,222 @@
+"""`meshnet init`: puts the redirect rules into this network namespace's kernel, and takes them out."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from meshnet.errors import CommandError, ConfigError
+from meshnet.model.settings import Settings
+from meshnet_cli.configuration import config_option, read_settings
+from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable
+
+if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
+    from meshnet_init.apply import Applied
+    from meshnet_init.verify import Verification
+
+EXIT_ROLLED_BACK = 7
+_ROLLBACK_DRAIN = 5.0  # seconds
+
+
+class InitView(msgspec.Struct, frozen=True):
+    """What was put in, and the proof of it if one was asked for."""
+
+    applied: "Applied"
+    verification: "Verification | None" = None
+    kind: str = "Init"
+
+
+def _listed(check: Callable[[tuple[str, ...], str], object]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        parts = tuple(part.strip() for part in text.split(",") if part.strip())
+        try:
+            check(parts, "")
+        except ConfigError as error:
+            raise ValueError(str(error).removeprefix(": ")) from None
+        return parts
+
+    return parse
+
+
+def _ports(text: str) -> tuple[str, ...]:
+    from meshnet_init.values import parse_ports
+
+    return _listed(parse_ports)(text)
+
+
+def _cidrs(text: str) -> tuple[str, ...]:
+    from meshnet_init.values import parse_networks
+
+    return _listed(parse_networks)(text)
+
+
+def _mark(text: str) -> int:
+    number = int(text, 0)
+    if not 0 < number < 2**32:
+        raise ValueError(f"{text} is not a mark from 1 to 0xffffffff")
+    return number
+
+
+_PORT = click.IntRange(1, 65535)
+_PORTS = Parsed("ports", _ports)
+_CIDRS = Parsed("cidrs", _cidrs)
+
+# Each flag is a setting: section, key, type, help.
+_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
+    ("proxy", "inbound_port", _PORT, "Where the proxy takes inbound connections."),
+    ("proxy", "outbound_port", _PORT, "Where the proxy takes outbound connections."),
+    ("capture", "inbound_ports", _PORTS, "Inbound ports to capture: 80,8000-8100 or *."),
+    ("capture", "exclude_inbound_ports", _PORTS, "Inbound ports to leave alone."),
+    ("capture", "exclude_inbound_cidrs", _CIDRS, "Clients to leave alone."),
+    ("capture", "outbound_ports", _PORTS, "Outbound ports to capture."),
+    ("capture", "exclude_outbound_ports", _PORTS, "Outbound ports to leave alone."),
+    ("capture", "outbound_cidrs", _CIDRS, "Destinations to capture: 10.0.0.0/8,fd00::/8 or *."),
+    ("capture", "exclude_outbound_cidrs", _CIDRS, "Destinations to leave alone."),
+    ("proxy", "mark", Parsed("mark", _mark), "The mark on the proxy's own packets."),
+    ("capture", "gid", click.IntRange(0, 2**32 - 2), "The proxy's primary group; its connections are left alone."),
+    ("capture", "ipv6", click.Choice(("auto", "on", "off")), "Capture IPv6; auto: where this host has it."),
+    ("capture", "backend", click.Choice(("auto", "nft", "iptables")), "What writes the rules."),
+)
+
+
+def capture_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that stand for settings; the command gets what was given of them as `with_flags` wants it."""
+    for section, key, kind, text in reversed(_FLAGS):
+        name = f"--{key.replace('_', '-')}"
+        metavar = (
+            None if isinstance(kind, click.Choice) else kind.name.upper() if isinstance(kind, Parsed) else "NUMBER"
+        )
+        command = click.option(name, f"{section}__{key}", type=kind, metavar=metavar, help=text)(command)
+    return command
+
+
+def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
+    """The settings with every given flag in the place of what file and environment say."""
+    for name, value in flags.items():
+        if value is not None:
+            section, _, key = name.partition("__")
+            changed = msgspec.structs.replace(getattr(settings, section), **{key: value})
+            settings = msgspec.structs.replace(settings, **{section: changed})
+    return settings
+
+
+@click.group(
+    "init",
+    invoke_without_command=True,
+    short_help="Put the redirect rules into the kernel, or take them out.",
+    epilog="\b\nEvery flag is a setting too, in meshnet.toml and as MESHNET_CAPTURE__OUTBOUND_PORTS and the like.\n\n"
+    "\b\nExamples:\n  meshnet init --dry-run\n  sudo meshnet init --exclude-inbound-ports 22 --verify\n"
+    "  sudo meshnet init remove",
+)
+@config_option
+@capture_flags
+@click.option("--dry-run", is_flag=True, help="Print the rules; change nothing.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("nft", "iptables", "json")),
+    default="nft",
+    show_default=True,
+    help="How --dry-run prints.",
+)
+@click.option("--verify", "prove", is_flag=True, help="Prove that the rules capture, or put the old state back.")
+@output_options
+@click.pass_context
+def command(
+    ctx: click.Context, /, config: str | None, dry_run: bool, form: str, prove: bool, output: str, **flags: Any
+) -> None:
+    """Put the rules that capture TCP into the kernel of this network namespace.
+
+    Only new connections are captured: what is open stays open. A second run changes nothing. Either all rules are in
+    force afterwards, or what was before.
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    settings = with_flags(read_settings(config), flags)
+    if dry_run:
+        _print_plan(settings, form)
+        return
+    view = _put_in(settings, prove)
+    if output in {"json", "jsonl"}:
+        (print_json if output == "json" else print_json_line)(view)
+        return
+    applied = view.applied
+    families = "IPv4 and IPv6" if applied.ipv6 else "IPv4"
+    what = "in force" if applied.changed else "in force already, nothing changed"
+    click.echo(f"{applied.rules} rules for {families} {what} ({applied.backend})")
+    for older in applied.replaced:
+        click.echo(f"older rules of {older} taken out")
+    for older in applied.kept:
+        click.echo(
+            f"older rules of {older} capture nothing new; `meshnet init` again when their connections have ended"
+        )
+    if view.verification is not None:
+        for canary in view.verification.canaries:
+            click.echo(printable(f"{canary.family}: {canary.status}: {canary.detail}"))
+
+
+@command.command("remove")
+@click.option("--drain", type=DURATION, default="30s", show_default=True, help="How long to wait for open connections.")
+@output_options
+def remove_command(drain: float, output: str) -> None:
+    """Take the rules out, whatever put them in.
+
+    New connections go direct at once. Those that were captured are waited for, and cut only if they outlive --drain.
+    When nothing is installed, nothing is done.
+    """
+    from meshnet_init.remove import remove
+
+    removed = remove(drain, lambda left: click.echo(f"waiting for {_connections(left)}", err=True))
+    if output in {"json", "jsonl"}:
+        (print_json if output == "json" else print_json_line)(removed)
+        return
+    click.echo(f"rules removed ({', '.join(removed.backends)})" if removed.backends else "no rules are installed")
+    if removed.cut:
+        click.echo(f"{_connections(removed.cut)} outlived the wait and {'was' if removed.cut == 1 else 'were'} cut")
+
+
+def _put_in(settings: Settings, prove: bool) -> "InitView":
+    """Applies and, if asked to, proves. Raises CommandError with code 7 when it put the old state back."""
+    from meshnet_init.apply import apply, installed_rules
+    from meshnet_init.rollback import put_back
+    from meshnet_init.verify import verify
+
+    before = installed_rules()
+    applied = apply(settings)
+    if not prove:
+        return InitView(applied)
+    result = verify(settings)
+    if result.ok:
+        return InitView(applied, result)
+    lost = [f"{canary.family}: {canary.detail}" for canary in result.canaries if canary.status == "not captured"]
+    why = "; ".join([*result.differences, *lost])
+    if not applied.changed:
+        raise CommandError("the rules do not capture", why=why, fix="meshnet rules show; are older rules in the way?")
+    put_back(before, _ROLLBACK_DRAIN)
+    raise CommandError(
+        "the rules did not capture; what was before is back",
+        why=why,
+        fix="look for other software's rules: nft list ruleset, iptables-save",
+        code=EXIT_ROLLED_BACK,
+    )
+
+
+def _print_plan(settings: Settings, form: str) -> None:
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+    from meshnet_init.render import iptables_text, nft_text
+
+    plan = make_plan(settings, host_facts())
+    if form == "nft":
+        click.echo(nft_text(plan), nl=False)
+    elif form == "json":
+        print_json(plan)
+    else:
+        click.echo("# iptables-restore --noflush\n" + iptables_text(plan, "ipv4"), nl=False)
+        if plan.ipv6:
+            click.echo("# ip6tables-restore --noflush\n" + iptables_text(plan, "ipv6"), nl=False)
+
+
+def _connections(count: int) -> str:
+    return "1 connection" if count == 1 else f"{count} connections"

@@ -1,0 +1,157 @@
+"""`meshnet rules`: the kernel's redirect rules as planned, as they are, and whether they work."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+
+from meshnet.errors import ConfigError
+from meshnet_cli.configuration import config_option, read_settings
+from meshnet_cli.output import output_options, print_json, print_json_line
+from meshnet_cli.table import print_table
+
+if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
+    from meshnet_init.backends import Counted
+    from meshnet_init.plan import Rule
+
+_COLORS = {"STATUS": {"captured": "green", "not captured": "red"}}
+
+
+class RuleView(msgspec.Struct, frozen=True, rename="camel"):
+    """`match` is in nft's words; `hits` counts connections since the rule was written, None where nothing counts."""
+
+    chain: str
+    family: str
+    match: str
+    action: str
+    why: str
+    hits: int | None = None
+
+
+class RulesView(msgspec.Struct, frozen=True, rename="camel"):
+    backend: str
+    rules: tuple[RuleView, ...]
+    draining: bool = False
+    problems: tuple[str, ...] = ()
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "Rules"
+
+
+class RulesList(msgspec.Struct, frozen=True, rename="camel"):
+    items: tuple[RulesView, ...]
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "RulesList"
+
+
+@click.group("rules", short_help="The kernel's redirect rules: plan, show and verify.")
+def command() -> None:
+    """The kernel's redirect rules. `meshnet init` puts them in."""
+
+
+@command.command("plan")
+@config_option
+@output_options
+def plan_command(config: str | None, output: str) -> None:
+    """The rules that the settings ask for, in order, each with its reason."""
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+
+    plan = make_plan(read_settings(config), host_facts())
+    view = RulesView(backend="", rules=tuple(_rule_view(rule) for rule in plan.rules))
+    if not _printed_json(view, output):
+        print_table(
+            ("CHAIN", "FAMILY", "MATCH", "ACTION", "WHY"),
+            [(rule.chain, rule.family, rule.match or "everything", rule.action, rule.why) for rule in view.rules],
+        )
+
+
+@command.command("show")
+@config_option
+@output_options
+def show_command(config: str | None, output: str) -> None:
+    """The rules in the kernel, read back from it, and how many connections each has matched."""
+    from meshnet_init.apply import installed_rules
+
+    reasons = _reasons(config)
+    items = tuple(
+        RulesView(
+            backend=installed.backend,
+            rules=tuple(_counted_view(counted, reasons) for counted in installed.rules),
+            draining=installed.draining(),
+            problems=installed.problems,
+        )
+        for installed in installed_rules()
+    )
+    if _printed_json(RulesList(items), output):
+        return
+    if not items:
+        click.echo("no rules are installed")
+    for item in items:
+        click.echo(f"backend {item.backend}" + (": draining, nothing new is captured" if item.draining else ""))
+        print_table(
+            ("CHAIN", "FAMILY", "MATCH", "ACTION", "HITS", "WHY"),
+            [(r.chain, r.family, r.match or "everything", r.action, str(r.hits), r.why) for r in item.rules],
+        )
+        for problem in item.problems:
+            click.echo(f"! {problem}")
+
+
+@command.command("verify")
+@config_option
+@output_options
+@click.pass_context
+def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
+    """Whether the kernel holds the plan, and whether connections are captured: a canary is sent in each family.
+
+    Exit code 1 if not.
+    """
+    from meshnet_init.verify import verify
+
+    result = verify(read_settings(config))
+    if not _printed_json(result, output):
+        click.echo(f"rules ({result.backend or 'none'}): {'as planned' if not result.differences else 'differ'}")
+        for line in result.differences:
+            click.echo(f"! {line}")
+        print_table(
+            ("FAMILY", "STATUS", "CANARY", "WHY"),
+            [(canary.family, canary.status, canary.destination or "-", canary.detail) for canary in result.canaries],
+            colors=_COLORS,
+        )
+    if not result.ok:
+        ctx.exit(1)
+
+
+def _rule_view(rule: "Rule", why: str = "", hits: int | None = None) -> RuleView:
+    from meshnet_init.render import action, matches
+
+    # The family has its own column; a CIDR's match says it anyway.
+    shown = rule if rule.source or rule.destination else msgspec.structs.replace(rule, family="any")
+    return RuleView(rule.chain, rule.family, matches(shown), action(rule), rule.why or why, hits)
+
+
+def _counted_view(counted: "Counted", reasons: "dict[Rule, str]") -> RuleView:
+    from meshnet_init.backends import plain
+
+    return _rule_view(counted.rule, reasons.get(plain(counted.rule), ""), counted.packets)
+
+
+def _reasons(config: str | None) -> "dict[Rule, str]":
+    """iptables rules carry no reason: take it from the plan where it has the same rule."""
+    from meshnet_init.backends import plain
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+
+    try:
+        plan = make_plan(read_settings(config), host_facts())
+    except ConfigError:  # what is in the kernel is to be seen all the same
+        return {}
+    rules: Iterable[Rule] = (*plan.of_family("ipv4"), *plan.of_family("ipv6"))
+    return {plain(rule): rule.why for rule in rules}
+
+
+def _printed_json(view: msgspec.Struct, output: str) -> bool:
+    if output not in {"json", "jsonl"}:
+        return False
+    (print_json if output == "json" else print_json_line)(view)
+    return True

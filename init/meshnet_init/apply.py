@@ -1,0 +1,95 @@
+"""Puts the rules that settings ask for into the kernel. Twice is the same as once."""
+
+import msgspec
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import Settings
+from meshnet_init.backends import Backend, Installed, differences
+from meshnet_init.backends.iptables import iptables_variants
+from meshnet_init.backends.nft import NftBackend
+from meshnet_init.host import host_facts, open_connections
+from meshnet_init.plan import Plan, drain_set, make_plan
+
+BACKENDS = ("auto", "nft", "iptables")
+
+
+class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """`replaced` are the backends whose older rules were taken out; `kept`, those whose drain set still stands."""
+
+    backend: str
+    changed: bool
+    rules: int
+    ipv6: bool
+    replaced: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+
+
+def apply(settings: Settings, backend: str = "") -> Applied:
+    """Applies the plan of `settings` in this network namespace, with `backend` or the one the settings name.
+
+    Open connections live on. Raises ConfigError for settings that make no plan and CommandError when the kernel
+    refuses; then what was in force still is.
+    """
+    return apply_plan(make_plan(settings, host_facts()), choose(backend or settings.capture.backend))
+
+
+def apply_plan(plan: Plan, chosen: Backend) -> Applied:
+    """Makes `plan` the only rules of ours, then takes older ones of other backends out."""
+    expected = chosen.expected(plan)
+    changed = bool(differences(expected, chosen.installed()))
+    if changed:
+        chosen.apply(plan)
+
+    replaced, kept = [], []
+    for other in every_backend():
+        if other.name == chosen.name:
+            continue
+        older = other.installed()
+        if older is None:
+            continue
+        # The new rules keep NAT alive for what the older ones redirected, except in a family they leave alone.
+        if older.ipv6 and not plan.ipv6 and chosen.name != "nft" and open_connections(older.redirect_ports()):
+            other.apply(drain_set(older.redirect_ports(), ipv6=older.ipv6))
+            kept.append(other.name)
+        else:
+            other.delete()
+            replaced.append(other.name)
+    return Applied(
+        backend=chosen.name,
+        changed=changed or bool(replaced),
+        rules=len(expected),
+        ipv6=plan.ipv6,
+        replaced=tuple(replaced),
+        kept=tuple(kept),
+    )
+
+
+def choose(name: str) -> Backend:
+    """The backend of that name; `auto` is nft where the kernel takes such rules, else iptables."""
+    reasons = []
+    for backend in every_backend():
+        if name not in ("auto", backend.name):
+            continue
+        reason = backend.unavailable()
+        if not reason:
+            return backend
+        reasons.append(f"{backend.name}: {reason}")
+    if not reasons:
+        raise CommandError(f"no backend {name!r}", fix=f"use one of {', '.join(BACKENDS)}", code=2)
+    raise CommandError(
+        "no way to put rules into this kernel" if name == "auto" else f"backend {name} cannot be used here",
+        why="; ".join(reasons),
+        fix="load the kernel's NAT modules (modprobe nft_redir nf_nat), or install iptables"
+        if name == "auto"
+        else "leave the choice to meshnet: --backend auto",
+    )
+
+
+def every_backend() -> list[Backend]:
+    """Best first; the iptables of PATH before its other variant."""
+    return [NftBackend(), *iptables_variants()]
+
+
+def installed_rules() -> tuple[Installed, ...]:
+    """What is in the kernel of ours, backend by backend; more than one only after a crash. Raises CommandError."""
+    return tuple(installed for backend in every_backend() if (installed := backend.installed()) is not None)

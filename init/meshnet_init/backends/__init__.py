@@ -1,0 +1,98 @@
+"""Two ways into the kernel behind one interface; tests/init/test_backends.py holds both to one contract.
+
+A backend writes plans and reads rules. It knows nothing of settings, and never has to know what it wrote before.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Protocol
+
+import msgspec
+
+from meshnet.errors import CommandError
+from meshnet_init.plan import Plan, Rule
+from meshnet_init.render import nft_rule
+
+
+class Counted(msgspec.Struct, frozen=True):
+    """A rule in the kernel and how many connections it matched since it was written."""
+
+    rule: Rule
+    packets: int = 0
+    bytes: int = 0
+
+
+class Installed(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel holds of ours. `problems` are what no plan of ours would put there, in words."""
+
+    backend: str
+    rules: tuple[Counted, ...]
+    ipv6: bool
+    problems: tuple[str, ...] = ()
+
+    def redirect_ports(self) -> frozenset[int]:
+        """Where connections were redirected to: by these rules, or by those whose place a drain set took."""
+        ports: set[int] = set()
+        for counted in self.rules:
+            rule = counted.rule
+            if rule.redirect:
+                ports.add(rule.redirect)
+            if rule.hold and rule.ports is not None and rule.ports.first == rule.ports.last:
+                ports.add(rule.ports.first)
+        return frozenset(ports)
+
+    def draining(self) -> bool:
+        """A drain set is in force: nothing new is captured."""
+        return bool(self.rules) and all(counted.rule.hold for counted in self.rules)
+
+
+class Backend(Protocol):
+    """Raises CommandError from every method: code 5 without the right to, else 1 with what the kernel said."""
+
+    @property
+    def name(self) -> str: ...
+
+    def unavailable(self) -> str:
+        """Why this backend cannot be used here; empty when it can."""
+
+    def installed(self) -> Installed | None:
+        """What is in the kernel, or None when nothing of ours is."""
+
+    def expected(self, plan: Plan) -> tuple[Rule, ...]:
+        """The rules `installed` lists while `plan` is in force."""
+
+    def apply(self, plan: Plan) -> None:
+        """Puts `plan` in the place of what is there. Old or new at any moment, open connections live on."""
+
+    def delete(self) -> None:
+        """Takes everything of ours out. Cuts connections that are still redirected: put a drain set first."""
+
+
+def differences(expected: Iterable[Rule], installed: Installed | None) -> list[str]:
+    """How the kernel differs from the plan, in words; empty when it does not."""
+    if installed is None:
+        return ["no rules are installed"]
+    wanted = [plain(rule) for rule in expected]
+    found = [plain(counted.rule) for counted in installed.rules]
+    lines = list(installed.problems)
+    missing, extra = Counter(wanted) - Counter(found), Counter(found) - Counter(wanted)
+    lines += [f"missing in {rule.chain}: {nft_rule(rule)}" for rule in missing.elements()]
+    lines += [f"not in the plan, in {rule.chain}: {nft_rule(rule)}" for rule in extra.elements()]
+    if not lines and found != wanted:
+        at = next(at for at, pair in enumerate(zip(wanted, found, strict=True)) if pair[0] != pair[1])
+        lines.append(f"out of order from here, in {wanted[at].chain}: {nft_rule(wanted[at])}")
+    return lines
+
+
+def plain(rule: Rule) -> Rule:
+    """A rule without its reason: what the kernel acts on."""
+    return msgspec.structs.replace(rule, why="")
+
+
+def not_permitted() -> CommandError:
+    return CommandError(
+        "not allowed to change the kernel's rules",
+        why="this needs the capability NET_ADMIN in the network namespace",
+        fix="run it with sudo; in a container, add the capability NET_ADMIN",
+        code=5,
+    )

@@ -1,0 +1,229 @@
+"""The `nft` backend: netlink, no binaries. One table for IPv4 and IPv6, replaced whole in one transaction.
+
+A batch is a single send to the kernel, which takes all of it or none (nf_tables.h of linux/netfilter; nft(8)).
+"""
+
+import errno
+import os
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import msgspec
+from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NLMSG_ERROR
+from pyroute2.netlink.exceptions import NetlinkError
+from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
+from pyroute2.netlink.nfnetlink.nftsocket import (
+    NFPROTO_INET,
+    NFT_MSG_DELCHAIN,
+    NFT_MSG_DELTABLE,
+    NFT_MSG_GETCHAIN,
+    NFT_MSG_GETRULE,
+    NFT_MSG_NEWCHAIN,
+    NFT_MSG_NEWRULE,
+    NFT_MSG_NEWTABLE,
+    NFTSocket,
+    nft_chain_msg,
+    nft_rule_msg,
+    nft_table_msg,
+)
+
+from meshnet.errors import CommandError
+from meshnet_init.backends import Counted, Installed, not_permitted
+from meshnet_init.backends.nft_expressions import decode, encode
+from meshnet_init.plan import CHAIN_IN, CHAINS, Chain, Plan, Rule, drain_set
+from meshnet_init.render import NFT_PRIORITY, NFT_TABLE
+
+_BATCH_BEGIN = 0x10
+_BATCH_END = 0x11
+_NLM_F_NONREC = 0x100  # delete only what is empty (linux/netlink.h)
+_NF_ACCEPT = 1
+_SO_SNDBUFFORCE = 32
+_ANSWER_SIZE = 1 << 16
+_HOOKS: dict[Chain, int] = {"MESHNET_IN": 0, "MESHNET_OUT": 3}  # NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT
+_IPTABLES_NAT = {"PREROUTING": -100, "INPUT": 100, "OUTPUT": -100, "POSTROUTING": 100}  # chain: priority
+
+Message = Any  # pyroute2's messages are dictionaries without types
+
+
+class NftBackend:
+    """The table `inet meshnet`."""
+
+    name = "nft"
+
+    def unavailable(self) -> str:
+        """Tries it for real: a transaction that makes a table with such rules and deletes it again."""
+        scratch = f"{NFT_TABLE}_probe"
+        plan = Plan(rules=(Rule(chain=CHAIN_IN, local=False), Rule(chain=CHAIN_IN, redirect=1), *drain_set(()).rules))
+        try:
+            _commit([*_make_table(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)])
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                raise not_permitted() from error
+            return f"the kernel does not take nftables nat rules: {error.strerror}"
+        return ""
+
+    def installed(self) -> Installed | None:
+        chains = {name for name, _ in nft_chains(NFPROTO_INET, NFT_TABLE)}
+        if not chains:
+            return None
+        rules, problems = [], []
+        for message in _dump(nft_rule_msg, NFT_MSG_GETRULE, NFPROTO_INET, [("NFTA_RULE_TABLE", NFT_TABLE)]):
+            if message.get_attr("NFTA_RULE_TABLE") != NFT_TABLE:
+                continue
+            chain = message.get_attr("NFTA_RULE_CHAIN")
+            counted = decode(chain, message.get_attr("NFTA_RULE_EXPRESSIONS") or ()) if chain in CHAINS else None
+            if counted is not None:
+                why = message.get_attr("NFTA_RULE_USERDATA") or ""
+                rules.append(msgspec.structs.replace(counted, rule=msgspec.structs.replace(counted.rule, why=why)))
+            else:
+                problems.append(f"a rule in {chain} that is not meshnet's (nft list table inet {NFT_TABLE})")
+        problems += [f"chain {chain} is missing" for chain in CHAINS if chain not in chains]
+        return Installed(
+            backend=self.name, rules=tuple(sorted(rules, key=_chain_order)), ipv6=True, problems=tuple(problems)
+        )
+
+    def expected(self, plan: Plan) -> tuple[Rule, ...]:
+        return tuple(sorted(plan.rules, key=lambda rule: CHAINS.index(rule.chain)))
+
+    def apply(self, plan: Plan) -> None:
+        # "add" first, so that the delete has something to delete: then the table is always made from nothing.
+        self._write([_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)], plan)
+
+    def delete(self) -> None:
+        self._write([_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)], None)
+
+    def _write(self, head: list[Message], plan: Plan | None) -> None:
+        try:
+            _commit([*head, *(_make_table(NFT_TABLE, plan) if plan else ())])
+        except OSError as error:
+            if error.errno == errno.EPERM:
+                raise not_permitted() from error
+            raise CommandError(
+                "the kernel refused the nftables rules; what was in force still is",
+                why=str(error.strerror),
+                fix="try the other backend: meshnet init --backend iptables",
+            ) from error
+
+
+def drop_empty_iptables_nat(family: int) -> None:
+    """Deletes what iptables-nft made in its nat table to hang our jumps on: built-in chains, the table, if now empty.
+
+    iptables makes them again when it next needs them. `family` is NFPROTO_IPV4 or NFPROTO_IPV6.
+    """
+    for name, priority in nft_chains(family, "nat"):
+        if priority == _IPTABLES_NAT.get(name):
+            attributes = [("NFTA_CHAIN_TABLE", "nat"), ("NFTA_CHAIN_NAME", name)]
+            _delete_if_empty(_message(nft_chain_msg, NFT_MSG_DELCHAIN, _NLM_F_NONREC, attributes, family))
+    _delete_if_empty(_message(nft_table_msg, NFT_MSG_DELTABLE, _NLM_F_NONREC, [("NFTA_TABLE_NAME", "nat")], family))
+
+
+def _delete_if_empty(message: Message) -> None:
+    try:
+        _commit([message])
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOENT):  # somebody's rules are in it, or there is no such table
+            raise
+
+
+def _make_table(table: str, plan: Plan) -> Iterator[Message]:
+    yield _table(NFT_MSG_NEWTABLE, NLM_F_CREATE, table)
+    for chain in CHAINS:
+        hook = {"attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS[chain]), ("NFTA_HOOK_PRIORITY", NFT_PRIORITY)]}
+        attributes = [
+            ("NFTA_CHAIN_TABLE", table),
+            ("NFTA_CHAIN_NAME", chain),
+            ("NFTA_CHAIN_HOOK", hook),
+            ("NFTA_CHAIN_POLICY", _NF_ACCEPT),
+            ("NFTA_CHAIN_TYPE", "nat"),
+        ]
+        yield _message(nft_chain_msg, NFT_MSG_NEWCHAIN, NLM_F_CREATE, attributes)
+    for rule in plan.rules:
+        attributes = [
+            ("NFTA_RULE_TABLE", table),
+            ("NFTA_RULE_CHAIN", rule.chain),
+            ("NFTA_RULE_EXPRESSIONS", encode(rule)),
+        ]
+        if rule.why:
+            attributes.append(("NFTA_RULE_USERDATA", rule.why))
+        yield _message(nft_rule_msg, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, attributes)
+
+
+def _table(kind: int, flags: int, name: str) -> Message:
+    return _message(nft_table_msg, kind, flags, [("NFTA_TABLE_NAME", name)])
+
+
+def _message(
+    shape: type[Any], kind: int, flags: int, attributes: Sequence[tuple[str, object]], family: int = NFPROTO_INET
+) -> Message:
+    message = shape()
+    message["nfgen_family"] = family
+    message["attrs"] = attributes
+    message["header"]["type"] = NFNL_SUBSYS_NFTABLES << 8 | kind
+    message["header"]["flags"] = NLM_F_REQUEST | flags
+    return message
+
+
+def _commit(messages: Sequence[Message]) -> None:
+    """Sends one transaction. Raises OSError with the kernel's first complaint; then nothing was changed."""
+    # pyroute2's own batches wait for ever when the kernel refuses a batch as a whole: it then answers its begin only.
+    data = b""
+    for number, message in enumerate([_edge(_BATCH_BEGIN), *messages, _edge(_BATCH_END)], start=1):
+        message["header"]["sequence_number"] = number
+        message.encode()
+        data += message.data
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+        try:
+            netlink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, len(data))
+        except PermissionError:  # root of a user namespace only
+            netlink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(data))
+        netlink.sendto(data, (0, 0))
+        # The kernel has done all of it by now. It answers what it refuses, and nothing else, as no ACK was asked for.
+        try:
+            answer = netlink.recv(_ANSWER_SIZE, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+    kind, code = struct.unpack_from("=4xH10xi", answer)  # struct nlmsghdr, struct nlmsgerr
+    if kind == NLMSG_ERROR and code:
+        raise OSError(-code, os.strerror(-code))
+
+
+def _edge(kind: int) -> Message:
+    message = nfgen_msg()  # type: ignore[no-untyped-call]  # as in _commit
+    message["res_id"] = NFNL_SUBSYS_NFTABLES
+    message["header"]["type"] = kind
+    message["header"]["flags"] = NLM_F_REQUEST
+    return message
+
+
+def nft_chains(family: int, table: str) -> list[tuple[str, int]]:
+    """Names and hook priorities of the chains in one table, iptables-nft's included. Raises CommandError."""
+    found = []
+    for message in _dump(nft_chain_msg, NFT_MSG_GETCHAIN, family, []):
+        if message.get_attr("NFTA_CHAIN_TABLE") == table:
+            hook = message.get_attr("NFTA_CHAIN_HOOK")
+            found.append((message.get_attr("NFTA_CHAIN_NAME"), hook.get_attr("NFTA_HOOK_PRIORITY") if hook else 0))
+    return found
+
+
+def _dump(shape: type[Any], kind: int, family: int, attributes: list[tuple[str, object]]) -> list[Message]:
+    query = shape()
+    query["attrs"] = attributes
+    try:
+        with NFTSocket(nfgen_family=family) as netlink:  # type: ignore[no-untyped-call]  # as in _commit
+            return list(netlink.request_get(query, kind))
+    except NetlinkError as error:
+        if error.code == errno.EPERM:
+            raise not_permitted() from error
+        if error.code in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):  # no such table, or a kernel without nftables
+            return []
+        raise CommandError("cannot read the kernel's nftables rules", why=os.strerror(error.code)) from error
+    except OSError as error:
+        if error.errno == errno.EPROTONOSUPPORT:  # a kernel without nfnetlink holds no rules
+            return []
+        raise
+
+
+def _chain_order(counted: Counted) -> int:
+    return CHAINS.index(counted.rule.chain)

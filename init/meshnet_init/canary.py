@@ -1,0 +1,218 @@
+"""A connection that reaches its goal only if the kernel's rules capture it, one for each family.
+
+Where a proxy runs, it answers for the canary address. Where none does (a pod's init container), we listen on its port
+ourselves and look at what arrives: the original destination must be the canary's, and a random token must come through.
+"""
+
+import errno
+import ipaddress
+import os
+import secrets
+import select
+import socket
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+import msgspec
+from pyroute2.iproute.linux import IPRoute
+
+from meshnet.errors import ConnectionFailed
+from meshnet.model.address import Address
+from meshnet.model.canary import CANARY_GREETING, CANARY_PORT, CANARY_V4, CANARY_V6
+from meshnet.net.original import original_destination
+from meshnet_init.plan import Plan, captures
+from meshnet_init.values import Ports
+
+Family = Literal["ipv4", "ipv6"]
+Status = Literal["captured", "not captured", "no route", "not in the plan", "not tried"]
+
+_SECONDS = 3.0  # for one family
+_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EACCES, errno.ENETDOWN})
+_ADDRESS_FAMILY = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
+_LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
+_CANARY = {"ipv4": CANARY_V4, "ipv6": CANARY_V6}
+
+
+class Canary(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one family's canary. Only `not captured` is a failure: without a route nothing can leak."""
+
+    family: Family
+    status: Status
+    destination: str = ""
+    detail: str = ""
+
+
+class _NoRoute(Exception):
+    """The kernel has no way to the destination, so there was no packet for a rule to match."""
+
+
+def fly(plan: Plan, family: Family, outbound_port: int, gid: int) -> Canary:
+    """Sends one family's canary through the rules in this namespace."""
+    if family == "ipv6" and not plan.ipv6:
+        return Canary(family=family, status="not in the plan", detail="IPv6 is not captured here")
+    if os.getegid() == gid and any(rule.gid == gid for rule in plan.rules):
+        return Canary(family=family, status="not tried", detail=f"this process runs as the proxy's group {gid}")
+    try:
+        listener = _listen(family, outbound_port)
+    except OSError as error:
+        return Canary(family=family, status="no route", detail=f"no loopback address: {error.strerror}")
+    if listener is None:
+        return _ask_the_proxy(plan, family)
+    with listener:
+        return _ask_the_kernel(plan, family, listener)
+
+
+def _ask_the_proxy(plan: Plan, family: Family) -> Canary:
+    target = Address(_CANARY[family], CANARY_PORT)
+    if not captures(plan.rules, target.host, target.port):
+        return Canary(family=family, status="not in the plan", detail=f"the plan leaves {target} alone")
+    expected = CANARY_GREETING + str(target).encode() + b"\n"
+    deadline = time.monotonic() + _SECONDS
+    try:
+        with _connect(family, target, deadline) as client:
+            _finish_connect(client, deadline)
+            answer = b""
+            while len(answer) < len(expected):
+                client.settimeout(_left(deadline))
+                chunk = client.recv(len(expected) - len(answer))
+                if not chunk:
+                    break
+                answer += chunk
+    except _NoRoute:
+        return Canary(family=family, status="no route", destination=str(target), detail="nothing can leave")
+    except OSError as error:
+        return Canary(family=family, status="not captured", destination=str(target), detail=_why(error))
+    if answer != expected:
+        detail = "whoever answered is not the outbound proxy"
+        return Canary(family=family, status="not captured", destination=str(target), detail=detail)
+    return Canary(family=family, status="captured", destination=str(target), detail="the proxy answered")
+
+
+def _ask_the_kernel(plan: Plan, family: Family, listener: socket.socket) -> Canary:
+    targets = list(dict.fromkeys(_targets(plan, family)))
+    if not targets:
+        return Canary(family=family, status="not in the plan", detail="the plan captures nothing of this family")
+    for target in targets:
+        deadline = time.monotonic() + _SECONDS
+        try:
+            with _connect(family, target, deadline) as client:
+                _receive(listener, client, target, deadline)
+        except _NoRoute:
+            continue
+        except OSError as error:
+            return Canary(family=family, status="not captured", destination=str(target), detail=_why(error))
+        return Canary(family=family, status="captured", destination=str(target), detail="it came back to us")
+    return Canary(family=family, status="no route", destination=str(targets[0]), detail="nothing can leave")
+
+
+def _receive(listener: socket.socket, client: socket.socket, target: Address, deadline: float) -> None:
+    """Waits until the client's own connection, and no other's, comes out at the listener. Raises OSError."""
+    token = secrets.token_bytes(16)
+    while True:
+        _wait(listener, client, deadline)
+        accepted, _ = listener.accept()
+        with accepted:
+            try:
+                mine = original_destination(accepted) == target
+            except ConnectionFailed:
+                continue
+            if not mine:
+                continue
+            _finish_connect(client, deadline)
+            client.sendall(token)
+            accepted.settimeout(_left(deadline))
+            if accepted.recv(len(token), socket.MSG_WAITALL) == token:
+                return
+
+
+def _wait(listener: socket.socket, client: socket.socket, deadline: float) -> None:
+    """Until the listener has a connection. Raises OSError as soon as the client's has failed elsewhere."""
+    connecting = [client]
+    while not select.select([listener], connecting, [], _left(deadline))[0]:
+        # Writable: refused, or connected to somebody; then only the listener can tell whether that is us.
+        if code := client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            raise OSError(code, os.strerror(code))
+        connecting = []
+
+
+def _connect(family: Family, target: Address, deadline: float) -> socket.socket:
+    """A socket that has begun to connect. Raises _NoRoute."""
+    client = socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_STREAM)
+    client.setblocking(False)
+    code = client.connect_ex((target.host, target.port))
+    if code in (0, errno.EINPROGRESS):
+        client.settimeout(_left(deadline))
+        return client
+    client.close()
+    if code in _NO_ROUTE:
+        raise _NoRoute
+    raise OSError(code, os.strerror(code))
+
+
+def _finish_connect(client: socket.socket, deadline: float) -> None:
+    """Waits until the handshake is over. Raises OSError with what ended it."""
+    client.settimeout(_left(deadline))
+    try:
+        client.send(b"")  # blocks until the connection is writable or failed
+    except BlockingIOError:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+    if code := client.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(code, os.strerror(code))
+
+
+def _listen(family: Family, port: int) -> socket.socket | None:
+    """A listener in the proxy's place, or None where the proxy has it. Raises OSError without a loopback address."""
+    listener = socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == "ipv6":
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listener.bind((_LOOPBACK[family], port))
+        listener.listen()
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise
+    return listener
+
+
+def _targets(plan: Plan, family: Family) -> Iterator[Address]:
+    """Destinations the plan captures, best first: nobody's address, what lies on a link, what is included."""
+    included = [rule for rule in plan.rules if rule.redirect and rule.chain == "MESHNET_OUT"]
+    ports = [CANARY_PORT, *(rule.ports.first for rule in included if isinstance(rule.ports, Ports))]
+    inside = (ipaddress.ip_network(rule.destination) for rule in included if rule.destination)
+    named = [str(network[min(1, network.num_addresses - 1)]) for network in inside if f"ipv{network.version}" == family]
+    for host in (_CANARY[family], *_on_link(family), *named):
+        for port in ports:
+            if captures(plan.rules, host, port):
+                yield Address(host, port)
+
+
+def _on_link(family: Family) -> Iterator[str]:
+    """One address that is not ours in each interface's prefix: those have a route where there is no default route."""
+    with IPRoute() as netlink:  # type: ignore[no-untyped-call]  # pyroute2 has types in part
+        messages = list(netlink.get_addr(family=_ADDRESS_FAMILY[family]))
+    own = {message.get_attr("IFA_ADDRESS") for message in messages}
+    for message in messages:
+        interface = ipaddress.ip_interface(f"{message.get_attr('IFA_ADDRESS')}/{message['prefixlen']}")
+        if interface.is_loopback or interface.is_link_local:
+            continue
+        hosts = interface.network.hosts()
+        other = next((str(host) for host in hosts if str(host) not in own), None)
+        if other is not None:
+            yield other
+
+
+def _left(deadline: float) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+    return left
+
+
+def _why(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return f"nothing came back within {_SECONDS:g} s"
+    return f"{error.strerror or error}: the connection left by its own way"

@@ -1,0 +1,46 @@
+"""What this network namespace is: the facts a plan depends on, and the connections that a removal waits for."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from meshnet_init.plan import Host
+
+# /proc/net follows the main thread's namespace, this one the caller's.
+_PROC_NET = Path("/proc/thread-self/net")
+_IPV6_OFF = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+_GID_MAP = Path("/proc/self/gid_map")
+
+# net/tcp_states.h: TIME_WAIT, CLOSE and LISTEN carry nothing that could be cut.
+_NOT_OPEN = frozenset({"06", "07", "0A"})
+
+
+def host_facts() -> Host:
+    """Reads them from /proc. IPv6 counts when the kernel has it and the namespace has not switched it off."""
+    gids = []
+    for line in _GID_MAP.read_text().splitlines():
+        inside, _, count = (int(field) for field in line.split())
+        gids.append(range(inside, inside + count))
+    return Host(ipv6=_has_ipv6(), gids=tuple(gids))
+
+
+def open_connections(ports: Collection[int]) -> int:
+    """TCP sockets of this namespace whose local port is one of `ports`, listeners aside, half-closed ones included."""
+    count = 0
+    for name in ("tcp", "tcp6"):
+        try:
+            table = (_PROC_NET / name).read_text()
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+        for line in table.splitlines()[1:]:
+            _, local, _, state, _ = line.split(maxsplit=4)
+            if state not in _NOT_OPEN and int(local.rpartition(":")[2], 16) in ports:
+                count += 1
+    return count
+
+
+def _has_ipv6() -> bool:
+    if not (_PROC_NET / "if_inet6").exists():
+        return False
+    # A global address means that IPv6 is in use, whatever the default for new interfaces says.
+    scopes = (line.split()[3] for line in (_PROC_NET / "if_inet6").read_text().splitlines())
+    return _IPV6_OFF.read_text().strip() == "0" or "00" in scopes

@@ -1,0 +1,54 @@
+"""Takes the rules out without cutting what they redirected. Needs no knowledge of what put them there.
+
+1. A drain set takes the rules' place: nothing new is captured, address translation goes on for what was.
+2. Wait until no connection on the redirect ports is left.
+3. Delete.
+"""
+
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from meshnet_init.apply import every_backend
+from meshnet_init.host import open_connections
+from meshnet_init.plan import drain_set
+
+_LOOK_AGAIN = 0.2  # seconds
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """`backends` is empty when nothing was installed; `waited_for` connections at first, `cut` of them at the end."""
+
+    backends: tuple[str, ...]
+    waited_for: int = 0
+    cut: int = 0
+
+
+def remove(drain: float = 30.0, waiting: Callable[[int], object] = lambda _: None) -> Removed:
+    """Removes whatever is installed here, by whichever backend, after at most `drain` seconds.
+
+    Calls `waiting` with the number of connections still open, at first and whenever it changes; connections that
+    outlive the wait are cut. Safe to run again after a crash at any point. Raises CommandError.
+    """
+    found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
+    ports: set[int] = set()
+    for backend, installed in found:
+        ports |= installed.redirect_ports()
+        if not installed.draining():
+            backend.apply(drain_set(installed.redirect_ports(), ipv6=installed.ipv6))
+
+    first = left = open_connections(ports) if found else 0
+    deadline = time.monotonic() + drain
+    if left:
+        waiting(left)
+    while left and time.monotonic() < deadline:
+        time.sleep(_LOOK_AGAIN)  # noqa: TID251  # the kernel tells nobody when a socket of another process closes
+        now = open_connections(ports)
+        if now != left:
+            left = now
+            waiting(left)
+
+    for backend, _ in found:
+        backend.delete()
+    return Removed(backends=tuple(backend.name for backend, _ in found), waited_for=first, cut=left)

@@ -1,0 +1,19 @@
+"""Back to the rules that were in force before."""
+
+from meshnet_init.apply import apply_plan, every_backend
+from meshnet_init.backends import Installed
+from meshnet_init.plan import Plan
+from meshnet_init.remove import remove
+
+
+def put_back(before: tuple[Installed, ...], drain: float = 5.0) -> None:
+    """Makes the kernel hold what `installed_rules` returned earlier; nothing, after `drain` seconds, if that was empty.
+
+    Open connections live on as with `apply` and `remove`. Raises CommandError.
+    """
+    in_force = next((installed for installed in before if not installed.draining()), None)
+    if in_force is None:
+        remove(drain)
+        return
+    plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6)
+    apply_plan(plan, next(backend for backend in every_backend() if backend.name == in_force.backend))

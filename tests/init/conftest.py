@@ -1,0 +1,29 @@
+"""A lab for each backend: what holds for one holds for all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from meshnet_init.apply import every_backend
+from tests.init.kernel import FAMILIES, Lab, backend_named
+from tests.world import World
+
+# Chosen by what is installed, but never fewer than the two that meshnet promises: see test_backends.
+BACKENDS = [backend.name for backend in every_backend()]
+
+
+@pytest.fixture(params=BACKENDS)
+def lab(request: pytest.FixtureRequest, world: World) -> Lab:
+    return Lab(world, backend_named(request.param))
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def real_root() -> bool:
+    """Whether groups beside 0 exist here; they do not in the user namespace of somebody without root."""
+    return os.getuid() == 0 and int(Path("/proc/self/gid_map").read_text().split()[2]) > 1

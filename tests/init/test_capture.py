@@ -1,0 +1,232 @@
+"""What is captured and what is left alone: real connections through real rules, on each backend, in both families."""
+
+import ipaddress
+import os
+import socket
+from contextlib import ExitStack
+
+import pytest
+
+from meshnet.model.address import Address
+from tests.init.kernel import (
+    APP_PORT,
+    INBOUND,
+    OTHER_PORT,
+    OUTBOUND,
+    TIMEOUT,
+    Lab,
+    Open,
+    address_of,
+    connect,
+    listening,
+)
+from tests.world import Host
+
+pytestmark = pytest.mark.netns
+
+SO_MARK = 36
+
+
+class Sides:
+    """Listeners: the two of the proxy and an application on `app`, a server on `peer`."""
+
+    def __init__(self, lab: Lab, family: str, stack: ExitStack) -> None:
+        loopback = "127.0.0.1" if family == "ipv4" else "::1"
+        self.lab, self.family = lab, family
+        self.app, self.peer = address_of(lab.app, family), address_of(lab.peer, family)
+        self.inbound = stack.enter_context(listening(lab.app, family, INBOUND))
+        self.outbound = stack.enter_context(listening(lab.app, family, OUTBOUND, loopback))
+        self.application = stack.enter_context(listening(lab.app, family, APP_PORT))
+        self.server = stack.enter_context(listening(lab.peer, family, APP_PORT))
+        self.stack = stack
+
+    def call_in(self, expected: socket.socket, port: int = APP_PORT, source: Host | None = None) -> Open:
+        others = [listener for listener in (self.inbound, self.application) if listener is not expected]
+        return self._kept(connect(source or self.lab.peer, self.app, port, expected, *others))
+
+    def call_out(self, expected: socket.socket, port: int = APP_PORT, client: socket.socket | None = None) -> Open:
+        others = [listener for listener in (self.outbound, self.server) if listener is not expected]
+        return self._kept(connect(self.lab.app, self.peer, port, expected, *others, client=client))
+
+    def _kept(self, opened: Open) -> Open:
+        self.stack.callback(opened.close)
+        assert opened.works()
+        return opened
+
+
+@pytest.fixture
+def sides(lab: Lab, family: str) -> Sides:
+    with ExitStack() as stack:
+        yield Sides(lab, family, stack)
+
+
+def test_both_directions_come_to_the_proxy_which_learns_where_they_were_going(lab: Lab, sides: Sides) -> None:
+    lab.install()
+
+    assert sides.call_in(sides.inbound).captured_from() == Address(sides.app, APP_PORT)
+    assert sides.call_out(sides.outbound).captured_from() == Address(sides.peer, APP_PORT)
+
+
+def test_a_port_nobody_listens_on_is_captured_all_the_same(lab: Lab, sides: Sides) -> None:
+    lab.install()
+
+    assert sides.call_in(sides.inbound, 9999).captured_from() == Address(sides.app, 9999)
+
+
+def test_without_a_proxy_connections_are_refused_and_never_go_on_in_plain(lab: Lab, family: str) -> None:
+    lab.install()
+
+    with listening(lab.app, family, APP_PORT), listening(lab.peer, family, APP_PORT):
+        for source, target in ((lab.peer, lab.app), (lab.app, lab.peer)):
+            with pytest.raises(ConnectionRefusedError):
+                source.connect(address_of(target, family), APP_PORT)
+
+
+@pytest.mark.parametrize("excluded", [["8080"], ["8000-8100"], ["1-8080", "9000"]])
+def test_excluded_ports_are_left_alone(lab: Lab, sides: Sides, excluded: list[str]) -> None:
+    lab.install(exclude_inbound_ports=excluded, exclude_outbound_ports=excluded)
+
+    sides.call_in(sides.application)
+    sides.call_out(sides.server)
+    sides.call_in(sides.inbound, 8101)
+    sides.call_out(sides.outbound, 8101)
+
+
+def test_only_included_ports_are_captured(lab: Lab, sides: Sides) -> None:
+    lab.install(inbound_ports=["8081", "9000-9100"], outbound_ports=["8081", "9000-9100"])
+
+    sides.call_in(sides.application)
+    sides.call_out(sides.server)
+    for port in (OTHER_PORT, 9000, 9050, 9100):
+        sides.call_in(sides.inbound, port)
+        sides.call_out(sides.outbound, port)
+
+
+def test_two_hundred_single_ports_are_no_trouble(lab: Lab, sides: Sides) -> None:
+    lab.install(exclude_inbound_ports=[str(port) for port in range(8080, 8480, 2)])
+
+    sides.call_in(sides.application)
+    sides.call_in(sides.inbound, OTHER_PORT)
+
+
+def test_excluded_clients_reach_the_application_themselves(lab: Lab, sides: Sides) -> None:
+    other = lab.world.host("other")
+    lab.install(exclude_inbound_cidrs=[f"{lab.peer.address}/32", f"{lab.peer.address6}/128"])
+
+    sides.call_in(sides.application)
+    sides.call_in(sides.inbound, source=other)
+
+
+@pytest.mark.parametrize("bits", [(32, 128), (31, 127), (24, 64), (11, 13)])
+def test_excluded_destinations_are_reached_directly(lab: Lab, sides: Sides, bits: tuple[int, int]) -> None:
+    lab.install(exclude_outbound_cidrs=[prefix(lab.peer, "ipv4", bits[0]), prefix(lab.peer, "ipv6", bits[1])])
+
+    sides.call_out(sides.server)
+    sides.call_in(sides.inbound)
+
+
+def test_only_included_destinations_are_captured(lab: Lab, sides: Sides) -> None:
+    lab.install(outbound_cidrs=["192.168.0.0/16", "2001:db8::/32"])
+    sides.call_out(sides.server)
+
+    lab.install(outbound_cidrs=[prefix(lab.peer, "ipv4", 24), prefix(lab.peer, "ipv6", 64)])
+    sides.call_out(sides.outbound)
+
+
+def test_the_proxys_mark_lets_its_connections_pass(lab: Lab, sides: Sides) -> None:
+    lab.install()
+
+    sides.call_out(sides.server, client=marked(lab.app, sides.family, 0x1000))
+    sides.call_out(sides.outbound, client=marked(lab.app, sides.family, 0x4D02))
+
+
+def test_the_proxys_group_lets_its_connections_pass(lab: Lab, sides: Sides, real_root: bool) -> None:
+    # Without root there is no group but 0, which is everybody's here: then nobody is captured.
+    group, others = (15137, True) if real_root else (0, False)
+    lab.install(gid=group)
+
+    sides.call_out(sides.server, client=made_by_group(lab.app, sides.family, group))
+    sides.call_out(sides.outbound if others else sides.server)
+
+
+def test_a_group_that_does_not_exist_here_captures_everybody_else(lab: Lab, sides: Sides, real_root: bool) -> None:
+    lab.install(gid=15138)
+
+    with lab.app.entered():
+        installed = lab.backend.installed()
+    assert installed is not None
+    assert any(counted.rule.gid == 15138 for counted in installed.rules) == real_root
+    sides.call_out(sides.outbound)
+
+
+def test_the_sidecars_own_ports_are_reached_directly(lab: Lab, sides: Sides) -> None:
+    lab.install()
+
+    for port in (15108, 15120, 15121):
+        with listening(lab.app, sides.family, port) as listener:
+            sides.call_in(listener, port)
+
+
+def test_loopback_and_own_address_stay_on_the_host(lab: Lab, sides: Sides) -> None:
+    lab.install()
+
+    for target in ("127.0.0.1" if sides.family == "ipv4" else "::1", sides.app):
+        kept = connect(lab.app, target, APP_PORT, sides.application, sides.inbound, sides.outbound)
+        assert kept.works()
+        kept.close()
+
+
+def test_forwarded_traffic_passes(lab: Lab, sides: Sides) -> None:
+    far = lab.world.host("far")
+    behind = "10.99.0.1" if sides.family == "ipv4" else "fd99::1"
+    bits = 32 if sides.family == "ipv4" else 128
+    far.configure(f"address add {behind}/{bits} dev lo")
+    for number, host in enumerate((lab.app, far), start=1):  # they ask for their neighbours from link-local addresses
+        host.configure(f"address add fe80::{number}/64 dev eth0 nodad")
+    for host, gateway in ((lab.peer, lab.app), (lab.app, far)):
+        host.configure(f"route add {behind}/{bits} via {address_of(gateway, sides.family)}")
+    with lab.app.entered():
+        for file in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+            with open(f"/proc/sys/net/{file}", "w") as switch:
+                switch.write("1")
+    lab.install()
+
+    with listening(far, sides.family, APP_PORT) as listener:
+        passing = connect(lab.peer, behind, APP_PORT, listener, sides.inbound, sides.outbound)
+        assert passing.works()
+        passing.close()
+
+
+def test_ipv6_can_be_left_alone(lab: Lab, sides: Sides) -> None:
+    lab.install(ipv6="off")
+
+    sides.call_in(sides.inbound if sides.family == "ipv4" else sides.application)
+    sides.call_out(sides.outbound if sides.family == "ipv4" else sides.server)
+
+
+def prefix(host: Host, family: str, bits: int) -> str:
+    return str(ipaddress.ip_network((address_of(host, family), bits), strict=False))
+
+
+def marked(host: Host, family: str, mark: int) -> socket.socket:
+    client = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
+    client.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+    return client
+
+
+def made_by_group(host: Host, family: str, group: int) -> socket.socket:
+    """A socket keeps the group of the process that made it: a child makes it and hands it over."""
+    ours, childs = socket.socketpair()
+    with ours, childs:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgid(group)
+                made = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
+                socket.send_fds(childs, [b"x"], [made.fileno()])
+            finally:
+                os._exit(0)
+        ours.settimeout(TIMEOUT)
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        os.waitpid(child, 0)
+    return socket.socket(fileno=descriptors[0])

@@ -1,0 +1,211 @@
+"""`meshnet init` and `meshnet rules`, as somebody types them."""
+
+import subprocess
+import sys
+
+import msgspec
+import pytest
+
+from meshnet_init.apply import every_backend, installed_rules
+from meshnet_init.plan import Rule
+from tests.init.kernel import APP_PORT, INBOUND, connect, listening
+from tests.world import Host, World
+
+pytestmark = pytest.mark.netns
+
+BACKENDS = ("nft", "iptables")
+
+
+@pytest.fixture
+def host(world: World) -> Host:
+    return world.host("app")
+
+
+def run(host: Host, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = host.run("meshnet", *arguments, check=False, **environment)
+    assert done.returncode == code, (done.stdout, done.stderr)
+    return done
+
+
+def in_force(host: Host) -> list[str]:
+    with host.entered():
+        return [backend.name for backend in every_backend() if backend.installed()]
+
+
+def rules_in_force() -> list[tuple[str, list[Rule]]]:
+    return [(installed.backend, [counted.rule for counted in installed.rules]) for installed in installed_rules()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_init_verify_show_and_remove(host: Host, backend: str) -> None:
+    done = run(host, "init", "--backend", backend, "--verify")
+    assert f"in force ({backend})" in done.stdout
+    assert "ipv4: captured" in done.stdout
+    assert "ipv6: captured" in done.stdout
+    assert in_force(host) == [backend]
+
+    assert "nothing changed" in run(host, "init", "--backend", backend).stdout
+    assert "as planned" in run(host, "rules", "verify").stdout
+    shown = run(host, "rules", "show").stdout
+    assert f"backend {backend}" in shown
+    redirects = [line.split() for line in shown.splitlines() if "redirect to :15101" in line]
+    hits = [int(words[words.index(":15101") + 1]) for words in redirects]
+    assert hits == ([4] if backend == "nft" else [2, 2])  # two canaries, sent twice
+
+    assert f"rules removed ({backend})" in run(host, "init", "remove").stdout
+    assert in_force(host) == []
+    assert "no rules are installed" in run(host, "init", "remove").stdout
+    assert "no rules are installed" in run(host, "rules", "show").stdout
+    assert "no rules are installed" in run(host, "rules", "verify", code=1).stdout
+
+
+def test_a_dry_run_prints_what_the_tools_take_and_changes_nothing(host: Host) -> None:
+    for form, command in (("nft", ["nft", "-c", "-f", "-"]), ("iptables", None), ("json", None)):
+        text = run(host, "init", "--dry-run", "--format", form, "--exclude-inbound-ports", "22,8000-8100").stdout
+        assert in_force(host) == []
+        if command:
+            host.run(*command, stdin=text)
+            assert "tcp dport 8000-8100 counter return" in text
+        elif form == "iptables":
+            four, six = text.split("# ip6tables-restore --noflush\n")
+            host.run("iptables-restore", "--noflush", "--test", stdin=four)
+            host.run("ip6tables-restore", "--noflush", "--test", stdin=six)
+        else:
+            assert any(rule.get("redirect") == 15101 for rule in msgspec.json.decode(text)["rules"])
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file(host: Host) -> None:
+    file = host.directory / "meshnet.toml"
+    file.write_text('[capture]\nexclude_outbound_ports = ["1111"]\nexclude_inbound_ports = ["3333"]\n')
+    arguments = ["init", "--dry-run", "--config", str(file)]
+
+    assert "dport 1111" in run(host, *arguments).stdout
+    environment = {"MESHNET_CAPTURE__EXCLUDE_OUTBOUND_PORTS": "2222"}
+    from_environment = run(host, *arguments, **environment).stdout
+    assert "dport 2222" in from_environment
+    assert "dport 1111" not in from_environment
+    from_flag = run(host, *arguments, "--exclude-outbound-ports", "4444,5555", **environment).stdout
+    assert "dport 4444" in from_flag
+    assert "dport 5555" in from_flag
+    assert "dport 2222" not in from_flag
+    assert "dport 3333" in from_flag
+
+
+def test_every_flag_reaches_the_rules(host: Host) -> None:
+    text = run(
+        host,
+        *("init", "--dry-run", "--inbound-port", "16106", "--outbound-port", "16101", "--inbound-ports", "81"),
+        *(
+            "--exclude-inbound-ports",
+            "82",
+            "--exclude-inbound-cidrs",
+            "10.1.0.0/16,fd01::/16",
+            "--outbound-ports",
+            "83",
+        ),
+        *("--exclude-outbound-ports", "84", "--outbound-cidrs", "10.2.0.0/16", "--exclude-outbound-cidrs", "10.2.3.4"),
+        *("--mark", "0x1234", "--gid", "0", "--ipv6", "off"),
+    ).stdout
+
+    for part in (
+        *("redirect to :16106", "redirect to :16101", "dport 81 ", "dport 82 ", "saddr 10.1.0.0/16", "dport 83 "),
+        *("dport 84 ", "daddr 10.2.0.0/16", "daddr 10.2.3.4 ", "meta mark 0x00001234", "skgid 0 ", "nfproto ipv6"),
+    ):
+        assert part in text
+    assert "fd01" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--inbound-ports", "http"], 2, "is not a port"),
+        (["--outbound-cidrs", "10.0.0.1/8"], 2, "write 10.0.0.0/8"),
+        (["--mark", "0"], 2, "is not a mark"),
+        (["--backend", "ipfw"], 2, "nft"),
+        (["--inbound-port", "15101"], 78, "give each its own port"),
+        (["--config", "/nowhere.toml"], 78, "/nowhere.toml"),
+        (["remove", "--drain", "soon"], 2, "duration"),
+    ],
+)
+def test_what_is_wrong_is_said_with_its_exit_code(host: Host, arguments: list[str], code: int, said: str) -> None:
+    assert said in run(host, "init", *arguments, code=code).stderr
+    assert in_force(host) == []
+
+
+def test_a_wrong_variable_is_named(host: Host) -> None:
+    done = run(host, "init", code=78, MESHNET_CAPTURE__GID="many")
+
+    assert "MESHNET_CAPTURE__GID" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["init"], ["init", "remove"], ["rules", "show"], ["rules", "verify"]])
+def test_without_rights_three_lines_and_code_5(host: Host, arguments: list[str]) -> None:
+    done = host.run(
+        *("setpriv", "--bounding-set=-all", "--inh-caps=-all", "meshnet", *arguments),
+        check=False,
+    )
+
+    assert done.returncode == 5
+    assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "why", "fix"]
+    assert "sudo" in done.stderr
+
+
+@pytest.mark.parametrize("before", [[], ["--exclude-inbound-ports", "2022"]])
+def test_when_verification_fails_what_was_before_comes_back(host: Host, before: list[str]) -> None:
+    if before:
+        run(host, "init", *before)
+    with host.entered():
+        old = rules_in_force()
+    # Somebody's rule ahead of ours takes the canary away.
+    host.run(
+        "nft",
+        "-f",
+        "-",
+        stdin="table inet ahead {\n chain out {\n type nat hook output priority -150;\n"
+        " tcp dport 15122 redirect to :9\n }\n}\n",
+    )
+
+    done = run(host, "init", "--verify", code=7)
+
+    assert "what was before is back" in done.stderr
+    with host.entered():
+        assert rules_in_force() == old
+
+
+def test_remove_says_what_it_waits_for_and_what_it_cut(world: World, host: Host) -> None:
+    peer = world.host("peer")
+    run(host, "init")
+    with listening(host, "ipv4", INBOUND) as inbound:
+        opened = connect(peer, host.address, APP_PORT, inbound)
+
+    done = run(host, "init", "remove", "--drain", "250ms")
+
+    assert "waiting for 1 connection" in done.stderr
+    assert "1 connection outlived the wait and was cut" in done.stdout
+    opened.close()
+
+
+def test_json_for_programs(host: Host) -> None:
+    applied = msgspec.json.decode(run(host, "init", "--verify", "-o", "json").stdout)
+    assert applied["applied"]["backend"] == "nft"
+    assert applied["verification"]["ok"] is True
+    plan = msgspec.json.decode(run(host, "rules", "plan", "-o", "json").stdout)
+    shown = msgspec.json.decode(run(host, "rules", "show", "-o", "json").stdout)
+    assert [rule["match"] for rule in shown["items"][0]["rules"]] == [rule["match"] for rule in plan["rules"]]
+    assert [rule["why"] for rule in shown["items"][0]["rules"]] == [rule["why"] for rule in plan["rules"]]
+    assert msgspec.json.decode(run(host, "rules", "verify", "-o", "json").stdout)["canaries"][0]["status"] == "captured"
+    assert msgspec.json.decode(run(host, "init", "remove", "-o", "json").stdout)["backends"] == ["nft"]
+    refused = run(host, "init", "-o", "json", "--inbound-port", "15101", code=78)
+    assert msgspec.json.decode(refused.stderr)["exitCode"] == 78
+
+
+def test_the_entry_point_of_an_init_container_is_the_same_command(host: Host) -> None:
+    assert host.run("meshnet-init", "--dry-run").stdout == run(host, "init", "--dry-run").stdout
+
+
+def test_help_does_not_wait_for_netlink() -> None:
+    code = (
+        "import sys, meshnet_cli.init, meshnet_cli.rules; "
+        "sys.exit(any(name.partition('.')[0] in ('pyroute2', 'meshnet_init') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,168 @@
+"""The plan: which rules, in which order, for which settings."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshnet.errors import ConfigError
+from meshnet.model.settings import CaptureSection, ProxySection, Settings
+from meshnet_init.plan import CHAIN_IN, CHAIN_OUT, Host, Rule, captures, drain_set, make_plan
+from meshnet_init.values import ALL_PORTS, Ports
+
+ODD_PORTS = tuple(str(port) for port in range(1, 4001, 2))
+
+
+def plan_rules(chain: str, host: Host | None = None, **capture: object) -> list[Rule]:
+    settings = Settings(capture=msgspec.convert(capture, CaptureSection))
+    return [rule for rule in make_plan(settings, host or Host()).rules if rule.chain == chain]
+
+
+def ports_left_alone(rules: list[Rule]) -> list[str]:
+    return [str(rule.ports) for rule in rules if rule.ports and not rule.redirect]
+
+
+def test_by_default_everything_is_captured_but_the_sidecar_ssh_and_the_host_itself() -> None:
+    inbound, outbound = plan_rules(CHAIN_IN), plan_rules(CHAIN_OUT)
+
+    assert inbound[0].loopback
+    assert inbound[1].mark == 0x1000
+    assert ports_left_alone(inbound) == ["15101", "15106", "15108", "15120", "15121", "22"]
+    assert inbound[-2].local is False
+    assert inbound[-1] == Rule(chain=CHAIN_IN, redirect=15106, why="to the inbound proxy")
+    assert [rule.mark or rule.gid or rule.loopback or rule.local for rule in outbound[:-1]] == [
+        0x1000,
+        15137,
+        True,
+        True,
+    ]
+    assert outbound[-1] == Rule(chain=CHAIN_OUT, redirect=15101, why="to the outbound proxy")
+
+
+def test_every_rule_has_a_reason_that_no_syntax_can_take_apart() -> None:
+    rules = plan_rules(CHAIN_IN, exclude_inbound_ports=["22"], exclude_inbound_cidrs=["10.0.0.0/8"])
+    rules += plan_rules(CHAIN_OUT, ipv6="off", exclude_outbound_ports=["25"], exclude_outbound_cidrs=["10.0.0.0/8"])
+
+    for rule in (*rules, *drain_set([15101]).rules):
+        assert rule.why.isascii()
+        assert rule.why.isprintable()
+        assert 0 < len(rule.why) < 128
+        assert '"' not in rule.why
+
+
+def test_the_own_ports_are_left_alone_wherever_they_are_moved() -> None:
+    settings = Settings(proxy=ProxySection(inbound_port=16106, outbound_port=16101, tunnel_port=16108))
+    rules = [rule for rule in make_plan(settings, Host()).rules if rule.chain == CHAIN_IN]
+
+    assert ports_left_alone(rules) == ["15120", "15121", "16101", "16106", "16108", "22"]
+    assert rules[-1].redirect == 16106
+
+
+def test_excludes_stand_before_the_redirect_and_includes_are_the_redirect() -> None:
+    rules = plan_rules(CHAIN_IN, inbound_ports=["80", "8000-8100"], exclude_inbound_ports=["8050"])
+
+    assert ports_left_alone(rules)[-1] == "8050"
+    assert [str(rule.ports) for rule in rules if rule.redirect] == ["80", "8000-8100"]
+    assert all(rule.redirect for rule in rules[-2:])
+
+
+def test_outbound_includes_are_every_cidr_with_every_port() -> None:
+    rules = plan_rules(CHAIN_OUT, outbound_cidrs=["10.0.0.0/8", "fd00::/8"], outbound_ports=["80", "443"])
+
+    assert [(rule.family, rule.destination, str(rule.ports)) for rule in rules if rule.redirect] == [
+        ("ipv4", "10.0.0.0/8", "80"),
+        ("ipv4", "10.0.0.0/8", "443"),
+        ("ipv6", "fd00::/8", "80"),
+        ("ipv6", "fd00::/8", "443"),
+    ]
+
+
+def test_one_family_everywhere_is_a_match_on_the_family() -> None:
+    rules = plan_rules(CHAIN_OUT, outbound_cidrs=["0.0.0.0/0"])
+
+    assert rules[-1] == Rule(chain=CHAIN_OUT, family="ipv4", redirect=15101, why="to the outbound proxy")
+
+
+def test_nothing_included_captures_nothing() -> None:
+    assert not any(rule.redirect for rule in plan_rules(CHAIN_IN, inbound_ports=[]))
+    assert not any(rule.redirect for rule in plan_rules(CHAIN_OUT, outbound_cidrs=[]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "host_has_it", "captured"),
+    [("auto", True, True), ("auto", False, False), ("on", False, True), ("off", True, False)],
+)
+def test_ipv6_is_as_set_or_as_the_host_has_it(setting: str, host_has_it: bool, captured: bool) -> None:
+    host = Host(ipv6=host_has_it)
+    settings = Settings(
+        capture=msgspec.convert({"ipv6": setting, "exclude_outbound_cidrs": ["fd00::/8"]}, CaptureSection)
+    )
+    plan = make_plan(settings, host)
+
+    assert plan.ipv6 == captured
+    if not captured:
+        for chain in (CHAIN_IN, CHAIN_OUT):
+            first = next(rule for rule in plan.rules if rule.chain == chain)
+            assert (first.family, first.redirect) == ("ipv6", 0)
+        assert [rule.family for rule in plan.rules].count("ipv6") == 2
+
+
+def test_a_group_this_user_namespace_does_not_map_makes_no_rule() -> None:
+    rules = plan_rules(CHAIN_OUT, host=Host(gids=(range(1),)))
+
+    assert all(rule.gid is None for rule in rules)
+
+
+def test_group_zero_can_be_the_proxys() -> None:
+    assert any(rule.gid == 0 for rule in plan_rules(CHAIN_OUT, gid=0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (Settings(proxy=ProxySection(mark=0)), "proxy.mark"),
+        (Settings(proxy=ProxySection(mark=2**32)), "proxy.mark"),
+        (Settings(proxy=ProxySection(inbound_port=0)), "proxy.inbound_port"),
+        (Settings(proxy=ProxySection(outbound_port=65536)), "proxy.outbound_port"),
+        (Settings(proxy=ProxySection(outbound_port=15106)), "both 15106"),
+        (Settings(capture=CaptureSection(gid=-1)), "capture.gid"),
+        (Settings(capture=CaptureSection(gid=2**32 - 1)), "capture.gid"),
+        (Settings(capture=CaptureSection(exclude_outbound_ports=("x",))), "capture.exclude_outbound_ports"),
+        (Settings(capture=CaptureSection(exclude_inbound_cidrs=("x",))), "capture.exclude_inbound_cidrs"),
+        (
+            Settings(capture=CaptureSection(outbound_ports=tuple(str(n) for n in range(1, 4001, 2)))),
+            "rules are more than 1000",
+        ),
+    ],
+)
+def test_settings_that_make_no_plan_are_refused(settings: Settings, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan(settings, Host())
+
+    assert problem in caught.value.problem
+    assert caught.value.suggestion
+
+
+def test_a_drain_set_redirects_nothing_and_remembers_the_ports() -> None:
+    plan = drain_set([15106, 15101, 15106])
+
+    assert all(rule.hold and not rule.redirect for rule in plan.rules)
+    assert [str(rule.ports) for rule in plan.rules if rule.chain == CHAIN_IN] == ["15101", "15106"]
+    assert {rule.ports for rule in drain_set([]).rules} == {ALL_PORTS}
+
+
+@given(st.integers(1, 65535), st.ip_addresses())
+def test_captures_says_what_the_includes_and_excludes_say(port: int, address: object) -> None:
+    rules = plan_rules(
+        CHAIN_OUT,
+        outbound_ports=["1-1023"],
+        exclude_outbound_ports=["22"],
+        exclude_outbound_cidrs=["10.0.0.0/8", "fd00::/8"],
+    )
+    excluded = str(address).startswith("10.") or str(address).startswith("fd")
+
+    assert captures(rules, str(address), port) == (port < 1024 and port != 22 and not excluded)
+
+
+def test_ports_are_compared_by_their_ends() -> None:
+    assert Ports(1, 2) < Ports(1, 3) < Ports(2, 2)

@@ -1,0 +1,214 @@
+"""Verification: what differs is told in words, and a canary only comes back through the rules."""
+
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from meshnet.errors import ConnectionFailed
+from meshnet.model.canary import CANARY_GREETING
+from meshnet.model.settings import Settings
+from meshnet.net.original import original_destination
+from meshnet_init.apply import installed_rules
+from meshnet_init.plan import drain_set
+from meshnet_init.rollback import put_back
+from meshnet_init.verify import Verification, verify
+from tests.init.kernel import OUTBOUND, Lab, capture, listening
+from tests.world import Host, World
+
+pytestmark = pytest.mark.netns
+
+
+def verified(host: Host, settings: Settings) -> Verification:
+    with host.entered():
+        return verify(settings)
+
+
+def statuses(result: Verification) -> list[str]:
+    return [canary.status for canary in result.canaries]
+
+
+def test_rules_as_planned_bring_both_canaries_back(lab: Lab) -> None:
+    lab.install()
+
+    result = verified(lab.app, capture())
+
+    assert result.ok
+    assert result.backend == lab.backend.name
+    assert result.differences == ()
+    assert statuses(result) == ["captured", "captured"]
+
+
+def test_a_running_proxy_answers_for_the_canary(lab: Lab) -> None:
+    lab.install()
+
+    with answering(lab.app, CANARY_GREETING):
+        result = verified(lab.app, capture())
+
+    assert result.ok
+    assert {canary.detail for canary in result.canaries} == {"the proxy answered"}
+
+
+def test_somebody_else_on_the_proxys_port_is_no_proof(lab: Lab) -> None:
+    lab.install()
+
+    with answering(lab.app, b"220 mail ready "):
+        result = verified(lab.app, capture())
+
+    assert not result.ok
+    assert statuses(result) == ["not captured", "not captured"]
+
+
+def test_nothing_installed_is_told_and_no_canary_sent(lab: Lab) -> None:
+    result = verified(lab.app, capture())
+
+    assert result == Verification(ok=False, backend="", differences=("no rules are installed",))
+
+
+def test_rules_lost_behind_our_back_lose_the_canary(lab: Lab) -> None:
+    lab.install()
+    if lab.backend.name == "nft":
+        lab.app.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
+    else:
+        for family in ("iptables", "ip6tables"):
+            lab.app.run(lab.backend.name.replace("iptables", family), "-t", "nat", "-F", "MESHNET_OUT")
+
+    result = verified(lab.app, capture())
+
+    assert not result.ok
+    assert any("missing in MESHNET_OUT" in line for line in result.differences)
+    assert statuses(result) == ["not captured", "not captured"]
+
+
+def test_settings_that_changed_since_are_told(lab: Lab) -> None:
+    lab.install()
+
+    result = verified(lab.app, capture(exclude_outbound_ports=["25"]))
+
+    assert not result.ok
+    assert result.differences
+    assert all("tcp dport 25" in line for line in result.differences)
+    assert statuses(result) == ["captured", "captured"]
+
+
+def test_a_drain_set_is_not_capture(lab: Lab) -> None:
+    with lab.app.entered():
+        lab.backend.apply(drain_set([OUTBOUND]))
+
+    assert not verified(lab.app, capture()).ok
+
+
+def test_older_rules_of_another_backend_are_told(world: World, lab: Lab) -> None:
+    from meshnet_init.apply import every_backend
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+
+    with lab.app.entered():
+        for backend in every_backend():
+            backend.apply(make_plan(capture(), host_facts()))
+
+    result = verified(lab.app, capture())
+
+    assert not result.ok
+    assert any("beside" in line for line in result.differences)
+
+
+def test_without_a_default_route_a_neighbours_address_does(lab: Lab) -> None:
+    lab.app.configure("route del default", "route del ::/0")
+    lab.install()
+
+    result = verified(lab.app, capture())
+
+    assert statuses(result) == ["captured", "captured"]
+    assert result.canaries[0].destination == "10.77.0.1:15122"
+
+
+def test_without_any_route_it_is_said_so(lab: Lab) -> None:
+    lab.app.configure("link set eth0 down")
+    lab.install()
+
+    result = verified(lab.app, capture())
+
+    assert result.ok
+    assert statuses(result) == ["no route", "no route"]
+
+
+def test_a_proxy_and_no_route_is_no_route(lab: Lab) -> None:
+    lab.app.configure("route del default", "route del ::/0")
+    lab.install()
+
+    with answering(lab.app, CANARY_GREETING):
+        assert statuses(verified(lab.app, capture())) == ["no route", "no route"]
+
+
+def test_a_family_left_alone_is_not_tried(lab: Lab) -> None:
+    lab.install(ipv6="off")
+
+    result = verified(lab.app, capture(ipv6="off"))
+
+    assert result.ok
+    assert statuses(result) == ["captured", "not in the plan"]
+
+
+def test_the_canary_goes_where_the_plan_captures(lab: Lab) -> None:
+    narrow = {"outbound_cidrs": ["10.77.0.0/24"], "outbound_ports": ["5432"]}
+    lab.install(**narrow)
+
+    result = verified(lab.app, capture(**narrow))
+
+    assert result.ok
+    assert statuses(result) == ["captured", "not in the plan"]
+    assert result.canaries[0].destination == "10.77.0.1:5432"
+
+
+def test_as_the_proxys_group_nothing_can_be_proved(lab: Lab) -> None:
+    own = {"gid": os.getegid()}
+    lab.install(**own)
+
+    assert statuses(verified(lab.app, capture(**own))) == ["not tried", "not tried"]
+
+
+@pytest.mark.parametrize("before", [None, {"exclude_inbound_ports": ["22"], "outbound_cidrs": ["10.0.0.0/8"]}])
+def test_what_was_in_force_can_be_put_back(lab: Lab, before: dict[str, object] | None) -> None:
+    if before is not None:
+        lab.install(**before)
+    with lab.app.entered():
+        installed = installed_rules()
+        rules = [[counted.rule for counted in each.rules] for each in installed]
+    lab.install(outbound_ports=["80"])
+
+    with lab.app.entered():
+        put_back(installed, drain=0.0)
+        assert [[counted.rule for counted in each.rules] for each in installed_rules()] == rules
+
+
+@contextmanager
+def answering(host: Host, greeting: bytes) -> Iterator[None]:
+    """A proxy, as far as a canary sees it: tells every client where it wanted to go."""
+    with listening(host, "ipv4", OUTBOUND, "127.0.0.1") as four, listening(host, "ipv6", OUTBOUND, "::1") as six:
+        threads = [threading.Thread(target=answer, args=(listener, greeting)) for listener in (four, six)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            for listener, thread in zip((four, six), threads, strict=True):
+                listener.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+
+def answer(listener: socket.socket, greeting: bytes) -> None:
+    listener.settimeout(None)
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        with client:
+            try:
+                client.sendall(greeting + f"{original_destination(client)}\n".encode())
+            except ConnectionFailed:
+                pass
