@@ -1,0 +1,121 @@
+"""HOW BYTES MOVE between the two legs of a connection. Decides nothing: who may talk to whom is settled before.
+
+A relay is anything with `name`, `fits` and `run`; tests/relay/contract.py says what each must keep.
+"""
+
+import socket
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from meshnet.codec.frames import Frame
+from meshnet.errors import EndedBy, Reason
+
+
+class Wire(Protocol):
+    """One lease on a tunnel, as a relay needs it; `meshnet.tunnel.protocol.Tunnel` is one."""
+
+    def data(self, size: int) -> bytes:
+        """The header that goes before `size` payload bytes."""
+
+    def fin(self) -> bytes: ...
+
+    def reset(self, reason: str) -> bytes: ...
+
+    def receive(self, data: memoryview) -> Sequence[Frame]:
+        """The frames that `data` completes; payloads are views, valid until the next call. Raises TunnelError."""
+
+    @property
+    def lease_over(self) -> bool:
+        """Both sides have said FIN or RESET: the tunnel is free again."""
+
+
+@dataclass(slots=True)
+class PlainLeg:
+    """A connected, non-blocking TCP socket. A relay owns it from `run` on, and has closed it when `run` is over."""
+
+    sock: socket.socket
+
+
+@dataclass(slots=True)
+class TunnelLeg:
+    """A lease on a tunnel. The socket stays its owner's; the relay borrows it for the length of `run`."""
+
+    sock: ssl.SSLSocket
+    wire: Wire
+
+
+@dataclass(slots=True)
+class Link:
+    """Both legs, up. The two `early` fields hold bytes that were read before the hand-over, still to be delivered.
+
+    Frames that came with OPENED or OPEN go to `early_frames` (payloads copied), in order. Who cancels `run` may set
+    `abort_reason` and `abort_by` first: they are what the peer sidecar is told. `outcome` is set when `run` is over,
+    also when it raises.
+    """
+
+    client: PlainLeg | TunnelLeg
+    endpoint: PlainLeg | TunnelLeg
+    to_client: bytes = b""
+    to_endpoint: bytes = b""
+    early_frames: Sequence[Frame] = ()
+    abort_reason: Reason = Reason.DRAIN
+    abort_by: EndedBy = EndedBy.PROXY
+    outcome: "Outcome | None" = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """Grows while the relay runs, exact when it ends, however it ends. Bytes of the application only.
+
+    `sent` went from client to endpoint, `received` the other way: counted when handed to the next socket.
+    `moved_at` is time.monotonic() of the last byte.
+    """
+
+    sent: int = 0
+    received: int = 0
+    client_done: bool = False
+    endpoint_done: bool = False
+    moved_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How it ended. `reusable`: the tunnel leg, if there was one, is between leases again.
+
+    `late` are frames that came in one piece with the end of the lease and belong behind it: the peer's next OPEN.
+    """
+
+    reason: Reason
+    ended_by: EndedBy
+    detail: str = ""
+    reusable: bool = False
+    late: Sequence[Frame] = ()
+
+
+class Relay(Protocol):
+    """Moves bytes until both directions are over."""
+
+    @property
+    def name(self) -> str: ...
+
+    def fits(self, link: Link) -> bool: ...
+
+    async def run(self, link: Link, tally: Tally) -> Outcome:
+        """Returns when both directions have ended. Never raises for what the network does; that is the Outcome.
+
+        Cancelled: resets both legs with `link.abort_reason`, waits at most a second for the tunnel's peer, and only
+        then raises trio.Cancelled, the tally exact and every descriptor of a plain leg closed.
+        """
+
+
+@dataclass(slots=True)
+class Relays:
+    """Fastest first; `missing` says why another is not among them."""
+
+    available: list[Relay]
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def choose(self, link: Link) -> Relay:
+        return next(relay for relay in self.available if relay.fits(link))
