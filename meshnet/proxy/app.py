@@ -1,0 +1,243 @@
+"""The sidecar as a process: what starts in which order, what runs beside the connections, and how it ends."""
+
+import gc
+import logging
+import resource
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
+
+import trio
+
+from meshnet.errors import CommandError, ConfigError, EndedBy, Reason
+from meshnet.model.address import Address
+from meshnet.model.duration import parse_duration
+from meshnet.model.settings import Settings
+from meshnet.model.snapshot import Snapshot
+from meshnet.net import sockets
+from meshnet.proxy import follow, inbound, outbound
+from meshnet.proxy.admin import AdminServer, admin_listener
+from meshnet.proxy.health import HealthServer
+from meshnet.proxy.identity import Identity
+from meshnet.proxy.log import AccessLog, access_format
+from meshnet.proxy.metrics import Metrics
+from meshnet.proxy.registry import Registry
+from meshnet.proxy.state import ProxyState
+from meshnet.relay import Relays
+from meshnet.relay.python import PythonRelay
+from meshnet.tunnel.pool import Pool
+
+_log = logging.getLogger("meshnet.proxy")
+
+_LOOPBACK = ("127.0.0.1", "::1")  # redirected output arrives there (man iptables-extensions, REDIRECT)
+_ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the interface it came in by
+_REAP_EVERY = 5.0  # seconds
+_LAG_EVERY = 1.0  # seconds
+_LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
+_LAST_RECORDS = 2.0  # seconds for aborted connections to end properly
+
+Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
+
+
+async def run(settings: Settings) -> None:
+    """Runs a sidecar until SIGTERM or SIGINT and the drain that follows. Raises CommandError if it cannot start."""
+    _allow_many_descriptors()
+    form = access_format(settings.log.access)
+    metrics = Metrics()
+    identity = Identity(settings.identity)
+    identity.refresh()
+    mark = settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
+    if not mark:
+        _log.warning("SO_MARK is not permitted: only the group %d keeps our traffic out", settings.capture.gid)
+    pool = Pool(
+        lambda: identity.credentials,
+        mark=mark,
+        idle_timeout=parse_duration(settings.pool.idle_timeout),
+        max_idle=settings.pool.max_idle,
+    )
+    pool.on_handshake = metrics.handshake
+    with ExitStack() as stack:
+        log = stack.enter_context(AccessLog(form)) if form != "off" else None
+        async with PythonRelay(settings.proxy.relay_threads) as relay:
+            state = ProxyState(
+                settings,
+                Snapshot(version=0),
+                identity=identity,
+                metrics=metrics,
+                registry=Registry(keep=settings.admin.recent, observer=metrics, log=log),
+                relays=Relays([relay], missing={"native": "not built into this version"}),
+                pool=pool,
+                mark=mark,
+            )
+            metrics.state = state
+            await _Sidecar(state, stack).serve()
+
+
+def _allow_many_descriptors() -> None:
+    """A connection takes two to three; the soft limit of 1024 is there for programs that call select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _Sidecar:
+    def __init__(self, state: ProxyState, stack: ExitStack) -> None:
+        self._state = state
+        self._stack = stack
+        self._listeners: dict[str, str] = {}
+        self._drain_within: float | None = None
+        self._drain_asked = trio.Event()
+        self._last_call = trio.Event()
+        self._reload, self._reloads = trio.open_memory_channel[None](1)
+
+    async def serve(self) -> None:
+        state, proxy = self._state, self._state.settings.proxy
+        outbound_sockets = self._listen("outbound", proxy.outbound_port, _LOOPBACK)
+        inbound_sockets = self._listen("inbound", proxy.inbound_port, _ANY)
+        tunnel_sockets = self._listen("tunnel", proxy.tunnel_port, _ANY)
+        admin = state.settings.admin
+        health_sockets = self._listen("health", admin.health_port, (admin.health_address,))
+        health = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in health_sockets]
+        try:
+            async with admin_listener(admin.socket) as admin_socket, trio.open_nursery() as nursery:
+                self._listeners["admin"] = admin.socket
+                nursery.start_soon(self._signals)
+                nursery.start_soon(self._follow)
+                nursery.start_soon(state.identity.watch, self._renewed)
+                nursery.start_soon(self._reap)
+                nursery.start_soon(self._measure_lag)
+                server = AdminServer(state, self._listeners, self._ask_drain)
+                nursery.start_soon(trio.serve_listeners, server.handle, [admin_socket])
+                nursery.start_soon(trio.serve_listeners, HealthServer(state, state.metrics).handle, health)
+                for carry, found in (
+                    (outbound.carry, outbound_sockets),
+                    (inbound.carry_plain, inbound_sockets),
+                    (inbound.serve_tunnel, tunnel_sockets),
+                ):
+                    nursery.start_soon(self._accept, found, self._starter(nursery, carry))
+                # What is alive now stays: the collector need not look at it again with every connection's garbage.
+                gc.collect()
+                gc.freeze()
+                gc.set_threshold(50_000, 20, 100)
+                _log.info("listening: %s", ", ".join(self._listeners.values()))
+                await self._drain_asked.wait()
+                await self._drain()
+                nursery.cancel_scope.cancel()
+        except OSError as error:
+            raise CommandError(
+                f"cannot listen at {admin.socket}: {error.strerror}",
+                why="another sidecar may be running here, or the folder is not ours",
+                fix="meshnet status",
+            ) from error
+
+    async def _accept(self, listeners: list[socket.socket], start: Callable[[socket.socket, Address], None]) -> None:
+        async with trio.open_nursery() as nursery:
+            for sock in listeners:
+                nursery.start_soon(sockets.accept_forever, sock, start)
+            await self._last_call.wait()
+            nursery.cancel_scope.cancel()
+
+    def _starter(self, nursery: trio.Nursery, carry: Carry) -> Callable[[socket.socket, Address], None]:
+        state = self._state
+
+        async def carry_one(sock: socket.socket, peer: Address) -> None:
+            try:
+                await carry(sock, peer, state)
+            except Exception:
+                # A record ends by itself; what gets here is outside of one, and must not take the others along.
+                _log.exception("a connection from %s failed inside the proxy", peer)
+                sock.close()
+
+        def start(sock: socket.socket, peer: Address) -> None:
+            nursery.start_soon(carry_one, sock, peer)
+
+        return start
+
+    def _listen(self, name: str, port: int, hosts: tuple[str, ...]) -> list[socket.socket]:
+        found = []
+        for host in hosts:
+            try:
+                sock = sockets.listen(host, port)
+            except OSError as error:
+                raise CommandError(
+                    f"cannot listen on port {port} ({name}): {error.strerror}",
+                    why="another program, perhaps another sidecar, has the port",
+                    fix=f"ss -ltnp 'sport = :{port}'",
+                ) from error
+            if sock is not None:
+                found.append(self._stack.enter_context(sock))
+        if not found:
+            raise CommandError(f"no address to listen on for {name}", fix="ip addr")
+        self._listeners[name] = ", ".join(str(sockets.peer_address(sock.getsockname())) for sock in found)
+        return found
+
+    async def _signals(self) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+            async for number in received:
+                if number != signal.SIGHUP:
+                    self._ask_drain(parse_duration(self._state.settings.proxy.drain_timeout))
+                    continue
+                try:
+                    self._reload.send_nowait(None)
+                except trio.WouldBlock:
+                    pass  # the files are about to be read anyway
+
+    def _ask_drain(self, timeout: float) -> None:
+        """A second request, say an impatient Ctrl-C, ends the drain at once."""
+        self._drain_within = timeout if self._drain_within is None else 0.0
+        self._drain_asked.set()
+
+    async def _drain(self) -> None:
+        """New connections are still taken until none is open, or in time; then the last ones may end too."""
+        state = self._state
+        state.draining = True
+        state.pool.close_idle()
+        for tunnel in state.tunnels:
+            tunnel.go_away()
+        started = time.monotonic()
+        await self._until_none_is_open(started)
+        self._last_call.set()
+        await trio.sleep(_LAST_CALL)
+        await self._until_none_is_open(started)
+        left = len(state.registry.open)
+        if left:
+            _log.warning("%d connections did not end in time and are reset", left)
+            state.registry.abort_all(Reason.DRAIN, EndedBy.DRAIN)
+            with trio.move_on_after(_LAST_RECORDS):
+                await state.registry.empty.wait()
+
+    async def _until_none_is_open(self, started: float) -> None:
+        while self._state.registry.open and time.monotonic() - started < (self._drain_within or 0.0):
+            with trio.move_on_after(0.1):
+                await self._state.registry.empty.wait()
+
+    async def _follow(self) -> None:
+        def refused(problem: ConfigError) -> None:
+            self._state.config_problem = str(problem)
+            self._state.metrics.config_refused += 1
+            _log.error("mesh files refused, the last good state stays: %s", problem)
+
+        def apply(snapshot: Snapshot) -> None:
+            self._state.apply(snapshot)
+            _log.info("mesh version %d: %d services", snapshot.version, len(snapshot.services))
+
+        state = self._state
+        await follow.follow(state.settings.mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
+
+    def _renewed(self) -> None:
+        self._state.metrics.renewals += 1
+        self._state.pool.close_idle()
+
+    async def _reap(self) -> None:
+        while True:
+            await trio.sleep(_REAP_EVERY)
+            self._state.pool.reap(time.monotonic())
+
+    async def _measure_lag(self) -> None:
+        lag = 0.0
+        self._state.metrics.lag = lambda: lag
+        while True:
+            due = trio.current_time() + _LAG_EVERY
+            await trio.sleep_until(due)
+            lag = max(0.0, trio.current_time() - due)

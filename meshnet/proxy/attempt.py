@@ -1,0 +1,161 @@
+"""One attempt to reach an endpoint or an address: through a tunnel, in plain TCP, or on this very host."""
+
+import time
+from dataclasses import dataclass, field
+
+from meshnet.codec.frames import Frame, Open
+from meshnet.errors import ConnectionFailed, Phase, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Attempt, Security
+from meshnet.model.service import Endpoint, ServicePort, TunnelKind
+from meshnet.net import sockets
+from meshnet.proxy.admission import admit
+from meshnet.proxy.record import Record
+from meshnet.proxy.state import EndpointState, ProxyState
+from meshnet.relay import PlainLeg, TunnelLeg
+from meshnet.tunnel.client import ClientTunnel
+
+_KEPT_TUNNELS_TRIED = 3  # that turn out to be dead, before the endpoint is blamed after all
+
+
+@dataclass(slots=True)
+class EndpointLeg:
+    """A leg that is up, and what has to be undone when its connection is over."""
+
+    leg: PlainLeg | TunnelLeg
+    early: bytes = b""  # of the client's, read already and still to be sent
+    known: EndpointState | None = None
+    tunnel: ClientTunnel | None = None
+    early_frames: list[Frame] = field(default_factory=list)
+
+    def abandon(self) -> None:
+        """Closes a plain leg that no relay has taken over; one that a relay owned is closed by now."""
+        if isinstance(self.leg, PlainLeg):
+            sockets.reset(self.leg.sock)
+
+    def release(self, state: ProxyState, *, reusable: bool) -> None:
+        if self.known is not None:
+            self.known.open -= 1
+        if self.tunnel is not None:
+            state.pool.give_back(self.tunnel, reusable=reusable)
+
+
+@dataclass(slots=True)
+class Patience:
+    """Monotonic seconds until when there may be tries at all, and how long one step of a try may take."""
+
+    until: float
+    step: float
+
+    def left(self) -> float:
+        return max(0.0, self.until - time.monotonic())
+
+    def for_step(self) -> float:
+        return min(self.step, self.left())
+
+
+async def reach_endpoint(
+    endpoint: Endpoint, service: ServicePort, early: bytes, patience: Patience, record: Record, state: ProxyState
+) -> EndpointLeg:
+    """A leg to `endpoint`. Raises ConnectionFailed; either way the record has one attempt more."""
+    record.endpoint = endpoint.name
+    record.phase = Phase.CONNECT
+    started = time.monotonic()
+    try:
+        if state.is_local(endpoint.address.host):
+            leg = await _hairpin(endpoint, early, patience, record, state)
+        elif endpoint.tunnel is TunnelKind.NONE:
+            sock = await sockets.connect(endpoint.address, mark=state.mark, timeout=patience.for_step())
+            leg = EndpointLeg(PlainLeg(sock), early)
+            record.security = Security.PLAIN
+        else:
+            leg = await _through_tunnel(endpoint, service, early, patience, record, state)
+    except ConnectionFailed as failure:
+        _note(record, endpoint.name, started, failure)
+        raise
+    _note(record, endpoint.name, started, None)
+    return leg
+
+
+async def reach_address(
+    address: Address, record: Record, state: ProxyState, timeout: float, *, local: bool = False
+) -> EndpointLeg:
+    """A plain leg to an address that is not, or need not be, an endpoint: pass-through and the application itself."""
+    record.endpoint = str(address)
+    record.phase = Phase.CONNECT
+    started = time.monotonic()
+    try:
+        sock = await sockets.connect(address, mark=state.mark, timeout=timeout, local=local)
+    except ConnectionFailed as failure:
+        _note(record, record.endpoint, started, failure)
+        raise
+    record.security = Security.PLAIN
+    _note(record, record.endpoint, started, None)
+    return EndpointLeg(PlainLeg(sock))
+
+
+async def _hairpin(
+    endpoint: Endpoint, early: bytes, patience: Patience, record: Record, state: ProxyState
+) -> EndpointLeg:
+    """An endpoint on this very host: the inbound side's policy in process, no tunnel to ourselves."""
+    admit(state.identity.name, endpoint.address, record, state, tunnelled=True)
+    record.destination_identity = state.identity.name
+    sock = await sockets.connect(endpoint.address, mark=state.mark, timeout=patience.for_step(), local=True)
+    record.security = Security.PLAIN
+    return EndpointLeg(PlainLeg(sock), early)
+
+
+async def _through_tunnel(
+    endpoint: Endpoint, service: ServicePort, early: bytes, patience: Patience, record: Record, state: ProxyState
+) -> EndpointLeg:
+    """A lease on a tunnel to the endpoint's sidecar, which has reached the application when this returns."""
+    pool, peer = state.pool, (endpoint.tunnel_address, endpoint.identity)
+    tried = 0
+    while True:
+        record.phase = Phase.TLS
+        tunnel = pool.lease_idle(*peer) or await pool.lease(
+            *peer, patience=patience.left(), timeout=patience.for_step()
+        )
+        record.phase = Phase.CONNECT
+        opened = False
+        try:
+            request = _request(endpoint, service, patience, record)
+            frames = await tunnel.open(request, early, patience.for_step())
+            opened = True
+        except ConnectionFailed as failure:
+            tried += 1
+            if failure.reason is not Reason.TUNNEL_LOST or tunnel.is_fresh or tried == _KEPT_TUNNELS_TRIED:
+                raise
+            pool.weed(*peer)  # the peer had hung up on a kept tunnel: that says nothing about the endpoint
+            continue
+        finally:
+            if not opened:
+                pool.give_back(tunnel, reusable=tunnel.wire.idle)
+        record.security = Security.MTLS
+        record.source_identity = state.identity.name
+        record.destination_identity = endpoint.identity
+        record.tls_version, record.cipher = tunnel.version, tunnel.cipher
+        if tunnel.is_fresh:
+            record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.resumed
+        record.tally.sent = len(early)
+        return EndpointLeg(TunnelLeg(tunnel.sock, tunnel.wire), tunnel=tunnel, early_frames=list(frames))
+
+
+def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, record: Record) -> Open:
+    return Open(
+        host=endpoint.address.host,
+        port=endpoint.address.port,
+        service=service.name,
+        source=str(record.source),
+        id=record.id,
+        deadline=int(patience.for_step() * 1000),
+    )
+
+
+def _note(record: Record, endpoint: str, started: float, failure: ConnectionFailed | None) -> None:
+    milliseconds = round((time.monotonic() - started) * 1000, 3)
+    record.attempts.append(
+        Attempt(endpoint=endpoint, result=str(failure.reason), ms=milliseconds, detail=failure.detail)
+        if failure
+        else Attempt(endpoint=endpoint, result="ok", ms=milliseconds)
+    )

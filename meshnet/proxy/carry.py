@@ -1,0 +1,41 @@
+"""The last step that outbound and inbound lives share: both legs are up, the bytes move, and it ends."""
+
+import time
+from collections.abc import Sequence
+
+import trio
+
+from meshnet.codec.frames import Frame
+from meshnet.errors import Phase
+from meshnet.proxy.attempt import EndpointLeg
+from meshnet.proxy.record import Record
+from meshnet.proxy.state import ProxyState
+from meshnet.relay import Link, Outcome, PlainLeg, TunnelLeg
+
+
+async def relay(
+    client: PlainLeg | TunnelLeg,
+    endpoint: EndpointLeg,
+    record: Record,
+    state: ProxyState,
+    early_frames: Sequence[Frame] = (),
+) -> Outcome:
+    """Moves the bytes until both directions are over; the record says how it ended, and `endpoint` is released."""
+    reusable = False
+    try:
+        record.connected = time.monotonic()
+        record.phase = Phase.DATA
+        record.link = Link(client, endpoint.leg, to_endpoint=endpoint.early, early_frames=early_frames)
+        mover = state.relays.choose(record.link)
+        record.relay = mover.name
+        state.registry.connected(record)
+        await trio.lowlevel.checkpoint_if_cancelled()
+        outcome = await mover.run(record.link, record.tally)
+        record.finish(outcome)
+        reusable = outcome.reusable
+        return outcome
+    except BaseException:  # trio.Cancelled, for one
+        endpoint.abandon()
+        raise
+    finally:
+        endpoint.release(state, reusable=reusable)

@@ -1,0 +1,175 @@
+"""An inbound connection's life: from another host to an application here, through a tunnel or in plain text."""
+
+import socket
+import ssl
+import time
+from collections.abc import Sequence
+
+import trio
+
+from meshnet.codec.frames import Frame, GoAway, Open, Ping, Refused
+from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
+from meshnet.model.address import Address, parse_address
+from meshnet.model.connection import Direction, Security
+from meshnet.model.identity import trust_domain
+from meshnet.net import tls
+from meshnet.net.original import original_destination
+from meshnet.proxy.admission import admit
+from meshnet.proxy.attempt import reach_address
+from meshnet.proxy.carry import relay
+from meshnet.proxy.state import ProxyState
+from meshnet.relay import PlainLeg, TunnelLeg
+from meshnet.tunnel.protocol import Role, Tunnel
+
+_APP_CONNECT_TIMEOUT = 1.0  # seconds; the application is on this host
+_HANDSHAKE_TIMEOUT = 5.0
+_RECEIVE_SIZE = 32768  # more than one record
+
+
+async def carry_plain(client: socket.socket, source: Address, state: ProxyState) -> None:
+    """A connection that came in plain text. Owns `client` from here on; one record comes out."""
+    with state.registry.life(Direction.INBOUND, source, client) as record, record.scope:
+        target = record.original = original_destination(client)
+        admit("", target, record, state, tunnelled=False)
+        leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
+        await relay(PlainLeg(client), leg, record, state)
+
+
+async def serve_tunnel(sock: socket.socket, source: Address, state: ProxyState) -> None:
+    """A peer sidecar's tunnel: one lease after another, each of them one connection. Owns `sock`."""
+    try:
+        tunnel = await ServedTunnel.accept(sock, source, state)
+    except ConnectionFailed as failure:
+        with state.registry.life(Direction.INBOUND, source, sock):
+            raise failure
+        return
+    state.tunnels.add(tunnel)
+    try:
+        while tunnel.reusable and (request := await tunnel.next_open()) is not None:
+            await _carry_lease(tunnel, request, state)
+    finally:
+        state.tunnels.discard(tunnel)
+        tunnel.sock.close()
+
+
+async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState) -> None:
+    """One connection through the tunnel, which afterwards can serve another or not."""
+    tunnel.reusable = False
+    with state.registry.life(Direction.INBOUND, tunnel.source_of(request), None, request.id) as record, record.scope:
+        record.security = Security.MTLS
+        record.source_identity = tunnel.identity
+        record.destination_identity = state.identity.name
+        record.tls_version, record.cipher = tunnel.version, tunnel.cipher
+        target = record.original = Address(request.host, request.port)
+        try:
+            if tunnel.good_until < time.time():
+                raise ConnectionFailed(Reason.TLS_EXPIRED, f"the certificate of {tunnel.identity} has expired")
+            admit(tunnel.identity, target, record, state, tunnelled=True)
+            leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
+        except ConnectionFailed as failure:
+            tunnel.reusable = await tunnel.refuse(failure)
+            raise
+        record.security = Security.MTLS
+        try:
+            early = await tunnel.opened()
+        except OSError as error:
+            leg.release(state, reusable=False)
+            raise ConnectionFailed(Reason.TUNNEL_LOST, str(error), ended_by=EndedBy.PEER_PROXY) from error
+        outcome = await relay(TunnelLeg(tunnel.sock, tunnel.wire), leg, record, state, early)
+        tunnel.reusable = outcome.reusable
+        tunnel.late = outcome.late
+
+
+class ServedTunnel:
+    """The accepting end of a tunnel, with the identity that was proven when it came up."""
+
+    def __init__(self, sock: ssl.SSLSocket, source: Address, identity: str, good_until: float) -> None:
+        self.sock = sock
+        self.source = source
+        self.identity = identity
+        self.good_until = good_until
+        self.version = sock.version() or ""
+        cipher = sock.cipher()
+        self.cipher = cipher[0] if cipher else ""
+        self.wire = Tunnel(Role.SERVER)
+        self.reusable = True
+        self.late: Sequence[Frame] = ()  # that came in one piece with the end of the last lease
+        self._early: list[Frame] = []
+
+    @classmethod
+    async def accept(cls, plain: socket.socket, source: Address, state: ProxyState) -> "ServedTunnel":
+        """The handshake, and who is there. Raises ConnectionFailed(tls.*)."""
+        credentials = state.identity.credentials
+        if credentials is None:
+            raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
+        sock = tls.wrap(credentials.server, plain, server_side=True)
+        try:
+            with trio.fail_after(_HANDSHAKE_TIMEOUT):
+                await tls.handshake(sock)
+            identity, good_until = tls.peer_identity(sock)
+            domain = state.snapshot.trust_domain or trust_domain(credentials.identity)
+            if trust_domain(identity) != domain:
+                raise ConnectionFailed(Reason.TLS_PEER_IDENTITY, f"{identity} is not of trust domain {domain}")
+        except trio.TooSlowError:
+            sock.close()
+            raise ConnectionFailed(
+                Reason.TLS_HANDSHAKE, f"no TLS handshake within {_HANDSHAKE_TIMEOUT:g} s", ended_by=EndedBy.CLIENT
+            ) from None
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock, source, identity, good_until)
+
+    def source_of(self, request: Open) -> Address:
+        """The application's own address as the peer tells it, believed as far as it is on the peer's host."""
+        try:
+            told = parse_address(request.source)
+        except ValueError:
+            return self.source
+        return told if told.host == self.source.host else self.source
+
+    async def next_open(self) -> Open | None:
+        """The next request, or None when the tunnel is over."""
+        frames, self.late = list(self.late), ()
+        try:
+            while True:
+                for position, frame in enumerate(frames):
+                    match frame:
+                        case Open():
+                            self._early = frames[position + 1 :]
+                            return frame
+                        case Ping():
+                            await tls.send_all(self.sock, self.wire.pong())
+                        case GoAway():
+                            return None
+                        case _:
+                            pass  # what a lease that is over has left behind
+                data = await tls.receive_some(self.sock, _RECEIVE_SIZE)
+                if not data:
+                    return None
+                frames = list(self.wire.receive(memoryview(data)))
+        except (OSError, TunnelError):
+            return None
+
+    async def opened(self) -> Sequence[Frame]:
+        """Says OPENED; the frames that came right behind OPEN. Raises OSError."""
+        await tls.send_all(self.sock, self.wire.opened())
+        early, self._early = self._early, []
+        return early
+
+    async def refuse(self, failure: ConnectionFailed) -> bool:
+        """Says why not. Whether the tunnel can go on."""
+        frame = Refused(reason=str(failure.reason), policy=failure.policy, detail=failure.detail)
+        try:
+            await tls.send_all(self.sock, self.wire.refused(frame))
+        except OSError:
+            return False
+        return True
+
+    def go_away(self) -> None:
+        """Asks the peer to open no more leases here; best effort, for the tunnel may be in a relay's hands."""
+        if self.wire.idle:
+            try:
+                self.sock.send(self.wire.goaway())
+            except OSError:
+                pass

@@ -1,0 +1,93 @@
+"""The access log: one line per finished connection, written by a thread, so that a stuck reader stops nobody."""
+
+import os
+import sys
+import threading
+from collections import deque
+from types import TracebackType
+from typing import Literal
+
+import msgspec
+
+from meshnet.model.connection import Connection
+
+_GATHER = 0.05  # seconds; lines of one such while are one write, and one wake-up of the thread
+_WAITING_LINES = 10_000  # a reader slower than this loses lines, and is told how many
+
+Format = Literal["json", "text", "off"]
+
+
+def access_format(setting: str) -> Format:
+    """What `auto` means: text on a terminal, JSON otherwise."""
+    if setting == "auto":
+        return "text" if sys.stdout.isatty() else "json"
+    return setting  # type: ignore[return-value] # LogSection.access has no other words
+
+
+class AccessLog:
+    """Call it with each ended connection. A context manager; what waits is written before it closes."""
+
+    def __init__(self, form: Format, descriptor: int = 1) -> None:
+        self._encode = _text if form == "text" else msgspec.json.encode
+        self._descriptor = descriptor
+        self._waiting: deque[Connection] = deque()
+        self._lost = 0
+        self._wake = threading.Event()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._write_forever, name="access-log", daemon=True)
+
+    def __enter__(self) -> "AccessLog":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._wake.set()
+        self._thread.join(timeout=2.0)
+
+    def __call__(self, connection: Connection) -> None:
+        if len(self._waiting) >= _WAITING_LINES:
+            self._lost += 1
+            return
+        self._waiting.append(connection)
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _write_forever(self) -> None:
+        while not (self._end.is_set() and not self._waiting):
+            self._wake.wait()
+            self._end.wait(_GATHER)
+            if not self._end.is_set():
+                self._wake.clear()
+            lines = []
+            while self._waiting:
+                lines.append(self._encode(self._waiting.popleft()) + b"\n")
+            if self._lost:
+                lines.append(b'{"kind":"LinesLost","count":%d}\n' % self._lost)
+                self._lost = 0
+            try:
+                _write_all(self._descriptor, b"".join(lines))
+            except OSError:
+                return  # nobody reads any more; the proxy goes on
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _text(connection: Connection) -> bytes:
+    reason = connection.reason
+    source = connection.source.identity or connection.source.address
+    ended = f"{reason.code} by {reason.ended_by} in {reason.phase}" if reason else ""
+    detail = f" ({reason.message})" if reason and reason.message else ""
+    line = (
+        f"{connection.closed_at} {connection.id} {connection.direction} {source} -> "
+        f"{connection.destination.service or connection.original_destination} {connection.endpoint or '-'} "
+        f"{connection.tls.mode} sent={connection.bytes_sent} received={connection.bytes_received} "
+        f"{connection.duration_ms:.0f}ms {ended}{detail}"
+    )
+    return line.encode("unicode_escape")  # a control character must not start a line, or paint one

@@ -1,0 +1,236 @@
+"""Every metric, declared in one place. The hot path adds integers; Prometheus's families are built at the scrape."""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from meshnet import __version__
+from meshnet.errors import Reason
+from meshnet.model.connection import Direction
+from meshnet.model.identity import short_name
+from meshnet.proxy.record import Record
+
+if TYPE_CHECKING:
+    from meshnet.proxy.state import ProxyState
+
+_MAX_SERIES = 2000  # per sidecar; what comes later is counted in series named "other"
+_DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
+_CONNECTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_REPORTERS = {Direction.OUTBOUND: "source", Direction.INBOUND: "destination"}
+_BREAKER_STATES = {"closed": 0, "half-open": 1, "open": 2}
+
+# Istio's names for TCP telemetry, so that its dashboards can be used with a change of prefix.
+_LABELS = (
+    "reporter",
+    "source_workload",
+    "source_workload_namespace",
+    "source_principal",
+    "destination_service",
+    "destination_workload",
+    "destination_workload_namespace",
+    "destination_principal",
+    "connection_security_policy",
+    "request_protocol",
+)
+
+Key = tuple[str, str, str, str, str]
+"""reporter, source identity, service, destination identity, security"""
+
+_OTHER: Key = ("other", "other", "other", "other", "other")
+
+
+class Cell:
+    """The counts of one combination of labels."""
+
+    __slots__ = ("closed", "failed", "opened", "received", "sent")
+
+    def __init__(self) -> None:
+        self.opened = self.closed = self.sent = self.received = 0
+        self.failed: dict[Reason, int] = {}
+
+
+class Histogram:
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def add(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def family(self, name: str, text: str) -> HistogramMetricFamily:
+        total, buckets = 0, []
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((str(bound), float(total)))
+        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
+
+
+class Metrics(Collector):
+    """Observes the registry. A connection's counters are added up under the labels it has when they move."""
+
+    def __init__(self) -> None:
+        self.state: ProxyState | None = None
+        self._cells: dict[Key, Cell] = {}
+        self._durations = Histogram(_DURATIONS)
+        self._connects = Histogram(_CONNECTS)
+        self._handshakes = Histogram(_CONNECTS)
+        self._resumed = 0
+        self._dropped_series = 0
+        self._authorized: dict[tuple[str, str], int] = {}
+        self.config_refused = 0
+        self.renewals = 0
+        self.lag: Callable[[], float] = lambda: 0.0
+
+    def ended(self, record: Record) -> None:
+        cell = self._flush(record)
+        cell.opened += 1
+        cell.closed += 1
+        if record.failed and record.reason is not None:
+            cell.failed[record.reason] = cell.failed.get(record.reason, 0) + 1
+        if record.ended is not None:
+            self._durations.add(record.ended - record.opened)
+        if record.connected is not None:
+            self._connects.add(record.connected - record.opened)
+        if record.call is not None or record.policy:
+            verdict = (
+                "deny" if record.reason in (Reason.AUTHZ_DENIED, Reason.AUTHZ_REVOKED) else "allow",
+                record.policy,
+            )
+            self._authorized[verdict] = self._authorized.get(verdict, 0) + 1
+
+    def handshake(self, milliseconds: float, resumed: bool) -> None:
+        self._handshakes.add(milliseconds / 1000)
+        self._resumed += resumed
+
+    def collect(self) -> Iterator[Metric]:
+        open_now: dict[Key, int] = {}
+        for record in self.state.registry.open.values() if self.state else ():
+            # Before it is connected its labels are still growing; a counter must not move from one set to another.
+            if record.connected is not None:
+                self._flush(record)
+                key = self._key(record)
+                open_now[key] = open_now.get(key, 0) + 1
+        yield from self._connections(open_now)
+        yield self._durations.family("meshnet_tcp_connection_duration_seconds", "How long connections lasted.")
+        yield self._connects.family("meshnet_tcp_connect_seconds", "From accept until both legs were up.")
+        yield self._handshakes.family("meshnet_tls_handshake_seconds", "TLS handshakes of tunnels this side opened.")
+        yield _counter("meshnet_tls_resumed", "Handshakes that resumed a session.", self._resumed)
+        authorized = CounterMetricFamily("meshnet_authz", "Calls judged by access policy.", labels=["action", "policy"])
+        for verdict, count in self._authorized.items():
+            authorized.add_metric(verdict, count)
+        yield authorized
+        yield _counter("meshnet_dropped_series", "Label sets counted under other.", self._dropped_series)
+        yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
+        yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)
+        yield _gauge("meshnet_event_loop_lag_seconds", "How late the event loop last was.", self.lag())
+        build = GaugeMetricFamily("meshnet_build_info", "The version that runs.", labels=["version"])
+        build.add_metric([__version__], 1)
+        yield build
+        if self.state is not None:
+            yield from _mesh(self.state)
+
+    def _connections(self, open_now: dict[Key, int]) -> Iterator[Metric]:
+        labels = list(_LABELS)
+        opened = CounterMetricFamily("meshnet_tcp_connections_opened", "Connections accepted.", labels=labels)
+        closed = CounterMetricFamily("meshnet_tcp_connections_closed", "Connections ended.", labels=labels)
+        failed = CounterMetricFamily(
+            "meshnet_tcp_connections_failed", "Connections that ended badly.", labels=[*labels, "response_flags"]
+        )
+        sent = CounterMetricFamily("meshnet_tcp_sent_bytes", "Bytes from client to endpoint.", labels=labels)
+        received = CounterMetricFamily("meshnet_tcp_received_bytes", "Bytes from endpoint to client.", labels=labels)
+        is_open = GaugeMetricFamily("meshnet_tcp_connections_open", "Connections open now.", labels=labels)
+        for key in {**self._cells, **open_now}:
+            values, cell, now_open = _label_values(key), self._cells.get(key) or Cell(), open_now.get(key, 0)
+            opened.add_metric(values, cell.opened + now_open)
+            closed.add_metric(values, cell.closed)
+            sent.add_metric(values, cell.sent)
+            received.add_metric(values, cell.received)
+            is_open.add_metric(values, now_open)
+            for reason, count in cell.failed.items():
+                failed.add_metric([*values, str(reason)], count)
+        yield from (opened, closed, failed, sent, received, is_open)
+
+    def _flush(self, record: Record) -> Cell:
+        """Adds what moved since the last look, so that a long connection shows before it ends."""
+        key = self._key(record)
+        cell = self._cells.get(key)
+        if cell is None:
+            cell = self._cells[key] = Cell()
+        sent, received = record.tally.sent, record.tally.received
+        cell.sent += sent - record.flushed_sent
+        cell.received += received - record.flushed_received
+        record.flushed_sent, record.flushed_received = sent, received
+        return cell
+
+    def _key(self, record: Record) -> Key:
+        key = (
+            _REPORTERS[record.direction],
+            record.source_identity,
+            record.service,
+            record.destination_identity,
+            "mutual_tls" if record.security == "mtls" else "none",
+        )
+        if key not in self._cells and len(self._cells) >= _MAX_SERIES:
+            self._dropped_series += 1
+            return _OTHER
+        return key
+
+
+def _label_values(key: Key) -> list[str]:
+    reporter, source, service, destination, security = key
+    return [
+        reporter,
+        *_workload(source),
+        service or "unknown",
+        *_workload(destination),
+        security,
+        "tcp",
+    ]
+
+
+def _workload(identity: str) -> tuple[str, str, str]:
+    """workload, namespace and principal of `spiffe://domain/ns/NAMESPACE/sa/NAME`."""
+    if not identity:
+        return "unknown", "unknown", "unknown"
+    parts = identity.split("/")
+    namespace = parts[4] if len(parts) == 7 and parts[3] == "ns" else "unknown"
+    return short_name(identity), namespace, identity
+
+
+def _mesh(state: "ProxyState") -> Iterable[Metric]:
+    now = time.monotonic()
+    breakers = GaugeMetricFamily(
+        "meshnet_breaker_state", "0 closed, 1 half-open, 2 open.", labels=["service", "endpoint"]
+    )
+    counts = GaugeMetricFamily("meshnet_endpoints", "Endpoints by state.", labels=["service", "state"])
+    for service in state.snapshot.services:
+        by_state = {"healthy": 0, "ejected": 0}
+        for endpoint in service.endpoints:
+            known = state.endpoints.get(endpoint.address)
+            breaker = str(known.breaker.state(now)) if known else "closed"
+            breakers.add_metric([service.name, endpoint.name], _BREAKER_STATES[breaker])
+            by_state["ejected" if breaker == "open" else "healthy"] += 1
+        for name, count in by_state.items():
+            counts.add_metric([service.name, name], count)
+    yield breakers
+    yield counts
+    if state.identity.credentials is not None:
+        yield _gauge(
+            "meshnet_cert_expiry_timestamp_seconds", "When our certificate ends.", state.identity.credentials.not_after
+        )
+    yield _gauge("meshnet_config_revision", "The snapshot in force.", state.snapshot.version)
+    yield _gauge("meshnet_config_age_seconds", "How long it has been.", now - state.applied_at)
+
+
+def _counter(name: str, text: str, value: float) -> CounterMetricFamily:
+    return CounterMetricFamily(name, text, value=value)
+
+
+def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
+    return GaugeMetricFamily(name, text, value=value)

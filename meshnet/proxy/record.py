@@ -1,0 +1,258 @@
+"""What is known of one connection. It follows the connection, and ends exactly once however that ends."""
+
+import functools
+import itertools
+import logging
+import random
+import socket
+import time
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.decide.access import Call
+from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
+from meshnet.net import sockets
+from meshnet.relay import Link, Outcome, Tally
+
+if TYPE_CHECKING:
+    from meshnet.proxy.registry import Registry
+
+_log = logging.getLogger("meshnet.proxy")
+
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no letter looks like a digit
+_PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
+_sequence = itertools.count(random.randrange(512))
+
+_STATES = dict.fromkeys(
+    (Reason.AUTHZ_DENIED, Reason.AUTHZ_REVOKED, Reason.AUTHN_PLAINTEXT, Reason.AUTHN_DISABLED), State.DENIED
+)
+_REFUSALS = (Phase.ACCEPT, Phase.QUEUE)
+
+
+def new_id(wall: float) -> str:
+    """Eight letters that sort by time: 31 bits of milliseconds (24 days), 9 of a counter."""
+    number = (int(wall * 1000) & 0x7FFFFFFF) << 9 | next(_sequence) & 0x1FF
+    return _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
+
+
+class Record:
+    """Mutable while the connection lives. Times are monotonic seconds; `opened_at` is seconds since the epoch."""
+
+    __slots__ = (
+        "_registry",
+        "abort_by",
+        "abort_detail",
+        "abort_reason",
+        "attempts",
+        "call",
+        "cipher",
+        "client",
+        "connected",
+        "destination_identity",
+        "detail",
+        "direction",
+        "ended",
+        "ended_by",
+        "endpoint",
+        "flushed_received",
+        "flushed_sent",
+        "handshake_ms",
+        "id",
+        "link",
+        "opened",
+        "opened_at",
+        "original",
+        "phase",
+        "policy",
+        "queued",
+        "reason",
+        "relay",
+        "resumed",
+        "scope",
+        "security",
+        "service",
+        "source",
+        "source_identity",
+        "tally",
+        "tls_version",
+    )
+
+    def __init__(
+        self,
+        registry: "Registry",
+        direction: Direction,
+        source: Address,
+        client: socket.socket | None,
+        connection_id: str = "",
+    ) -> None:
+        self._registry = registry
+        self.opened_at = time.time()
+        self.opened = time.monotonic()
+        self.id = connection_id or new_id(self.opened_at)
+        self.direction = direction
+        self.source = source
+        self.client = client
+        self.source_identity = ""
+        self.destination_identity = ""
+        self.service = ""
+        self.original: Address | None = None
+        self.endpoint = ""
+        self.security = Security.NONE
+        self.tls_version = ""
+        self.cipher = ""
+        self.handshake_ms: float | None = None
+        self.resumed = False
+        self.policy = ""
+        self.relay = ""
+        self.attempts: list[Attempt] = []
+        self.tally = Tally()
+        self.flushed_sent = 0
+        self.flushed_received = 0
+        self.queued: float | None = None
+        self.connected: float | None = None
+        self.ended: float | None = None
+        self.phase = Phase.ACCEPT
+        self.reason: Reason | None = None
+        self.ended_by: EndedBy | None = None
+        self.detail = ""
+        self.call: Call | None = None
+        self.link: Link | None = None
+        self.scope = trio.CancelScope()
+        self.abort_reason: Reason | None = None
+        self.abort_by = EndedBy.PROXY
+        self.abort_detail = ""
+
+    def __enter__(self) -> "Record":
+        self._registry.began(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Ends the record; a failed connection's client leg is reset. Only trio's own exceptions go on."""
+        if isinstance(error, ConnectionFailed):
+            self.fail(error)
+        elif isinstance(error, Exception):
+            _log.error("connection %s failed inside the proxy", self.id, exc_info=error)
+            self.end(Reason.INTERNAL, EndedBy.PROXY, f"{type(error).__name__}: {error}")
+        elif self.reason is None:
+            self.end(self.abort_reason or Reason.DRAIN, self.abort_by, self.abort_detail)
+        if self.client is not None:
+            sockets.reset(self.client)  # a relay that ran to an end has closed it already; then this does nothing
+        self._registry.ended(self)
+        return isinstance(error, Exception)
+
+    def abort(self, reason: Reason, ended_by: EndedBy, detail: str = "", policy: str = "") -> None:
+        """Ends the connection from outside, in whatever phase it is."""
+        if self.reason is not None or self.abort_reason is not None:
+            return
+        self.abort_reason, self.abort_by, self.abort_detail = reason, ended_by, detail
+        if policy:
+            self.policy = policy
+        if self.link is not None:
+            self.link.abort_reason, self.link.abort_by = reason, ended_by
+        self.scope.cancel()
+
+    def fail(self, failure: ConnectionFailed) -> None:
+        if failure.policy:
+            self.policy = failure.policy
+        self.end(failure.reason, failure.ended_by, failure.detail)
+
+    def finish(self, outcome: Outcome) -> None:
+        self.end(outcome.reason, outcome.ended_by, outcome.detail)
+
+    def end(self, reason: Reason, ended_by: EndedBy, detail: str) -> None:
+        """The first end counts; what follows from it does not."""
+        if self.reason is None:
+            self.reason, self.ended_by, self.detail = reason, ended_by, detail
+            self.ended = time.monotonic()
+            if (
+                self.phase is Phase.DATA
+                and (self.tally.client_done or self.tally.endpoint_done)
+                and reason is not Reason.OK
+            ):
+                self.phase = Phase.HALF_CLOSED
+
+    @property
+    def failed(self) -> bool:
+        return self.reason is not None and self.reason is not Reason.OK
+
+    @property
+    def state(self) -> State:
+        if self.reason is None:
+            return self._open_state()
+        if self.reason is Reason.OK:
+            return State.CLOSED
+        return _STATES.get(self.reason) or (State.REFUSED if self.phase in _REFUSALS else State.FAILED)
+
+    def _open_state(self) -> State:
+        if self.phase is Phase.QUEUE:
+            return State.QUEUED
+        if self.phase is not Phase.DATA:
+            return State.CONNECTING
+        if self.tally.client_done:
+            return State.HALF_IN
+        return State.HALF_OUT if self.tally.endpoint_done else State.OPEN
+
+    def view(self, *, trace: tuple[str, ...] = ()) -> Connection:
+        """The struct that tables, JSON and the access log are made of."""
+        now = time.monotonic()
+        until = self.ended or now
+        tally = self.tally
+        return Connection(
+            id=self.id,
+            direction=self.direction,
+            state=self.state,
+            source=Peer(address=str(self.source), identity=self.source_identity),
+            destination=Peer(
+                address=str(self.original or ""), identity=self.destination_identity, service=self.service
+            ),
+            original_destination=str(self.original or ""),
+            endpoint=self.endpoint,
+            tls=TlsView(
+                mode=self.security,
+                version=self.tls_version,
+                cipher=self.cipher,
+                peer_identity=self.destination_identity
+                if self.direction is Direction.OUTBOUND
+                else self.source_identity,
+                handshake_ms=_rounded(self.handshake_ms),
+                resumed=self.resumed,
+            )
+            if self.security is Security.MTLS
+            else TlsView(mode=self.security),
+            policy=self.policy,
+            relay=self.relay,
+            attempts=tuple(self.attempts),
+            bytes_sent=tally.sent,
+            bytes_received=tally.received,
+            opened_at=_rfc3339(self.opened_at),
+            closed_at=_rfc3339(self.opened_at + self.ended - self.opened) if self.ended else "",
+            duration_ms=round((until - self.opened) * 1000, 3),
+            connect_ms=_rounded(self.connected and (self.connected - self.opened) * 1000),
+            queue_ms=_rounded(self.queued and self.queued * 1000),
+            idle_ms=_rounded((until - tally.moved_at) * 1000 if tally.moved_at else None),
+            reason=None
+            if self.reason is None
+            else ReasonView(code=self.reason, message=self.detail, ended_by=self.ended_by, phase=self.phase),
+            trace=trace,
+        )
+
+
+def _rounded(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds, 3)
+
+
+def _rfc3339(wall: float) -> str:
+    milliseconds = int(wall * 1000)
+    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+
+
+@functools.lru_cache(maxsize=64)  # a busy second has many records
+def _second(wall: int) -> str:
+    return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%S")

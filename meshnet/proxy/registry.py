@@ -1,0 +1,120 @@
+"""Every connection that is open, the ones that ended lately, and who wants to hear of them."""
+
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Protocol
+
+import trio
+
+from meshnet.errors import EndedBy, Reason
+from meshnet.model.address import Address
+from meshnet.model.admin import ConnectionEvent
+from meshnet.model.connection import Connection, Direction, State
+from meshnet.proxy.record import Record
+
+_FOLLOWER_BUFFER = 1024  # events a slow reader may lag behind before it is told that it lost some
+
+_EVENTS = {State.CLOSED: "close", State.DENIED: "deny"}
+
+
+class Observer(Protocol):
+    """Metrics, for one."""
+
+    def ended(self, record: Record) -> None: ...
+
+
+class Follower:
+    """One reader of events. It never makes the proxy wait: what does not fit is counted and told."""
+
+    def __init__(self) -> None:
+        self._send, self.receive = trio.open_memory_channel[ConnectionEvent](_FOLLOWER_BUFFER)
+        self._lost = 0
+
+    def tell(self, event: ConnectionEvent) -> None:
+        try:
+            if self._lost:
+                self._send.send_nowait(ConnectionEvent(event="lost", count=self._lost))
+                self._lost = 0
+            self._send.send_nowait(event)
+        except trio.WouldBlock:
+            self._lost += 1
+
+
+class Registry:
+    """`log` gets each ended connection; `node` is a name for this host."""
+
+    def __init__(self, *, keep: int, observer: Observer, log: Callable[[Connection], None] | None) -> None:
+        self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
+        self.recent: deque[Record] = deque(maxlen=keep)
+        self.opened_total = 0
+        self.failed_total = 0
+        self._observer = observer
+        self._log = log
+        self._followers: set[Follower] = set()
+        self.empty = trio.Event()
+        self.empty.set()
+
+    def life(
+        self, direction: Direction, source: Address, client: socket.socket | None, connection_id: str = ""
+    ) -> Record:
+        """A context manager around one connection's life; see Record."""
+        return Record(self, direction, source, client, connection_id)
+
+    def began(self, record: Record) -> None:
+        if not self.open:
+            self.empty = trio.Event()
+        self.open[id(record)] = record
+        self.opened_total += 1
+
+    def connected(self, record: Record) -> None:
+        """Both legs are up; a follower sees it with everything that is known by now."""
+        if self._followers:
+            self._tell("open", record)
+
+    def ended(self, record: Record) -> None:
+        self.open.pop(id(record), None)
+        # What only a living connection needs is let go, for a thousand of these are kept.
+        record.client = record.link = None
+        self.recent.append(record)
+        self.failed_total += record.failed
+        self._observer.ended(record)
+        if self._log is not None:
+            self._log(record.view())
+        if self._followers:
+            self._tell(_EVENTS.get(record.state, "fail"), record)
+        if not self.open:
+            self.empty.set()
+
+    def find(self, connection_id: str) -> Record | None:
+        newest_first = chain(reversed(self.open.values()), reversed(self.recent))
+        return next((record for record in newest_first if record.id == connection_id), None)
+
+    def listing(self, *, recent: float, everything: bool) -> Iterator[Record]:
+        """Open ones, and of the ended those that failed within `recent` seconds, or all that are kept."""
+        now = time.monotonic()
+        for record in self.recent:
+            if everything or (record.failed and record.ended is not None and now - record.ended <= recent):
+                yield record
+        yield from self.open.values()
+
+    def follow(self) -> Follower:
+        follower = Follower()
+        for record in self.open.values():
+            follower.tell(ConnectionEvent(event="open", connection=record.view()))
+        self._followers.add(follower)
+        return follower
+
+    def unfollow(self, follower: Follower) -> None:
+        self._followers.discard(follower)
+
+    def abort_all(self, reason: Reason, ended_by: EndedBy) -> None:
+        for record in list(self.open.values()):
+            record.abort(reason, ended_by)
+
+    def _tell(self, event: str, record: Record) -> None:
+        message = ConnectionEvent(event=event, connection=record.view())
+        for follower in self._followers:
+            follower.tell(message)

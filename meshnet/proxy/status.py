@@ -1,0 +1,103 @@
+"""What the sidecar says of itself: the structs of `meshnet status` and `meshnet endpoints`, and readiness."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+from meshnet import __version__
+from meshnet.model.admin import ConfigStatus, EndpointList, EndpointView, RelayStatus, Status, TunnelStatus
+from meshnet.model.service import Endpoint, ServicePort, TunnelKind
+from meshnet.proxy.state import ProxyState
+
+_STARTED = time.monotonic()
+
+
+def node_name() -> str:
+    return os.environ.get("MESHNET_NODE") or socket.gethostname()
+
+
+def not_ready_because(state: ProxyState) -> tuple[str, ...]:
+    """Empty when this sidecar can do its work."""
+    problems = []
+    if state.draining:
+        problems.append("draining")
+    if state.snapshot.version == 0:
+        problems.append(state.config_problem or "no mesh configuration yet")
+    if state.identity.credentials is None and _needs_identity(state):
+        problems.append(f"no certificate: {state.identity.problem}")
+    return tuple(problems)
+
+
+def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
+    problems = not_ready_because(state)
+    return Status(
+        node=node_name(),
+        version=__version__,
+        pid=os.getpid(),
+        uptime_seconds=round(time.monotonic() - _STARTED, 1),
+        ready=not problems,
+        not_ready_because=problems,
+        draining=state.draining,
+        listeners=dict(listeners),
+        open_connections=len(state.registry.open),
+        opened_total=state.registry.opened_total,
+        failed_total=state.registry.failed_total,
+        certificate=state.identity.status(),
+        config=ConfigStatus(
+            version=state.snapshot.version,
+            directory=state.settings.mesh.directory,
+            services=len(state.snapshot.services),
+            policies=len(state.snapshot.policies),
+            age_seconds=round(time.monotonic() - state.applied_at, 1),
+            problem=state.config_problem,
+        ),
+        relay=RelayStatus(
+            in_use=tuple(relay.name for relay in state.relays.available), not_in_use=dict(state.relays.missing)
+        ),
+        tunnels=tuple(
+            TunnelStatus(peer=f"{address} {identity}", idle=idle, leased=leased)
+            for (address, identity), (idle, leased) in state.pool.counts().items()
+        ),
+    )
+
+
+def endpoints(state: ProxyState, service_name: str) -> EndpointList:
+    """Every endpoint of every service, or of one, named `service` or `service:port`."""
+    now = time.monotonic()
+    return EndpointList(
+        items=tuple(
+            _endpoint(service, endpoint, state, now)
+            for service in state.snapshot.services
+            if service_name in ("", service.name, service.service)
+            for endpoint in service.endpoints
+        )
+    )
+
+
+def _endpoint(service: ServicePort, endpoint: Endpoint, state: ProxyState, now: float) -> EndpointView:
+    known = state.endpoints.get(endpoint.address)
+    view = {
+        "service": service.name,
+        "endpoint": endpoint.name,
+        "tunnel": str(endpoint.tunnel),
+        "identity": endpoint.identity,
+        "weight": endpoint.weight,
+    }
+    if known is None:
+        return EndpointView(**view, breaker="closed", connections=0, pending=0, failures=0)  # type: ignore[arg-type] # mixed values
+    return EndpointView(
+        **view,  # type: ignore[arg-type] # mixed values
+        breaker=str(known.breaker.state(now)),
+        connections=known.open,
+        pending=known.pending,
+        failures=known.breaker.failures,
+        open_for_seconds=round(known.breaker.open_for(now), 1),
+        last_error=known.last_error,
+    )
+
+
+def _needs_identity(state: ProxyState) -> bool:
+    return any(
+        endpoint.tunnel is not TunnelKind.NONE for service in state.snapshot.services for endpoint in service.endpoints
+    )

@@ -1,0 +1,138 @@
+"""A tunnel seen from the side that dialled it: how it comes up, and how it asks for a lease."""
+
+import ssl
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import trio
+
+from meshnet.codec.frames import Frame, Open, Opened, Pong, Refused
+from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
+from meshnet.model.address import Address
+from meshnet.net import sockets, tls
+from meshnet.tunnel.protocol import Role, Tunnel
+
+RECEIVE_SIZE = 32768  # more than one record
+_RETIRE_BEFORE_EXPIRY = 60.0  # seconds
+_SESSION_LIFETIME = 3600.0  # seconds; RFC 8446 allows a week, a renewed certificate should be seen sooner
+
+Key = tuple[Address, str]
+"""Where a tunnel leads, and the SPIFFE id that must be there."""
+
+
+@dataclass(slots=True, eq=False)
+class ClientTunnel:
+    """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones."""
+
+    key: Key
+    sock: ssl.SSLSocket
+    wire: Tunnel
+    good_until: float
+    handshake_ms: float
+    resumed: bool
+    version: str
+    cipher: str
+    leases: int = 0
+    idle_since: float = 0.0
+    pinged: bool = False
+
+    @property
+    def is_fresh(self) -> bool:
+        """No connection has used it before: a failure on it is the endpoint's, not that of a stale tunnel."""
+        return self.leases <= 1
+
+    async def open(self, request: Open, early: bytes, timeout: float) -> Sequence[Frame]:
+        """Asks the peer for a connection; `early` goes along. The frames that came right behind OPENED, copied.
+
+        Raises ConnectionFailed: what the peer refused with, tunnel.lost, tunnel.protocol or connect.timeout.
+        """
+        wire, sock = self.wire, self.sock
+        opening = wire.open(request)
+        if early:
+            opening += wire.data(len(early)) + early
+        try:
+            # Not trio.fail_after, which costs twice as much; this is on the way of every connection.
+            with trio.CancelScope(deadline=trio.current_time() + timeout):
+                await tls.send_all(sock, opening)
+                await trio.lowlevel.wait_readable(sock)  # the peer cannot have answered yet
+                while True:
+                    data = await tls.receive_some(sock, RECEIVE_SIZE)
+                    if not data:
+                        raise ConnectionFailed(Reason.TUNNEL_LOST, "the peer sidecar closed the tunnel")
+                    frames = list(wire.receive(memoryview(data)))
+                    for position, frame in enumerate(frames):
+                        if isinstance(frame, Opened):
+                            # `data` is ours alone, so the payload views in it stay valid.
+                            return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]
+                        if isinstance(frame, Refused):
+                            raise _refusal(frame)
+            raise ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{self.key[0]} did not answer OPEN within {timeout:g} s")
+        except TunnelError as error:
+            raise ConnectionFailed(Reason.TUNNEL_PROTOCOL, str(error), ended_by=EndedBy.PEER_PROXY) from error
+        except ssl.SSLError as error:
+            # In TLS 1.3 a peer that refuses our certificate says so only after our handshake is over.
+            raise tls.tls_failure(error) from error
+        except OSError as error:
+            raise ConnectionFailed(Reason.TUNNEL_LOST, error.strerror or str(error)) from error
+
+
+async def connect(
+    key: Key,
+    credentials: tls.Credentials | None,
+    resumable: tuple[ssl.SSLContext, ssl.SSLSession] | None,
+    *,
+    mark: int,
+    timeout: float,
+) -> ClientTunnel:
+    """A new tunnel to `key`. `resumable` is a session of an earlier one, with the context it was made in.
+
+    `timeout` seconds are for the connect, and again for the handshake.
+
+    Raises ConnectionFailed(connect.*, tls.*).
+    """
+    address, identity = key
+    if credentials is None:
+        raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
+    if credentials.not_after < time.time():
+        raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
+    plain = await sockets.connect(address, mark=mark, timeout=timeout)
+    started = time.monotonic()
+    context, session = resumable or (None, None)
+    if context is not credentials.client or session is None or session.time + _SESSION_LIFETIME < time.time():
+        session = None
+    sock = tls.wrap(credentials.client, plain, session=session)
+    try:
+        with trio.fail_after(timeout):
+            await tls.handshake(sock)
+        found, not_after = tls.peer_identity(sock)
+        if found != identity:
+            raise ConnectionFailed(
+                Reason.TLS_PEER_IDENTITY, f"{address} is {found}; the mesh says it must be {identity}"
+            )
+    except trio.TooSlowError:
+        sock.close()
+        raise ConnectionFailed(Reason.TLS_HANDSHAKE, f"no TLS handshake with {address} within {timeout:g} s") from None
+    except BaseException:
+        sock.close()
+        raise
+    cipher = sock.cipher()
+    return ClientTunnel(
+        key=key,
+        sock=sock,
+        wire=Tunnel(Role.CLIENT),
+        good_until=min(not_after, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,
+        handshake_ms=(time.monotonic() - started) * 1000,
+        resumed=bool(sock.session_reused),
+        version=sock.version() or "",
+        cipher=cipher[0] if cipher else "",
+    )
+
+
+def _refusal(frame: Refused) -> ConnectionFailed:
+    try:
+        reason = Reason(frame.reason)
+    except ValueError:
+        reason = Reason.INTERNAL
+    ended_by = EndedBy.POLICY if reason in (Reason.AUTHZ_DENIED, Reason.AUTHN_DISABLED) else EndedBy.PEER_PROXY
+    return ConnectionFailed(reason, frame.detail or frame.reason, ended_by=ended_by, policy=frame.policy)
