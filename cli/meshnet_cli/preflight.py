@@ -1,0 +1,113 @@
+"""What has to be true of a host before `meshnet up` touches it. Every finding says what, why and what to type."""
+
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import Settings
+
+_CAP_NET_ADMIN = 12  # linux/capability.h
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A TCP port somebody listens on. `why_not` is empty when new connections to it will be captured."""
+
+    port: int
+    why_not: str
+
+
+def check(settings: Settings, *, running: bool) -> str:
+    """The backend that the kernel takes rules from. `running`: our own sidecar may hold the ports.
+
+    Raises CommandError for the first thing that stands in the way.
+    """
+    if not may_change_rules():
+        raise CommandError(
+            "not allowed to change this host's rules",
+            why="this needs the capability NET_ADMIN",
+            fix="sudo meshnet up",
+            code=5,
+        )
+    from meshnet_init.apply import choose
+
+    backend = choose(settings.capture.backend).name
+    if not running:
+        for port in sorted(settings.own_ports()):
+            _need_free(port)
+        for pid, name in processes_in_group(settings.capture.gid):
+            raise CommandError(
+                f"process {pid} ({name}) runs with the group {settings.capture.gid}",
+                why="traffic of that group is taken for the sidecar's own and passes the rules",
+                fix="choose another group: MESHNET_CAPTURE__GID=15138 meshnet up, or capture.gid in meshnet.toml",
+            )
+    return backend
+
+
+def may_change_rules() -> bool:
+    status = Path("/proc/self/status").read_text()
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> _CAP_NET_ADMIN & 1)
+
+
+def processes_in_group(gid: int) -> Iterator[tuple[int, str]]:
+    """Processes of this network namespace whose effective group is `gid`: pid and name."""
+    here = os.stat("/proc/thread-self/ns/net")
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if not os.path.samestat(os.stat(entry / "ns" / "net"), here):
+                continue  # a sidecar in a container, say: our rules do not see it
+            fields = dict(line.split(":", 1) for line in (entry / "status").read_text().splitlines() if line.count(":"))
+        except OSError:
+            continue  # it has ended meanwhile
+        if int(fields["Gid"].split()[1]) == gid:
+            yield int(entry.name), fields["Name"].strip()
+
+
+def listeners(settings: Settings) -> list[Listener]:
+    """Who listens here, and which of them meshnet will take connections for."""
+    from meshnet_init.values import parse_ports
+
+    excluded = parse_ports(settings.capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
+    included = parse_ports(settings.capture.inbound_ports, "capture.inbound_ports")
+    reachable: dict[int, bool] = {}
+    for name, loopback in (("tcp", "0100007F"), ("tcp6", "00000000000000000000000001000000")):
+        table = Path("/proc/thread-self/net") / name
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
+            _, local, _, state, _ = line.split(maxsplit=4)
+            address, _, port = local.rpartition(":")
+            if state == "0A":
+                reachable[int(port, 16)] = reachable.get(int(port, 16), False) or address != loopback
+    found = []
+    for number in sorted(reachable.keys() - settings.own_ports()):
+        if not reachable[number]:
+            found.append(Listener(number, "loopback only"))
+        elif any(number in run for run in excluded) or not any(number in run for run in included):
+            found.append(Listener(number, "excluded"))
+        else:
+            found.append(Listener(number, ""))
+    return found
+
+
+def _need_free(port: int) -> None:
+    for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind((host, port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):  # a family that this host does not have
+                continue
+            raise CommandError(
+                f"port {port} is taken",
+                why=f"the sidecar needs it ({os.strerror(error.errno or 0)})",
+                fix=f"see who has it: ss -ltnp 'sport = :{port}'",
+            ) from error

@@ -1,0 +1,176 @@
+"""`meshnet up`: brings this host into the mesh, in phases, or leaves it as it was."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from meshnet.errors import CommandError
+from meshnet.model.admin import GetStatus, Status
+from meshnet.model.settings import Settings
+from meshnet_cli import preflight, supervise
+from meshnet_cli.client import ask
+from meshnet_cli.configuration import config_option, read_settings
+
+EXIT_ROLLED_BACK = 7
+_READY_TIMEOUT = 20.0
+_ROLLBACK_DRAIN = 5.0  # seconds that what was captured meanwhile gets to end
+
+Undo = Callable[[], object]
+
+
+@click.command(
+    "up",
+    short_help="Bring this host into the mesh.",
+    epilog="\b\nExamples:\n  sudo meshnet up\n  sudo meshnet up --dry-run",
+)
+@config_option
+@click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("--trust-domain", default="local", show_default=True, help="For the authority made when there is none.")
+def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
+    """Bring this host into the mesh: check it, start the sidecar, put in the rules, and prove that they work.
+
+    Connections that are open stay open, SSH is left alone (capture.exclude_inbound_ports), and a failed proof puts
+    everything back. A second run changes nothing. Undo it with `meshnet down`.
+    """
+    settings = read_settings(config)
+    config = config and str(Path(config).resolve())
+    status = _status(settings)
+    with _phase("preflight") as say:
+        backend = preflight.check(settings, running=status is not None)
+        say(f"rules by {backend}, " + ("ports and group are free" if status is None else "a sidecar runs already"))
+    with _phase("discover") as say:
+        say(" · ".join(_discovered(settings)) or "nobody listens here yet")
+    if dry_run:
+        _show_plan(settings)
+        return
+    undo: list[Undo] = []
+    try:
+        if status is None:
+            _prepare(settings, trust_domain)
+            with _phase("proxy") as say:
+                supervise.start(settings, config)
+                undo.append(lambda: supervise.stop(settings, drain=0.0))
+                status = _wait_until_ready(settings)
+                say(f"ready (pid {status.pid}), {status.certificate.identity or 'no identity'}")
+        _capture(settings, undo)
+    except (CommandError, KeyboardInterrupt) as error:
+        for step in reversed(undo):
+            step()
+        if undo and isinstance(error, CommandError):
+            click.echo("✗ put back: the host is as it was before", err=True)
+            raise CommandError(error.what, why=error.why, fix=error.fix, code=EXIT_ROLLED_BACK) from error
+        raise
+    click.echo(f"{status.node} is in the mesh.   See: meshnet conns   Undo: sudo meshnet down")
+
+
+def _prepare(settings: Settings, trust_domain: str) -> None:
+    """The sidecar's identity and its mesh directory, made where there are none."""
+    with _phase("identity") as say:
+        say(_identity(settings, trust_domain))
+    try:
+        Path(settings.mesh.directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"cannot make {settings.mesh.directory}", why=str(error.strerror)) from error
+
+
+def _identity(settings: Settings, trust_domain: str) -> str:
+    certificate = Path(settings.identity.certificate)
+    if certificate.exists():
+        return f"{certificate} as it is"
+    from datetime import UTC, datetime
+
+    from meshnet.control import authority
+    from meshnet.model.identity import spiffe_id
+
+    home = certificate.parent.parent / "ca"
+    now = datetime.now(UTC)
+    try:
+        if (home / authority.CA_CERTIFICATE).exists():
+            root, whose = authority.load_authority(home), "the"
+        else:
+            root, whose = authority.Authority.create(trust_domain, now=now), "a new"
+            authority.save_authority(root, home)
+        identity = spiffe_id(root.trust_domain, "default", socket.gethostname().partition(".")[0].lower())
+        issued = root.issue(identity, now=now)
+        authority.save_issued(issued, certificate.parent)
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            "could not make this host an identity", why=str(error), fix="meshnet ca issue --help"
+        ) from error
+    return f"{identity} by {whose} authority in {home}"
+
+
+def _capture(settings: Settings, undo: list[Undo]) -> None:
+    from meshnet_init.apply import apply, installed_rules
+    from meshnet_init.rollback import put_back
+    from meshnet_init.verify import verify
+
+    with _phase("rules") as say:
+        before = installed_rules()
+        applied = apply(settings)
+        if applied.changed:
+            undo.append(lambda: put_back(before, _ROLLBACK_DRAIN))
+        say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
+    with _phase("verify") as say:
+        result = verify(settings)
+        found = [*result.differences, *(f"{canary.family}: {canary.status}" for canary in result.canaries)]
+        if not result.ok:
+            raise CommandError("the rules do not do what they should", why="; ".join(found), fix="meshnet rules verify")
+        say(", ".join(found))
+
+
+def _discovered(settings: Settings) -> Iterator[str]:
+    for listener in preflight.listeners(settings):
+        yield f"{listener.port} {listener.why_not or 'captured'}"
+
+
+def _show_plan(settings: Settings) -> None:
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+    from meshnet_init.render import nft_text
+
+    click.echo(nft_text(make_plan(settings, host_facts())))
+
+
+def _wait_until_ready(settings: Settings) -> Status:
+    """Raises CommandError with the end of the sidecar's log when it does not come up."""
+    deadline = time.monotonic() + _READY_TIMEOUT
+    while True:
+        status = _status(settings)
+        if status is not None and status.ready:
+            return status
+        if time.monotonic() > deadline or not supervise.is_supervised(settings):
+            log = supervise.log_file(settings)
+            last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
+            because = "; ".join(status.not_ready_because) if status else " / ".join(last)
+            raise CommandError("the sidecar did not become ready", why=because, fix=f"less {log}")
+        time.sleep(0.05)  # noqa: TID251 - another process's readiness is polled; nothing tells us
+
+
+def _status(settings: Settings) -> Status | None:
+    try:
+        return ask(settings.admin.socket, GetStatus(), Status)
+    except CommandError:
+        return None
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[Callable[[str], None]]:
+    """One line a phase: what came out, and how long it took."""
+    started = time.monotonic()
+    said = ""
+
+    def say(text: str) -> None:
+        nonlocal said
+        said = text
+
+    try:
+        yield say
+    except CommandError:
+        click.echo(f"✗ {name:<10} {time.monotonic() - started:5.1f}s", err=True)
+        raise
+    click.echo(f"✓ {name:<10} {time.monotonic() - started:5.1f}s  {said}")

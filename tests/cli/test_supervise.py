@@ -1,0 +1,141 @@
+"""Who looks after a sidecar, with other programs in the sidecar's place."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import AdminSection, Settings
+from meshnet_cli import supervise
+from tests.cli.sidecar import ROOT, clean_environment
+from tests.world import wait_for
+
+# Runs a supervisor whose sidecar is the Python code of the second argument.
+SUPERVISOR = """
+import sys
+from meshnet.model.settings import AdminSection, Settings
+from meshnet_cli import supervise
+settings = Settings(admin=AdminSection(socket=sys.argv[1]))
+supervise.sidecar_command = lambda settings, config: [sys.executable, "-c", sys.argv[2]]
+supervise.LOG_SIZE = int(sys.argv[3])
+sys.exit(supervise.Supervisor(settings, None).run())
+"""
+
+Run = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return Settings(admin=AdminSection(socket=str(tmp_path / "admin.sock")))
+
+
+@pytest.fixture
+def run(settings: Settings, tmp_path: Path) -> Iterator[Run]:
+    started = []
+
+    def start(sidecar: str, log_size: int = supervise.LOG_SIZE) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", SUPERVISOR, settings.admin.socket, sidecar, str(log_size)],
+            cwd=tmp_path,
+            env=clean_environment()
+            | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "cli", "init"))},
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_sidecar_that_dies_is_started_again_until_it_ends_in_order(run: Run, settings: Settings) -> None:
+    sidecar = """
+import os, pathlib
+lives = pathlib.Path("lives")
+lives.touch()
+lives.write_text(lives.read_text() + ".")
+print("life", len(lives.read_text()), flush=True)
+if len(lives.read_text()) < 3:
+    os.abort()
+"""
+    assert run(sidecar).wait(10) == 0
+    assert supervise.log_file(settings).read_text().splitlines() == [
+        "life 1",
+        "supervise: the sidecar ended with -6; again in 0.2 s",
+        "life 2",
+        "supervise: the sidecar ended with -6; again in 0.4 s",
+        "life 3",
+    ]
+
+
+def test_a_configuration_that_cannot_work_is_not_tried_again(run: Run, settings: Settings) -> None:
+    assert run("print('no'); raise SystemExit(78)").wait(10) == 78
+    assert supervise.log_file(settings).read_text() == "no\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_end_goes_to_the_sidecar_and_nothing_is_started_after_it(
+    run: Run, settings: Settings, number: signal.Signals
+) -> None:
+    # It ends with an error, which would otherwise be a reason to start it again.
+    sidecar = """
+import signal
+numbers = [signal.SIGTERM, signal.SIGINT]
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+print("up", flush=True)
+print(signal.sigwait(numbers).name)
+exit(3)
+"""
+    process = run(sidecar)
+    log = supervise.log_file(settings)
+    wait_for(lambda: log.read_text() == "up\n")
+    process.send_signal(number)
+    assert process.wait(10) == 3
+    assert log.read_text() == f"up\n{number.name}\n"
+
+
+def test_a_signal_between_two_lives_is_the_end_too(run: Run, settings: Settings) -> None:
+    process = run("raise SystemExit('dead')")
+    log = supervise.log_file(settings)
+    wait_for(lambda: "again in 1.6 s" in log.read_text())
+    lives = log.read_text().count("dead")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(1.0) == 1
+    assert log.read_text().count("dead") == lives
+
+
+def test_what_it_prints_takes_bounded_room(run: Run, settings: Settings) -> None:
+    assert run("for number in range(2000): print(number)", log_size=1000).wait(10) == 0
+    log = supervise.log_file(settings)
+    files = sorted(log.parent.glob("sidecar.log*"))
+    assert len(files) == 1 + supervise.LOG_FILES
+    assert all(file.stat().st_size <= 1000 for file in files)
+    assert log.read_text().endswith("1999\n")
+    assert (1 + supervise.LOG_FILES) * supervise.LOG_SIZE < 100_000_000
+
+
+def test_bytes_that_are_no_text_do_not_stop_it(run: Run, settings: Settings) -> None:
+    assert run(r"import os; os.write(1, b'\xff\x00 and so on\n')").wait(10) == 0
+    assert supervise.log_file(settings).read_text() == "\\xff\x00 and so on\n"
+
+
+def test_two_for_one_admin_socket_are_refused(settings: Settings) -> None:
+    held = supervise._lock(Path(settings.admin.socket).parent)
+    assert held is not None
+    with held:
+        assert supervise.is_supervised(settings)
+        with pytest.raises(CommandError, match="already being looked after"):
+            supervise.start(settings, None)
+    assert not supervise.is_supervised(settings)
+
+
+def test_stopping_what_is_not_there_is_no_error(settings: Settings) -> None:
+    assert supervise.stop(settings, drain=0.0) is False

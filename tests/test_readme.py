@@ -1,0 +1,52 @@
+"""The README is part of the product: commands, settings, fields and reasons are all in it, and its YAML is valid."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from meshnet.codec.mesh import read_mesh
+from meshnet.errors import Reason
+from meshnet.model import resource
+from meshnet.model.settings import Settings
+from meshnet_cli.main import ENTRIES
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SETTINGS = [
+    (f"{section.name}.{field.name}", field.default)
+    for section in msgspec.structs.fields(Settings)
+    for field in msgspec.structs.fields(section.type)
+]
+
+
+@pytest.mark.parametrize("command", ENTRIES)
+def test_every_command_is_told(command: str) -> None:
+    assert f"`meshnet {command}" in README
+
+
+@pytest.mark.parametrize(("name", "default"), SETTINGS, ids=[name for name, _ in SETTINGS])
+def test_every_setting_is_told_with_its_default(name: str, default: object) -> None:
+    row = re.search(rf"^\| `{re.escape(name)}` \|([^|]*)\|", README, re.MULTILINE)
+    assert row, f"{name} is not in the README"
+    shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+    assert row[1].strip().partition(" (")[0] == shown
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_is_told(reason: Reason) -> None:
+    assert f"`{reason}`" in README
+
+
+def test_every_field_of_a_resource_is_shown() -> None:
+    specs = [found for found in vars(resource).values() if isinstance(found, type) and found.__name__.endswith("Spec")]
+    wanted = {field.encode_name for spec in specs for field in msgspec.structs.fields(spec)} - {"name"}
+    shown = set(re.findall(r"\b(\w+):", README))
+    assert wanted <= shown
+
+
+def test_its_yaml_makes_a_mesh() -> None:
+    for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL):
+        assert read_mesh([("README.md", block)], 1).services
+
+
