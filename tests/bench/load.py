@@ -1,0 +1,111 @@
+"""Builds load.c, runs its clients, and turns what they say into figures."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from meshnet.errors import CommandError
+from meshnet_cli.demo.world import Host, Process, wait_for
+from tests.bench.tests import CPU, MEMORY, P50, P99, RATE, Test
+
+_SOURCE = Path(__file__).with_name("load.c")
+_FLAGS = ("-O2", "-std=c11", "-Wall", "-Wextra", "-Werror")
+_PATIENCE = 60.0  # seconds beyond the work itself; load.c gives up sooner
+
+
+class LoadFailed(Exception):
+    """A client met an error, or ended without a word: how many and the first of them."""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What a client prints; see load.c."""
+
+    units: int
+    bytes: int
+    seconds: float
+    cpu_seconds: float
+    p50_us: float
+    p99_us: float
+    errors: int
+    first_error: str
+
+
+def build(directory: Path) -> Path:
+    """The program, made in `directory`. Raises CommandError without a compiler."""
+    if shutil.which("cc") is None:
+        raise CommandError(
+            "no C compiler",
+            why="the load generator is a small C program, built when the bench runs",
+            fix="sudo apt-get install -y --no-install-recommends gcc libc6-dev",
+        )
+    program = directory / "load"
+    subprocess.run(["cc", *_FLAGS, "-o", program, _SOURCE], check=True)
+    return program
+
+
+@dataclass(slots=True)
+class Subject:
+    """What load is put on, from `client`, which dials `target`. Without a proxy there are no sidecars."""
+
+    peer: str
+    mode: str
+    client: Host
+    target: tuple[str, int]
+    sidecars: Sequence[Process] = ()
+
+
+def measure(program: Path, test: Test, one: Subject, *, warm: float, seconds: float) -> dict[str, float]:
+    """The test's figures but for memory; CPU is that of the sidecars, if there are any. Raises LoadFailed."""
+    result = run(program, test.work, one, test.connections, warm=warm, seconds=seconds)
+    if test.work == "stream":
+        values = {RATE: result.bytes / result.seconds / 1e6}
+        cpu = result.cpu_seconds / (result.bytes / 1e9)
+    else:
+        values = {RATE: result.units / result.seconds, P50: result.p50_us, P99: result.p99_us}
+        cpu = result.cpu_seconds / result.units * 1e6
+    return values | {CPU: cpu} if one.sidecars else values
+
+
+def run(program: Path, work: str, one: Subject, connections: int, *, warm: float, seconds: float) -> Result:
+    """Raises LoadFailed, also when nothing at all was done."""
+    pids = [str(process.pid) for process in one.sidecars]
+    command = (str(program), work, one.target[0], str(one.target[1]), str(connections), str(warm), str(seconds), *pids)
+    done = one.client.run(*command, check=False, timeout=warm + seconds + _PATIENCE)
+    return _result(done.stdout + done.stderr)
+
+
+def measure_memory(program: Path, test: Test, one: Subject) -> dict[str, float]:
+    """By how much the sidecars grow for each connection that stays open (PSS, KiB). Raises LoadFailed."""
+    before = _pss(one.sidecars)
+    host, port = one.target
+    holder = one.client.spawn(program, "hold", host, str(port), str(test.connections), "0", "0", name="hold")
+    wait_for(lambda: "held" in holder.output or not holder.alive, timeout=_PATIENCE, what="all connections open")
+    growth = _pss(one.sidecars) - before
+    if holder.alive:
+        holder.terminate(_PATIENCE)
+    _result(holder.output)
+    return {MEMORY: growth / test.connections}
+
+
+def _result(output: str) -> Result:
+    last = (output.strip().splitlines() or [""])[-1]
+    try:
+        result = msgspec.json.decode(last, type=Result)
+    except msgspec.DecodeError:
+        raise LoadFailed(f"no result: {last}") from None
+    if result.errors:
+        raise LoadFailed(f"{result.errors} errors, the first: {result.first_error}")
+    if not result.units and not result.bytes:
+        raise LoadFailed("nothing came through")
+    return result
+
+
+def _pss(processes: Sequence[Process]) -> int:
+    """Kibibytes of memory that are theirs, shared pages by share (proc(5), smaps_rollup)."""
+    text = "".join(Path(f"/proc/{process.pid}/smaps_rollup").read_text() for process in processes)
+    return sum(int(size) for size in re.findall(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE))
