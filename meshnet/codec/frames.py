@@ -86,7 +86,7 @@ class Refused(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     detail: _Detail = ""
 
 
-class Reset(msgspec.Struct, frozen=True, kw_only=True):
+class Reset(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reason: _Reason
 
 

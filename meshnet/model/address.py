@@ -6,7 +6,7 @@ import ipaddress
 import msgspec
 
 
-class Address(msgspec.Struct, frozen=True, order=True):
+class Address(msgspec.Struct, frozen=True, order=True, gc=False):
     """An IP address in canonical text and a TCP port."""
 
     host: str

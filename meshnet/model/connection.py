@@ -7,7 +7,7 @@ import msgspec
 from meshnet.errors import EndedBy, Phase, Reason
 
 
-class Shape(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+class Shape(msgspec.Struct, frozen=True, kw_only=True, rename="camel", gc=False):
     """The base of what the admin socket and the log print. Within v1 fields are only ever added."""
 
 

@@ -12,7 +12,7 @@ import trio
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.admin import ConnectionEvent
-from meshnet.model.connection import Connection, Direction, State
+from meshnet.model.connection import Direction, State
 from meshnet.proxy.record import Record
 
 _FOLLOWER_BUFFER = 1024  # events a slow reader may lag behind before it is told that it lost some
@@ -46,7 +46,7 @@ class Follower:
 class Registry:
     """`log` gets each ended connection; `node` is a name for this host."""
 
-    def __init__(self, *, keep: int, observer: Observer, log: Callable[[Connection], None] | None) -> None:
+    def __init__(self, *, keep: int, observer: Observer, log: Callable[[Record], None] | None) -> None:
         self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
         self.recent: deque[Record] = deque(maxlen=keep)
         self.opened_total = 0
@@ -82,7 +82,7 @@ class Registry:
         self.failed_total += record.failed
         self._observer.ended(record)
         if self._log is not None:
-            self._log(record.view())
+            self._log(record)
         if self._followers:
             self._tell(_EVENTS.get(record.state, "fail"), record)
         if not self.open:

@@ -31,6 +31,13 @@ ENDED = Connection(
 )
 
 
+class Ended:
+    """What the registry hands over."""
+
+    def view(self) -> Connection:
+        return ENDED
+
+
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     ends = os.pipe()
@@ -52,7 +59,7 @@ def read_lines(descriptor: int, count: int) -> list[bytes]:
 def test_a_line_of_json_is_the_whole_record(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     with AccessLog("json", writer) as log:
-        log(ENDED)
+        log(Ended())
         (line,) = read_lines(reader, 1)
     told = json.loads(line)
     assert told["reason"] == {
@@ -67,7 +74,7 @@ def test_a_line_of_json_is_the_whole_record(pipe: tuple[int, int]) -> None:
 def test_a_line_of_text_is_one_line_that_a_terminal_can_show(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     with AccessLog("text", writer) as log:
-        log(ENDED)
+        log(Ended())
         (line,) = read_lines(reader, 1)
     assert line.startswith(
         b"2024-01-01T00:00:00.000Z 00000001 outbound spiffe://mesh.example/ns/default/sa/web -> api:80"
@@ -79,7 +86,7 @@ def test_what_waits_is_written_before_the_log_closes(pipe: tuple[int, int]) -> N
     reader, writer = pipe
     with AccessLog("json", writer) as log:
         for _ in range(50):
-            log(ENDED)
+            log(Ended())
     assert len(read_lines(reader, 50)) == 50
 
 
@@ -88,11 +95,11 @@ def test_a_stuck_reader_stops_nobody_and_is_told_how_many_lines_it_lost(pipe: tu
     room = fcntl.fcntl(writer, F_GETPIPE_SZ)
     os.write(writer, b"\n" * room)  # full
     with AccessLog("json", writer) as log:
-        log(ENDED)
+        log(Ended())
         wait_for(lambda: not log._waiting)  # the thread has it, and is stuck in its write
         begun = time.monotonic()
         for _ in range(10_500):
-            log(ENDED)
+            log(Ended())
         assert time.monotonic() - begun < 1.0
         os.read(reader, room)
         lines = read_lines(reader, 10_002)
@@ -103,10 +110,10 @@ def test_a_reader_that_hung_up_stops_nobody(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     os.close(reader)
     with AccessLog("json", writer) as log:
-        log(ENDED)
+        log(Ended())
         wait_for(lambda: not log._thread.is_alive())
         for _ in range(20_000):
-            log(ENDED)
+            log(Ended())
 
 
 def test_auto_means_json_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:

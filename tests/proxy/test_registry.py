@@ -5,7 +5,7 @@ import trio
 
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.connection import Connection, Direction
+from meshnet.model.connection import Direction
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Follower, Registry
 
@@ -26,12 +26,12 @@ def observed() -> Observed:
 
 
 @pytest.fixture
-def logged() -> list[Connection]:
+def logged() -> list[Record]:
     return []
 
 
 @pytest.fixture
-def registry(observed: Observed, logged: list[Connection]) -> Registry:
+def registry(observed: Observed, logged: list[Record]) -> Registry:
     return Registry(keep=3, observer=observed, log=logged.append)
 
 
@@ -82,7 +82,7 @@ def test_the_newest_of_those_with_one_id_is_found(registry: Registry) -> None:
 
 
 def test_each_end_is_told_once_to_the_log_and_to_the_observer(
-    registry: Registry, observed: Observed, logged: list[Connection]
+    registry: Registry, observed: Observed, logged: list[Record]
 ) -> None:
     with registry.life(Direction.INBOUND, SOURCE, None) as record:
         raise ConnectionFailed(Reason.NOT_LOCAL)
