@@ -90,7 +90,7 @@ class Reset(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     reason: _Reason
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: making one is on the way of every message, and that would double its cost
 class Data:
     payload: memoryview
 

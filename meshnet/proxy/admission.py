@@ -1,5 +1,6 @@
 """Whether a call may reach an application of this host; asked before the application is dialled."""
 
+import functools
 import ipaddress
 
 from meshnet.decide.access import Call
@@ -41,6 +42,7 @@ def admit(identity: str, target: Address, record: Record, state: ProxyState, *, 
     record.policy = state.check(record.call)
 
 
+@functools.lru_cache(maxsize=1024)  # asked for every connection, of few addresses
 def _is_for_this_host_alone(host: str) -> bool:
     """What listens on the loopback is no endpoint, though a peer may ask for it; nor is "any address"."""
     address = ipaddress.ip_address(host)

@@ -5,6 +5,7 @@ import logging
 import resource
 import signal
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -36,6 +37,8 @@ _ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the inter
 _REAP_EVERY = 5.0  # seconds
 _LAG_EVERY = 1.0  # seconds
 _LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
+# Seconds. With Python's 5 ms a relay thread waits 9 ms (median) for its turn while trio is busy; with this, 0.7 ms.
+_SWITCH_INTERVAL = 0.0005
 _LAST_RECORDS = 2.0  # seconds for aborted connections to end properly
 
 Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
@@ -44,6 +47,7 @@ Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
 async def run(settings: Settings) -> None:
     """Runs a sidecar until SIGTERM or SIGINT and the drain that follows. Raises CommandError if it cannot start."""
     _allow_many_descriptors()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     form = access_format(settings.log.access)
     metrics = Metrics()
     identity = Identity(settings.identity)

@@ -9,7 +9,7 @@ import trio
 
 from meshnet.codec.frames import Frame, GoAway, Open, Ping, Refused
 from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
-from meshnet.model.address import Address, parse_address
+from meshnet.model.address import Address
 from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import trust_domain
 from meshnet.net import tls
@@ -122,11 +122,10 @@ class ServedTunnel:
 
     def source_of(self, request: Open) -> Address:
         """The application's own address as the peer tells it, believed as far as it is on the peer's host."""
-        try:
-            told = parse_address(request.source)
-        except ValueError:
+        host, _, port = request.source.rpartition(":")
+        if host.strip("[]") != self.source.host or not port.isdecimal() or not 0 < int(port) < 65536:
             return self.source
-        return told if told.host == self.source.host else self.source
+        return Address(self.source.host, int(port))
 
     async def next_open(self) -> Open | None:
         """The next request, or None when the tunnel is over."""
