@@ -3,8 +3,6 @@
 import time
 from collections.abc import Sequence
 
-import trio
-
 from meshnet.codec.frames import Frame
 from meshnet.errors import Phase
 from meshnet.proxy.attempt import EndpointLeg
@@ -29,7 +27,7 @@ async def relay(
         mover = state.relays.choose(record.link)
         record.relay = mover.name
         state.registry.connected(record)
-        await trio.lowlevel.checkpoint_if_cancelled()
+        record.go_on()
         outcome = await mover.run(record.link, record.tally)
         record.finish(outcome)
         reusable = outcome.reusable

@@ -28,7 +28,7 @@ _RECEIVE_SIZE = 32768  # more than one record
 
 async def carry_plain(client: socket.socket, source: Address, state: ProxyState) -> None:
     """A connection that came in plain text. Owns `client` from here on; one record comes out."""
-    with state.registry.life(Direction.INBOUND, source, client) as record, record.scope:
+    with state.registry.life(Direction.INBOUND, source, client) as record:
         target = record.original = original_destination(client)
         admit("", target, record, state, tunnelled=False)
         leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
@@ -55,7 +55,7 @@ async def serve_tunnel(sock: socket.socket, source: Address, state: ProxyState) 
 async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState) -> None:
     """One connection through the tunnel, which afterwards can serve another or not."""
     tunnel.reusable = False
-    with state.registry.life(Direction.INBOUND, tunnel.source_of(request), None, request.id) as record, record.scope:
+    with state.registry.life(Direction.INBOUND, tunnel.source_of(request), None, request.id) as record:
         record.security = Security.MTLS
         record.source_identity = tunnel.identity
         record.destination_identity = state.identity.name
@@ -66,6 +66,9 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
                 raise ConnectionFailed(Reason.TLS_EXPIRED, f"the certificate of {tunnel.identity} has expired")
             admit(tunnel.identity, target, record, state, tunnelled=True)
             leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
+            if record.abort_reason is not None:
+                leg.abandon()
+                record.go_on()
         except ConnectionFailed as failure:
             tunnel.reusable = await tunnel.refuse(failure)
             raise
@@ -73,7 +76,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
         try:
             early = await tunnel.opened()
         except OSError as error:
-            leg.release(state, reusable=False)
+            leg.abandon()
             raise ConnectionFailed(Reason.TUNNEL_LOST, str(error), ended_by=EndedBy.PEER_PROXY) from error
         outcome = await relay(TunnelLeg(tunnel.sock, tunnel.wire), leg, record, state, early)
         tunnel.reusable = outcome.reusable

@@ -22,7 +22,7 @@ _PASSTHROUGH_TIMEOUT = 10.0  # seconds; nothing else is to be tried, so longer t
 
 async def carry(client: socket.socket, source: Address, state: ProxyState) -> None:
     """Owns `client` from here on. Whatever happens in here, one record comes out."""
-    with state.registry.life(Direction.OUTBOUND, source, client) as record, record.scope:
+    with state.registry.life(Direction.OUTBOUND, source, client) as record:
         destination = record.original = original_destination(client)
         if is_canary(destination):
             _answer_canary(client, destination)

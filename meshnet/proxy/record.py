@@ -10,8 +10,6 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import trio
-
 from meshnet.decide.access import Call
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
@@ -73,7 +71,6 @@ class Record:
         "reason",
         "relay",
         "resumed",
-        "scope",
         "security",
         "service",
         "source",
@@ -122,7 +119,6 @@ class Record:
         self.detail = ""
         self.call: Call | None = None
         self.link: Link | None = None
-        self.scope = trio.CancelScope()
         self.abort_reason: Reason | None = None
         self.abort_by = EndedBy.PROXY
         self.abort_detail = ""
@@ -148,7 +144,7 @@ class Record:
         return isinstance(error, Exception)
 
     def abort(self, reason: Reason, ended_by: EndedBy, detail: str = "", policy: str = "") -> None:
-        """Ends the connection from outside, in whatever phase it is."""
+        """Ends the connection from outside: at once while bytes move, else before its next phase."""
         if self.reason is not None or self.abort_reason is not None:
             return
         self.abort_reason, self.abort_by, self.abort_detail = reason, ended_by, detail
@@ -156,7 +152,13 @@ class Record:
             self.policy = policy
         if self.link is not None:
             self.link.abort_reason, self.link.abort_by = reason, ended_by
-        self.scope.cancel()
+            if self.link.abort is not None:
+                self.link.abort()
+
+    def go_on(self) -> None:
+        """Raises ConnectionFailed if somebody has aborted the connection meanwhile."""
+        if self.abort_reason is not None:
+            raise ConnectionFailed(self.abort_reason, self.abort_detail, ended_by=self.abort_by, policy=self.policy)
 
     def fail(self, failure: ConnectionFailed) -> None:
         if failure.policy:
@@ -164,7 +166,7 @@ class Record:
         self.end(failure.reason, failure.ended_by, failure.detail)
 
     def finish(self, outcome: Outcome) -> None:
-        self.end(outcome.reason, outcome.ended_by, outcome.detail)
+        self.end(outcome.reason, outcome.ended_by, outcome.detail or self.abort_detail)
 
     def end(self, reason: Reason, ended_by: EndedBy, detail: str) -> None:
         """The first end counts; what follows from it does not."""

@@ -5,7 +5,7 @@ A relay is anything with `name`, `fits` and `run`; tests/relay/contract.py says 
 
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -50,7 +50,8 @@ class TunnelLeg:
 class Link:
     """Both legs, up. The two `early` fields hold bytes that were read before the hand-over, still to be delivered.
 
-    Frames that came with OPENED or OPEN go to `early_frames` (payloads copied), in order. Who cancels `run` may set
+    Frames that came with OPENED or OPEN go to `early_frames` (payloads copied), in order. While `run` runs,
+    `abort` ends the link from outside: as a cancel does, but `run` returns. Who aborts or cancels may set
     `abort_reason` and `abort_by` first: they are what the peer sidecar is told. `outcome` is set when `run` is over,
     also when it raises.
     """
@@ -62,6 +63,7 @@ class Link:
     early_frames: Sequence[Frame] = ()
     abort_reason: Reason = Reason.DRAIN
     abort_by: EndedBy = EndedBy.PROXY
+    abort: Callable[[], None] | None = None
     outcome: "Outcome | None" = None
 
 

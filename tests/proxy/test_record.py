@@ -82,24 +82,18 @@ def test_a_bug_ends_one_record_as_internal_and_goes_no_further(caplog: pytest.Lo
     assert life.id in caplog.text
 
 
-async def test_an_abort_from_outside_ends_the_connection_where_it_waits() -> None:
-    life = record()
-    async with trio.open_nursery() as nursery:
-
-        async def carry() -> None:
-            with life, life.scope:
-                await trio.sleep_forever()
-
-        nursery.start_soon(carry)
-        await trio.testing.wait_all_tasks_blocked()
+def test_an_abort_from_outside_ends_the_connection_before_its_next_phase() -> None:
+    with record() as life:
         life.abort(Reason.AUTHZ_REVOKED, EndedBy.POLICY, "no more", policy="nobody")
         life.abort(Reason.DRAIN, EndedBy.DRAIN)
+        life.go_on()
+        raise AssertionError("it went on")
     assert (life.reason, life.ended_by, life.policy) == (Reason.AUTHZ_REVOKED, EndedBy.POLICY, "nobody")
 
 
 async def test_a_cancellation_from_above_ends_the_record_and_goes_on() -> None:
     life = record()
-    with trio.CancelScope() as above, life, life.scope:
+    with trio.CancelScope() as above, life:
         above.cancel()
         await trio.lowlevel.checkpoint()
     assert above.cancelled_caught

@@ -4,6 +4,7 @@ Links begin in trio's own thread (young.py), and those that live on move to rela
 loop.py, pair.py (the life of a link), plain.py and tunnel.py (the two kinds of legs).
 """
 
+import functools
 from typing import Self
 
 import trio
@@ -69,6 +70,7 @@ class PythonRelay:
         pair = Pair(young, link, tally, trio.lowlevel.current_task())
         if not young.begin(pair):
             return pair.result()
+        link.abort = functools.partial(young.cancel, pair)
 
         def cancel(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
             pair.raise_cancel = raise_cancel
