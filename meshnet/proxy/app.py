@@ -79,6 +79,18 @@ async def run(settings: Settings) -> None:
             await _Sidecar(state, stack).serve()
 
 
+def _guarded(handle: Callable[[trio.SocketStream], Awaitable[None]]) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """A bug in answering one question must not end the sidecar."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        try:
+            await handle(stream)
+        except Exception:
+            _log.exception("a request to the sidecar itself failed")
+
+    return answer
+
+
 def _allow_many_descriptors() -> None:
     """A connection takes two to three; the soft limit of 1024 is there for programs that call select(2)."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -112,8 +124,8 @@ class _Sidecar:
                 nursery.start_soon(self._reap)
                 nursery.start_soon(self._measure_lag)
                 server = AdminServer(state, self._listeners, self._ask_drain)
-                nursery.start_soon(trio.serve_listeners, server.handle, [admin_socket])
-                nursery.start_soon(trio.serve_listeners, HealthServer(state, state.metrics).handle, health)
+                nursery.start_soon(trio.serve_listeners, _guarded(server.handle), [admin_socket])
+                nursery.start_soon(trio.serve_listeners, _guarded(HealthServer(state, state.metrics).handle), health)
                 for carry, found in (
                     (outbound.carry, outbound_sockets),
                     (inbound.carry_plain, inbound_sockets),

@@ -197,7 +197,7 @@ class RelayContract:
             started = time.monotonic()
             it.first.scope.cancel()
             await it.ended()
-            assert time.monotonic() - started < 0.5
+            assert time.monotonic() - started < 0.9  # nobody was waited for
             for app in (it.client, it.server):
                 with pytest.raises(OSError):
                     await _until_broken(app)
@@ -211,6 +211,26 @@ class RelayContract:
                 assert (outcome.reason, outcome.ended_by) == (Reason.DRAIN, EndedBy.PEER_PROXY)
                 assert outcome.reusable
                 assert it.first.link.outcome.reusable
+
+    async def test_abort_resets_both_legs_and_the_tunnel_lives_on(self, relay: Relay, rig: RigMaker) -> None:
+        async with rig(relay) as it:
+            await it.client.send_all(b"x")
+            assert await read_exactly(it.server, 1) == b"x"
+            link = it.first.link
+            link.abort_reason, link.abort_by = Reason.AUTHZ_REVOKED, EndedBy.POLICY
+            assert link.abort is not None
+            link.abort()
+            link.abort()
+            outcome = await it.first.result()
+            assert (outcome.reason, outcome.ended_by) == (Reason.AUTHZ_REVOKED, EndedBy.POLICY)
+            await it.ended()
+            for app in (it.client, it.server):
+                with pytest.raises(OSError):
+                    await _until_broken(app)
+            if rig is mesh_rig:
+                assert outcome.reusable
+                far = await it.last.result()
+                assert (far.reason, far.ended_by) == (Reason.AUTHZ_REVOKED, EndedBy.PEER_PROXY)
 
     async def test_cancel_in_full_flow_counts_no_byte_that_was_not_sent(self, relay: Relay, rig: RigMaker) -> None:
         async with rig(relay, buffer=SMALL) as it, trio.open_nursery() as nursery:
@@ -230,7 +250,7 @@ class RelayContract:
             started = time.monotonic()
             it.first.scope.cancel()
             await it.ended()
-            assert time.monotonic() - started < 1.5
+            assert time.monotonic() - started < 5.0
             for app in (it.client, it.server):
                 with pytest.raises(OSError):
                     await _until_broken(app)
