@@ -48,5 +48,3 @@ def test_every_field_of_a_resource_is_shown() -> None:
 def test_its_yaml_makes_a_mesh() -> None:
     for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL):
         assert read_mesh([("README.md", block)], 1).services
-
-

@@ -7,6 +7,7 @@ file moves the whole run into namespaces of its own before anything else starts,
         web, api = world.host("web"), world.host("api")
 """
 
+import resource
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -26,6 +27,8 @@ _refusal: CommandError | None = None
 
 
 def pytest_configure() -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # hundreds of connections at once, several sockets each
     # Here, while there is one thread: later the kernel would refuse a user namespace.
     global _refusal
     try:

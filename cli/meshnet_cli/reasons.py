@@ -24,7 +24,8 @@ ADVICE: Mapping[Reason, Advice] = {
     ),
     Reason.CONNECT_REFUSED: Advice(
         "the endpoint's host answered that nothing listens on that port",
-        "on that host: ss -ltn shows what listens; start the application, or correct the port in the Service",
+        "on that host: ss -ltn shows what listens. Start the application, or correct the port in the Service; if it is "
+        "the port of tunnels (15108), the sidecar there is down: meshnet status",
     ),
     Reason.CONNECT_TIMEOUT: Advice(
         "the endpoint's host did not answer: it is down, overloaded, or a firewall drops the packets",

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +15,9 @@ from meshnet.model.settings import Settings
 from meshnet_cli import preflight, supervise
 from meshnet_cli.client import ask
 from meshnet_cli.configuration import config_option, read_settings
+
+if TYPE_CHECKING:
+    from meshnet.model.snapshot import Snapshot
 
 EXIT_ROLLED_BACK = 7
 _READY_TIMEOUT = 20.0
@@ -41,6 +45,9 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
     status = _status(settings)
     with _phase("preflight") as say:
         backend = preflight.check(settings, running=status is not None)
+        if status is not None:
+            _need_same_ports(settings, status)
+        snapshot = _mesh(settings)
         say(f"rules by {backend}, " + ("ports and group are free" if status is None else "a sidecar runs already"))
     with _phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
@@ -50,7 +57,7 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
     undo: list[Undo] = []
     try:
         if status is None:
-            _prepare(settings, trust_domain)
+            _prepare(settings, trust_domain, snapshot)
             with _phase("proxy") as say:
                 supervise.start(settings, config)
                 undo.append(lambda: supervise.stop(settings, drain=0.0))
@@ -67,32 +74,59 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
     click.echo(f"{status.node} is in the mesh.   See: meshnet conns   Undo: sudo meshnet down")
 
 
-def _prepare(settings: Settings, trust_domain: str) -> None:
+def _mesh(settings: Settings) -> "Snapshot | None":
+    """What the mesh directory says, if there is one. Raises ConfigError, before anything is started."""
+    from meshnet.proxy.follow import load_directory
+
+    return load_directory(settings.mesh.directory) if Path(settings.mesh.directory).is_dir() else None
+
+
+def _need_same_ports(settings: Settings, status: Status) -> None:
+    """The rules must lead to where the sidecar that runs listens, whatever the settings say by now."""
+    wanted = {"outbound": settings.proxy.outbound_port, "inbound": settings.proxy.inbound_port}
+    for name, port in wanted.items():
+        if not status.listeners.get(name, "").endswith(f":{port}"):
+            raise CommandError(
+                f"the sidecar that runs here listens on another {name} port than the settings say ({port})",
+                why=f"it listens on {status.listeners.get(name)}",
+                fix="sudo meshnet down && sudo meshnet up",
+            )
+
+
+def _prepare(settings: Settings, trust_domain: str, snapshot: "Snapshot | None") -> None:
     """The sidecar's identity and its mesh directory, made where there are none."""
     with _phase("identity") as say:
-        say(_identity(settings, trust_domain))
+        say(_identity(settings, trust_domain, snapshot))
     try:
         Path(settings.mesh.directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(f"cannot make {settings.mesh.directory}", why=str(error.strerror)) from error
 
 
-def _identity(settings: Settings, trust_domain: str) -> str:
+def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> str:
     certificate = Path(settings.identity.certificate)
     if certificate.exists():
         return f"{certificate} as it is"
     from datetime import UTC, datetime
 
     from meshnet.control import authority
-    from meshnet.model.identity import spiffe_id
+    from meshnet.model.identity import spiffe_id, trust_domain
 
     home = certificate.parent.parent / "ca"
+    services = snapshot.services if snapshot else ()
+    named = {trust_domain(endpoint.identity) for service in services for endpoint in service.endpoints} - {"", domain}
+    if named and not (home / authority.CA_CERTIFICATE).exists():
+        raise CommandError(
+            "this host has no certificate yet",
+            why=f"a new authority of its own would be a stranger to trust domain {', '.join(sorted(named))}",
+            fix=f"where that is: meshnet ca issue --service NAME --out DIR; copy DIR/* to {certificate.parent}/",
+        )
     now = datetime.now(UTC)
     try:
         if (home / authority.CA_CERTIFICATE).exists():
             root, whose = authority.load_authority(home), "the"
         else:
-            root, whose = authority.Authority.create(trust_domain, now=now), "a new"
+            root, whose = authority.Authority.create(domain, now=now), "a new"
             authority.save_authority(root, home)
         identity = spiffe_id(root.trust_domain, "default", socket.gethostname().partition(".")[0].lower())
         issued = root.issue(identity, now=now)

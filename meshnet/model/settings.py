@@ -29,6 +29,7 @@ class AdminSection(Section, frozen=True):
 
 class MeshSection(Section, frozen=True):
     directory: str = "/etc/meshnet/mesh.d"
+    last_good: str = "/var/lib/meshnet/last-good.json"  # what a restart goes on with when the directory is bad
 
 
 class IdentitySection(Section, frozen=True):

@@ -156,17 +156,6 @@ def was_reset(sock: socket.socket) -> bool:
     return False
 
 
-def is_local(host: str) -> bool:
-    """Whether `host` is an address of this machine: only then can a socket be bound to it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            return False
-    return True
-
-
 def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Address], object], most: int) -> bool:
     """Takes up to `most` that wait; False when there are no descriptors left to do so."""
     for _ in range(most):

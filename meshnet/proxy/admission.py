@@ -17,6 +17,7 @@ def admit(identity: str, target: Address, record: Record, state: ProxyState, *, 
 
     The call is put on the record first: a policy change that races this check finds it there and asks again.
     """
+    state.need_mesh()
     if not state.is_local(target.host):
         raise ConnectionFailed(Reason.NOT_LOCAL, f"{target.host} is not an address of this host")
     if target.port in state.own_ports:

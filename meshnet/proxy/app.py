@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 
 import trio
+from msgspec import structs
 
 from meshnet.errors import CommandError, ConfigError, EndedBy, Reason
 from meshnet.model.address import Address
@@ -18,7 +19,8 @@ from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net import sockets
-from meshnet.proxy import follow, inbound, outbound
+from meshnet.net.addresses import LocalAddresses
+from meshnet.proxy import follow, inbound, last_good, outbound
 from meshnet.proxy.admin import AdminServer, admin_listener
 from meshnet.proxy.health import HealthServer
 from meshnet.proxy.identity import Identity
@@ -73,6 +75,7 @@ async def run(settings: Settings) -> None:
                 registry=Registry(keep=settings.admin.recent, observer=metrics, log=log),
                 relays=Relays([relay], missing={"native": "not built into this version"}),
                 pool=pool,
+                addresses=stack.enter_context(LocalAddresses()),
                 mark=mark,
             )
             metrics.state = state
@@ -104,6 +107,7 @@ class _Sidecar:
         self._listeners: dict[str, str] = {}
         self._drain_within: float | None = None
         self._drain_asked = trio.Event()
+        self._first_look = trio.Event()
         self._last_call = trio.Event()
         self._reload, self._reloads = trio.open_memory_channel[None](1)
 
@@ -148,6 +152,8 @@ class _Sidecar:
             ) from error
 
     async def _accept(self, listeners: list[socket.socket], start: Callable[[socket.socket, Address], None]) -> None:
+        # Who comes before the mesh is known waits in the kernel: nothing is known to be meshed, or denied, until then.
+        await self._first_look.wait()
         async with trio.open_nursery() as nursery:
             for sock in listeners:
                 nursery.start_soon(sockets.accept_forever, sock, start)
@@ -229,17 +235,30 @@ class _Sidecar:
                 await self._state.registry.empty.wait()
 
     async def _follow(self) -> None:
+        state, mesh = self._state, self._state.settings.mesh
+
         def refused(problem: ConfigError) -> None:
-            self._state.config_problem = str(problem)
-            self._state.metrics.config_refused += 1
+            stored = last_good.load(mesh.last_good, 1) if state.snapshot.version == 0 else None
+            if stored is not None:
+                state.apply(stored)
+                _log.warning("going on with the mesh that was good before the restart, from %s", mesh.last_good)
+            state.config_problem = str(problem)
+            state.metrics.config_refused += 1
             _log.error("mesh files refused, the last good state stays: %s", problem)
+            self._first_look.set()
 
         def apply(snapshot: Snapshot) -> None:
-            self._state.apply(snapshot)
+            # The follower does not count the one that was kept from before a restart.
+            snapshot = structs.replace(snapshot, version=state.snapshot.version + 1)
+            state.apply(snapshot)
             _log.info("mesh version %d: %d services", snapshot.version, len(snapshot.services))
+            try:
+                last_good.save(snapshot, mesh.last_good)
+            except OSError as error:
+                _log.warning("the mesh could not be kept for a restart: %s", error)
+            self._first_look.set()
 
-        state = self._state
-        await follow.follow(state.settings.mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
+        await follow.follow(mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
 
     def _renewed(self) -> None:
         self._state.metrics.renewals += 1

@@ -47,6 +47,8 @@ async def serve_tunnel(sock: socket.socket, source: Address, state: ProxyState) 
     try:
         while tunnel.reusable and (request := await tunnel.next_open()) is not None:
             await _carry_lease(tunnel, request, state)
+            if state.draining:
+                tunnel.go_away()
     finally:
         state.tunnels.discard(tunnel)
         tunnel.sock.close()
@@ -75,8 +77,10 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
         record.security = Security.MTLS
         try:
             early = await tunnel.opened()
-        except OSError as error:
+        except BaseException as error:
             leg.abandon()
+            if not isinstance(error, OSError):
+                raise
             raise ConnectionFailed(Reason.TUNNEL_LOST, str(error), ended_by=EndedBy.PEER_PROXY) from error
         outcome = await relay(TunnelLeg(tunnel.sock, tunnel.wire), leg, record, state, early)
         tunnel.reusable = outcome.reusable
@@ -170,7 +174,7 @@ class ServedTunnel:
 
     def go_away(self) -> None:
         """Asks the peer to open no more leases here; best effort, for the tunnel may be in a relay's hands."""
-        if self.wire.idle:
+        if self.reusable and self.wire.idle:
             try:
                 self.sock.send(self.wire.goaway())
             except OSError:

@@ -1,5 +1,6 @@
 """The access log: one line per finished connection, written by a thread, so that a stuck reader stops nobody."""
 
+import logging
 import os
 import sys
 import threading
@@ -10,6 +11,8 @@ from typing import Literal, Protocol
 import msgspec
 
 from meshnet.model.connection import Connection
+
+_log = logging.getLogger("meshnet.access")
 
 _GATHER = 0.05  # seconds; lines of one such while are one write, and one wake-up of the thread
 _WAITING_LINES = 10_000  # a reader slower than this loses lines, and is told how many
@@ -72,10 +75,14 @@ class AccessLog:
                 self._wake.clear()
             lines = []
             while self._waiting:
-                lines.append(self._encode(self._waiting.popleft().view()) + b"\n")
-            if self._lost:
-                lines.append(b'{"kind":"LinesLost","count":%d}\n' % self._lost)
-                self._lost = 0
+                record = self._waiting.popleft()
+                try:
+                    lines.append(self._encode(record.view()) + b"\n")
+                except Exception:
+                    _log.exception("a record could not be logged")
+            if lost := self._lost:
+                lines.append(b'{"kind":"LinesLost","count":%d}\n' % lost)
+                self._lost -= lost
             try:
                 _write_all(self._descriptor, b"".join(lines))
             except OSError:

@@ -97,7 +97,7 @@ class Metrics(Collector):
             self._durations.add(record.ended - record.opened)
         if record.connected is not None:
             self._connects.add(record.connected - record.opened)
-        if record.call is not None or record.policy:
+        if record.call is not None:  # judged here, not by a peer
             verdict = (
                 "deny" if record.reason in (Reason.AUTHZ_DENIED, Reason.AUTHZ_REVOKED) else "allow",
                 record.policy,

@@ -28,6 +28,7 @@ async def carry(client: socket.socket, source: Address, state: ProxyState) -> No
             _answer_canary(client, destination)
             record.end(Reason.OK, EndedBy.PROXY, "capture canary")
             return
+        state.need_mesh()
         match route(state.snapshot, destination, state.own_ports, state.is_local(destination.host)):
             case ToService(service=service, pinned=pinned):
                 await _to_service(client, service, pinned, record, state)

@@ -17,7 +17,7 @@ from meshnet.model.address import Address
 from meshnet.model.service import Endpoint, Mode, ServicePort
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
-from meshnet.net import sockets
+from meshnet.net.addresses import LocalAddresses
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
@@ -27,7 +27,7 @@ from meshnet.tunnel.pool import Pool
 if TYPE_CHECKING:
     from meshnet.proxy.inbound import ServedTunnel
 
-_LOCAL_ADDRESSES_KEPT = 5.0  # seconds; an address can come and go with its interface
+_LOCAL_SERVICES_KEPT = 5.0  # seconds; an address can come and go with its interface
 
 
 @dataclass(slots=True)
@@ -60,6 +60,7 @@ class ProxyState:
         registry: Registry,
         relays: Relays,
         pool: Pool,
+        addresses: LocalAddresses,
         mark: int,
     ) -> None:
         self.settings = settings
@@ -69,12 +70,12 @@ class ProxyState:
         self.registry = registry
         self.relays = relays
         self.pool = pool
+        self.addresses = addresses
         self.mark = mark
         self.dice = random.Random()
         self.services: dict[tuple[str, str], ServiceState] = {}  # by namespace and name
         self.endpoints: dict[Address, EndpointState] = {}
         self._balancers: dict[str, Balancer] = {}  # by the name of a service port
-        self._local: dict[str, tuple[float, bool]] = {}
         self._local_services: dict[int, tuple[float, ServicePort | None]] = {}  # by the application's port
         self.snapshot = snapshot
         self.applied_at = time.monotonic()
@@ -103,6 +104,11 @@ class ProxyState:
             if not self.endpoints[address].open and not self.endpoints[address].pending:
                 del self.endpoints[address]
         self.review()
+
+    def need_mesh(self) -> None:
+        """Raises ConnectionFailed(config.none) while it is not known what is meshed and who may call."""
+        if self.snapshot.version == 0:
+            raise ConnectionFailed(Reason.CONFIG_NONE, self.config_problem or "the mesh files have not been read yet")
 
     def review(self) -> None:
         """Asks access again of every connection that it once let in."""
@@ -140,7 +146,7 @@ class ProxyState:
         if known is None or known[0] < now:
             if len(self._local_services) > 1024:
                 self._local_services.clear()
-            known = self._local_services[target.port] = (now + _LOCAL_ADDRESSES_KEPT, self._local_service(target.port))
+            known = self._local_services[target.port] = (now + _LOCAL_SERVICES_KEPT, self._local_service(target.port))
         return known[1]
 
     def mode_of(self, service: ServicePort | None) -> Mode:
@@ -194,13 +200,7 @@ class ProxyState:
         self._wake(held, held.limiter.leave(time.monotonic()))
 
     def is_local(self, host: str) -> bool:
-        now = time.monotonic()
-        known = self._local.get(host)
-        if known is None or known[0] < now:
-            if len(self._local) > 1024:
-                self._local.clear()
-            known = self._local[host] = (now + _LOCAL_ADDRESSES_KEPT, sockets.is_local(host))
-        return known[1]
+        return host in self.addresses
 
     def _local_service(self, port: int) -> ServicePort | None:
         for address, (service, _) in self.snapshot.by_endpoint.items():

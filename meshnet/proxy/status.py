@@ -24,8 +24,9 @@ def not_ready_because(state: ProxyState) -> tuple[str, ...]:
         problems.append("draining")
     if state.snapshot.version == 0:
         problems.append(state.config_problem or "no mesh configuration yet")
-    if state.identity.credentials is None and _needs_identity(state):
-        problems.append(f"no certificate: {state.identity.problem}")
+    certificate = state.identity.status()
+    if certificate.problem and certificate.expires_in_seconds <= 0 and _needs_identity(state):
+        problems.append(f"no certificate: {certificate.problem} (meshnet ca issue --help)")
     return tuple(problems)
 
 

@@ -134,7 +134,7 @@ class Pool:
             if waiter.turn.is_set():
                 return waiter.tunnel
         except trio.Cancelled:
-            if waiter.tunnel is not None:
+            if waiter.tunnel is not None and not self._hand_over(waiter.tunnel):
                 self._idle.setdefault(key, deque()).append(waiter.tunnel)
             elif waiter.turn.is_set():
                 self._end_turn()

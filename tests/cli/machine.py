@@ -40,7 +40,8 @@ class Machine:
 
     def configure(self, more: str = "") -> None:
         self.config.write_text(
-            f"[admin]\nsocket = '{self.admin}'\n[mesh]\ndirectory = '{self.mesh}'\n[identity]\n"
+            f"[admin]\nsocket = '{self.admin}'\n[mesh]\ndirectory = '{self.mesh}'\n"
+            f"last_good = '{self.home}/last-good.json'\n[identity]\n"
             f"certificate = '{self.identity}/cert.pem'\nkey = '{self.identity}/key.pem'\n"
             f"bundle = '{self.identity}/bundle.pem'\n{more}"
         )

@@ -234,7 +234,7 @@ def test_a_mistake_in_the_settings_is_shown_with_its_line(machine: Machine) -> N
     before = Nothing(machine)
     done = machine.meshnet("up")
     assert done.returncode == 78
-    assert f"{machine.config}:10" in done.stderr
+    assert f"{machine.config}:11" in done.stderr
     assert "backend" in done.stderr
     assert not before.changed()
 

@@ -16,20 +16,6 @@ from meshnet.net import sockets
 from tests.world import Host, World, eventually, wait_for
 
 
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_the_loopback_is_local(address: str) -> None:
-    assert sockets.is_local(address)
-
-
-@pytest.mark.netns
-@pytest.mark.parametrize("family", ["address", "address6"])
-def test_an_interface_s_address_is_local_on_its_own_host_only(world: World, family: str) -> None:
-    web, api = world.host("web"), world.host("api")
-    with web.entered():
-        assert sockets.is_local(getattr(web, family))
-        assert not sockets.is_local(getattr(api, family))
-
-
 def test_a_peer_that_reset_is_noticed_and_no_byte_is_taken() -> None:
     near, far = connected_pair()
     with near:

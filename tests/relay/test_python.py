@@ -10,6 +10,7 @@ from meshnet.codec.frames import Frame
 from meshnet.errors import EndedBy, Reason
 from meshnet.relay import Link, PlainLeg
 from meshnet.relay.python import PythonRelay
+from meshnet.relay.python.pair import Pair
 from meshnet.tunnel.protocol import Tunnel
 from tests.relay.rig import (
     HalfRig,
@@ -139,3 +140,20 @@ async def test_a_hang_up_that_is_older_than_the_wish_to_read_loses_nothing() -> 
         await handled.wait()
         await it.client.send_all(b"y")
         assert await read_exactly(it.server, 1) == b"y"
+
+
+async def test_an_abort_that_comes_when_all_is_over_leaves_nothing_behind() -> None:
+    async with PythonRelay() as relay, plain_rig(relay) as it:
+        assert relay._young is not None
+        link, tell = it.first.link, relay._young._tell_ended
+
+        def told(pairs: list[Pair]) -> None:
+            tell(pairs)
+            assert link.abort is not None
+            link.abort()  # as another task may, before the one that waits has run
+
+        relay._young._tell_ended = told
+        await it.client.send_eof()
+        await it.server.send_eof()
+        assert (await it.first.result()).reason is Reason.OK
+        assert [len(thread.pairs) for thread in relay._threads] == [0]

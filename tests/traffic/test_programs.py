@@ -154,7 +154,7 @@ def test_the_applications_own_tls_passes_as_it_is(hosts: Hosts, name: Name) -> N
         stdin="hello\nCLOSE\n",
     )
     assert "olleh\n" in done.stdout
-    assert "Peer certificate: CN = app.example" in done.stderr
+    assert "Peer certificate: CN=app.example" in done.stderr.replace(" = ", "=")  # OpenSSL 3.5 leaves the blanks out
     records.tell(1)
     process.kill()
 

@@ -93,7 +93,7 @@ class Mesh:
         save_issued(issued, home)
         needed: dict[str, dict[str, Any]] = {
             "admin": {"socket": str(home / "admin.sock")},
-            "mesh": {"directory": str(self.directory)},
+            "mesh": {"directory": str(self.directory), "last_good": str(home / "last-good.json")},
             "identity": {"certificate": str(home / CERTIFICATE), "key": str(home / KEY), "bundle": str(home / BUNDLE)},
             "log": {"access": "json"},
         }

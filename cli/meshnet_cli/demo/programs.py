@@ -89,6 +89,11 @@ class _Web(http.server.ThreadingHTTPServer):
     daemon_threads = True
     name = ""
 
+    def server_bind(self) -> None:
+        # HTTPServer's would ask DNS for the host's name, and there is no DNS here to say no.
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.name, self.server_address[1]
+
 
 class _WebHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"

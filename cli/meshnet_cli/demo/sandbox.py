@@ -36,7 +36,11 @@ def enter_sandbox() -> None:
         _call("mount", b"tmpfs", b"/run", b"tmpfs", ctypes.c_ulong(0), None)
     except OSError as error:
         raise _refused(error) from error
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True, env=os.environ | {"PATH": search_path()})
+    done = subprocess.run(
+        ["ip", "link", "set", "lo", "up"], capture_output=True, text=True, env=os.environ | {"PATH": search_path()}
+    )
+    if done.returncode:
+        raise _no_rights(done.stderr.strip())
     _inside = True
 
 
@@ -105,6 +109,14 @@ def _refused(error: OSError) -> CommandError:
         "cannot make network namespaces without root",
         why=f"this machine refuses unprivileged user namespaces ({', '.join(obstacles) or error})",
         fix="run the same command with sudo: it still stays inside namespaces of its own",
+    )
+
+
+def _no_rights(said: str) -> CommandError:
+    return CommandError(
+        "cannot set up a network here",
+        why=f"this looks like a container without the capability NET_ADMIN ({said})",
+        fix="run it on a machine or a virtual machine, or in a container with --privileged",
     )
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from meshnet.errors import CommandError
 from meshnet_cli.demo import sandbox
 
 NETWORK = ipaddress.IPv4Network("10.77.0.0/24")
@@ -102,10 +103,17 @@ class World:
                 "route add unreachable ::/0",
             )
         with switch.entered():
-            # Only a router answers that there is no way.
-            Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
-            if self.ipv6:
-                Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+            try:
+                # Only a router answers that there is no way.
+                Path("/proc/sys/net/ipv4/ip_forward").write_text("1")
+                if self.ipv6:
+                    Path("/proc/sys/net/ipv6/conf/all/forwarding").write_text("1")
+            except OSError as error:
+                raise CommandError(
+                    "cannot set up a network here",
+                    why=f"this looks like a container with a read-only /proc/sys ({error.strerror})",
+                    fix="run it on a machine or a virtual machine, or in a container with --privileged",
+                ) from error
         return switch
 
 

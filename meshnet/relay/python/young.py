@@ -59,6 +59,8 @@ class YoungLoop(RelayLoop):
     def cancel(self, pair: Pair) -> None:
         """Wherever it is by now; a thread waits for its tunnel's peer."""
         if pair.loop is self:
+            if pair.over:
+                return  # its task has been told already, though it may not have run yet
             pair.leave(self._choose_thread())
             self._post(pair, pair.arrive)
         self._post(pair, pair.cancel)
