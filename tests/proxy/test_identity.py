@@ -48,7 +48,8 @@ def give(hosts: Hosts, host: Host, issued: Issued) -> None:
     assert sidecar.process is not None
     sidecar.process.kill()
     save_issued(issued, home(hosts, host))
-    sidecar.start()
+    sidecar.spawn()
+    wait_for(lambda: knows_the_mesh(sidecar), what="the sidecar has read the mesh")
 
 
 def refused(hosts: Hosts) -> str:
@@ -188,3 +189,11 @@ def refused_by_api(hosts: Hosts, context: ssl.SSLContext) -> Connection:
             peer.open(hosts.api.address, 8080)
         assert nobody_came(server)
     return into.one()
+
+
+def knows_the_mesh(sidecar: Sidecar) -> bool:
+    """Ready it is not, with such a certificate."""
+    try:
+        return sidecar.status().config.version > 0
+    except CommandError:
+        return False
