@@ -6,8 +6,9 @@ from pathlib import Path
 from tests.world import Host, Process, wait_for
 
 # PostgreSQL refuses to be root, and nginx and Redis would change to a user who is not there in a namespace with one.
-# In a user namespace below ours the same user has another number, with and without root outside.
-ORDINARY = ("unshare", "--user", "--map-user=1000", "--map-group=1000", "--ipc", "--")
+# In a user namespace below ours the same user has another number, with and without root outside: that of nobody, for
+# initdb wants a user with a name.
+ORDINARY = ("unshare", "--user", "--map-user=65534", "--map-group=65534", "--ipc", "--")
 
 
 def start(host: Host, port: int, *command: str | Path) -> Process:
