@@ -150,6 +150,7 @@ class ServedTunnel:
                             return None
                         case _:
                             pass  # what a lease that is over has left behind
+                await trio.lowlevel.wait_readable(self.sock)  # most often the peer has nothing to ask yet
                 data = await tls.receive_some(self.sock, _RECEIVE_SIZE)
                 if not data:
                     return None

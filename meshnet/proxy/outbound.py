@@ -29,7 +29,9 @@ async def carry(client: socket.socket, source: Address, state: ProxyState) -> No
             record.end(Reason.OK, EndedBy.PROXY, "capture canary")
             return
         state.need_mesh()
-        match route(state.snapshot, destination, state.own_ports, state.is_local(destination.host)):
+        # Whether it is local matters for our own ports only, and the kernel is not asked for nothing.
+        is_local = destination.port in state.own_ports and state.is_local(destination.host)
+        match route(state.snapshot, destination, state.own_ports, is_local):
             case ToService(service=service, pinned=pinned):
                 await _to_service(client, service, pinned, record, state)
             case Passthrough():

@@ -98,7 +98,7 @@ class PlainSide(Side):
     def close(self) -> None:
         self.over = True
         self.reading = self.writing = False
-        self.unwatch()
+        self.forget()
         self.sock.close()
         self._held = b""
         if self._pipe is not None:

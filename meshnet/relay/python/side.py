@@ -72,6 +72,12 @@ class Side(abc.ABC):
             del self.loop.sides[self.fd]
             self.loop.epoll.unregister(self.fd)
 
+    def forget(self) -> None:
+        """As `unwatch`, for a socket that is closed next: the kernel takes it out of epoll then (epoll(7), Q6)."""
+        if self._mask != UNWATCHED:
+            self._mask = UNWATCHED
+            del self.loop.sides[self.fd]
+
     def move(self, loop: "RelayLoop") -> None:
         """Into another loop, unwatched."""
         self.unwatch()
