@@ -35,7 +35,7 @@ _CONNECT_REASONS = {
 }
 
 
-def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket | None:
+def listen(host: str, port: int) -> socket.socket | None:
     """A non-blocking listener on one family, or None where this host has no such family or address.
 
     What is set here is inherited by every accepted socket (Linux), so accepting costs no further calls.
@@ -49,8 +49,6 @@ def listen(host: str, port: int, *, reuse_port: bool = False) -> socket.socket |
         raise
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         _tune(sock, _CLIENT_KEEPALIVE)

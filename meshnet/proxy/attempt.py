@@ -138,7 +138,7 @@ async def _through_tunnel(
         if tunnel.is_fresh:
             record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.resumed
         record.tally.sent = len(early)
-        return EndpointLeg(TunnelLeg(tunnel.sock, tunnel.wire), tunnel=tunnel, early_frames=list(frames))
+        return EndpointLeg(TunnelLeg(tunnel.sock, tunnel.wire), tunnel=tunnel, early_frames=frames)
 
 
 def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, record: Record) -> Open:

@@ -154,7 +154,7 @@ class ServedTunnel:
                 data = await tls.receive_some(self.sock, _RECEIVE_SIZE)
                 if not data:
                     return None
-                frames = list(self.wire.receive(memoryview(data)))
+                frames = self.wire.receive(memoryview(data))
         except (OSError, TunnelError):
             return None
 

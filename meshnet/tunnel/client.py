@@ -2,7 +2,6 @@
 
 import ssl
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import trio
@@ -42,7 +41,7 @@ class ClientTunnel:
         """No connection has used it before: a failure on it is the endpoint's, not that of a stale tunnel."""
         return self.leases <= 1
 
-    async def open(self, request: Open, early: bytes, timeout: float) -> Sequence[Frame]:
+    async def open(self, request: Open, early: bytes, timeout: float) -> list[Frame]:
         """Asks the peer for a connection; `early` goes along. The frames that came right behind OPENED, copied.
 
         Raises ConnectionFailed: what the peer refused with, tunnel.lost, tunnel.protocol or connect.timeout.
@@ -60,7 +59,7 @@ class ClientTunnel:
                     data = await tls.receive_some(sock, RECEIVE_SIZE)
                     if not data:
                         raise ConnectionFailed(Reason.TUNNEL_LOST, "the peer sidecar closed the tunnel")
-                    frames = list(wire.receive(memoryview(data)))
+                    frames = wire.receive(memoryview(data))
                     for position, frame in enumerate(frames):
                         if isinstance(frame, Opened):
                             # `data` is ours alone, so the payload views in it stay valid.
