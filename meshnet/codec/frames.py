@@ -21,8 +21,9 @@ length, a value out of range) is an error, after which the connection is of no f
 import enum
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 from msgspec import Meta
@@ -38,12 +39,16 @@ MAX_DETAIL = 512  # even as four bytes a character it fits a control frame
 
 # What a peer says ends up in a terminal and in the log, so no text may carry a control character or turn its direction.
 _UNPRINTABLE = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
-_ASCII = r"^[!-~]*\Z"
+_UNPRINTABLE_TEXT = re.compile(f"[{_UNPRINTABLE}]+")
+_ASCII = re.compile(r"[!-~]*")
+# OPEN is read for every connection: one look over its JSON finds that there is nothing in it to look for.
+_UNUSUAL = re.compile(rb"[^!-\[\]-~]")
 
-_Address = Annotated[str, Meta(max_length=64, pattern=_ASCII)]
+_Address = Annotated[str, Meta(max_length=64)]
 _Port = Annotated[int, Meta(ge=1, le=65535)]
-_Id = Annotated[str, Meta(max_length=64, pattern=_ASCII)]
-_Traceparent = Annotated[str, Meta(max_length=128, pattern=_ASCII)]
+_Id = Annotated[str, Meta(max_length=64)]
+_Traceparent = Annotated[str, Meta(max_length=128)]
+_Service = Annotated[str, Meta(max_length=330)]
 _Name = Annotated[str, Meta(max_length=330, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]  # namespace/name in Kubernetes is 317
 _Reason = Annotated[str, Meta(max_length=64, pattern=r"^[a-z][a-z0-9_.]*\Z")]
 _Detail = Annotated[str, Meta(max_length=MAX_DETAIL, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
@@ -71,7 +76,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     host: _Address
     port: _Port
-    service: _Name = ""
+    service: _Service = ""
     source: _Address = ""
     id: _Id = ""
     traceparent: _Traceparent = ""
@@ -153,10 +158,11 @@ def encode(frame: Frame) -> bytes:
             payload = msgspec.json.encode(msgspec.structs.replace(frame, detail=_printable(frame.detail)))
         case Opened() | Fin() | Ping() | Pong() | GoAway():
             payload = b""
-    kind = KINDS[type(frame)]
-    _check_size(kind, len(payload))
-    _decode(kind, memoryview(payload))  # what we would not take, we do not send
-    return _HEADER.pack(kind << 24 | len(payload)) + payload
+    shape = _SHAPES[KINDS[type(frame)]]
+    if not shape.least <= len(payload) <= shape.most:
+        raise _wrong_size(shape, len(payload))
+    shape.decode(memoryview(payload))  # what we would not take, we do not send
+    return _HEADER.pack(shape.kind << 24 | len(payload)) + payload
 
 
 class Reader:
@@ -187,7 +193,7 @@ class Reader:
                 view = self._hold(view, HEADER_SIZE)
                 if len(self._held) < HEADER_SIZE:
                     break
-            kind, size = _parse_header(self._held or view)
+            shape, size = _parse_header(self._held or view)
             whole = HEADER_SIZE + size
             if self._held or len(view) < whole:
                 view = self._hold(view, whole)
@@ -196,7 +202,7 @@ class Reader:
                 frame, self._held = memoryview(self._held), bytearray()
             else:
                 frame, view = view[:whole], view[whole:]
-            frames.append(_decode(kind, frame[HEADER_SIZE:]))
+            frames.append(shape.decode(frame[HEADER_SIZE:]))
         return frames
 
     def _hold(self, view: memoryview, size: int) -> memoryview:
@@ -207,59 +213,70 @@ class Reader:
 
 
 _HEADER = struct.Struct(">I")
-_SIZES = {kind: range(1) for kind in Kind} | {
-    Kind.DATA: range(1, MAX_DATA + 1),
-    Kind.OPEN: range(MAX_CONTROL + 1),
-    Kind.REFUSED: range(MAX_CONTROL + 1),
-    Kind.RESET: range(MAX_CONTROL + 1),
-}
 
 
-def _parse_header(data: bytearray | memoryview) -> tuple[Kind, int]:
+def _parse_header(data: bytearray | memoryview) -> tuple["_Shape", int]:
     (header,) = _HEADER.unpack_from(data)
-    kind, size = Kind(header >> 24), header & 0xFFFFFF
-    _check_size(kind, size)
-    return kind, size
+    size = header & 0xFFFFFF
+    try:
+        shape = _SHAPES[header >> 24]
+    except IndexError:
+        raise ValueError(f"{header >> 24} is not a valid Kind") from None
+    if not shape.least <= size <= shape.most:
+        raise _wrong_size(shape, size)
+    return shape, size
 
 
-def _check_size(kind: Kind, size: int) -> None:
-    if size not in _SIZES[kind]:
-        raise ValueError(f"a payload of {size} bytes in a {kind.name} frame")
-
-
-_decode_open = msgspec.json.Decoder(Open).decode
-_decode_refused = msgspec.json.Decoder(Refused).decode
-_decode_reset = msgspec.json.Decoder(Reset).decode
-
-
-def _decode(kind: Kind, payload: memoryview) -> Frame:
-    match kind:
-        case Kind.DATA:
-            return Data(payload)
-        case Kind.OPEN:
-            return _canonical(_decode_open(payload))
-        case Kind.OPENED:
-            return Opened()
-        case Kind.REFUSED:
-            return _decode_refused(payload)
-        case Kind.FIN:
-            return Fin()
-        case Kind.RESET:
-            return _decode_reset(payload)
-        case Kind.PING:
-            return Ping()
-        case Kind.PONG:
-            return Pong()
-        case Kind.GOAWAY:
-            return GoAway()
-
-
-def _canonical(asked: Open) -> Open:
+def _decode_open(payload: memoryview) -> Open:
+    asked = _open_from_json(payload)
+    if _UNUSUAL.search(payload):
+        _check_open(asked)
     if "%" in asked.host:
         raise ValueError(f"{asked.host!r}: a zone means nothing on another host")
     host = canonical_host(asked.host)
     return asked if host == asked.host else msgspec.structs.replace(asked, host=host)
 
 
+def _check_open(asked: Open) -> None:
+    for text in (asked.host, asked.source, asked.id, asked.traceparent):
+        if not _ASCII.fullmatch(text):
+            raise ValueError(f"{text!r} is not printable ASCII")
+    if _UNPRINTABLE_TEXT.search(asked.service):
+        raise ValueError(f"{asked.service!r} has unprintable characters")
+
+
+def _wrong_size(shape: "_Shape", size: int) -> ValueError:
+    return ValueError(f"a payload of {size} bytes in a {shape.kind.name} frame")
+
+
 def _printable(text: str) -> str:
-    return re.sub(f"[{_UNPRINTABLE}]+", " ", text)[:MAX_DETAIL]
+    return _UNPRINTABLE_TEXT.sub(" ", text)[:MAX_DETAIL]
+
+
+_open_from_json = msgspec.json.Decoder(Open).decode
+
+
+class _Shape(NamedTuple):
+    """What a kind's payload may be: its size, and what it decodes to (raises ValueError)."""
+
+    kind: Kind
+    least: int
+    most: int
+    decode: Callable[[memoryview], Frame]
+
+
+def _always(frame: Frame) -> Callable[[memoryview], Frame]:
+    return lambda payload: frame
+
+
+_SHAPES = (
+    _Shape(Kind.DATA, 1, MAX_DATA, Data),
+    _Shape(Kind.OPEN, 0, MAX_CONTROL, _decode_open),
+    _Shape(Kind.OPENED, 0, 0, _always(Opened())),
+    _Shape(Kind.REFUSED, 0, MAX_CONTROL, msgspec.json.Decoder(Refused).decode),
+    _Shape(Kind.FIN, 0, 0, _always(Fin())),
+    _Shape(Kind.RESET, 0, MAX_CONTROL, msgspec.json.Decoder(Reset).decode),
+    _Shape(Kind.PING, 0, 0, _always(Ping())),
+    _Shape(Kind.PONG, 0, 0, _always(Pong())),
+    _Shape(Kind.GOAWAY, 0, 0, _always(GoAway())),
+)

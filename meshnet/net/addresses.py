@@ -1,5 +1,6 @@
 """Which addresses are this host's own, as the kernel's routing sees it (rtnetlink(7))."""
 
+import select
 import socket
 import struct
 from typing import Self
@@ -12,26 +13,57 @@ _ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr
 
 
+# Groups whose news may change an answer (linux/rtnetlink.h, RTMGRP_*): links, addresses, routes and rules of both
+# families. Links too: routes may go with one without a word about each.
+_GROUPS = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400 | 1 << (19 - 1)
+_MOST_KEPT = 4096
+
+
 class LocalAddresses:
-    """Asks each time, for an address can move to another host at any moment; the kernel answers in a few microseconds.
+    """Asks the kernel, and keeps the answers until it tells of a change; an address can move to another host any time.
 
     A context manager.
     """
 
     def __init__(self) -> None:
         self._kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        self._news = socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+        self._news.bind((0, _GROUPS))
+        self._has_news = select.poll()
+        self._has_news.register(self._news, select.POLLIN)
+        self._known: dict[str, bool] = {}
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._kernel.close()
+        self._news.close()
 
     def __contains__(self, host: str) -> bool:
         """Whether what is sent to the IP address `host` stays on this host.
 
         Not "can a socket be bound to it": with net.ipv4.ip_nonlocal_bind one can be bound to anything.
         """
+        if self._has_news.poll(0):
+            self._read_news()
+        known = self._known.get(host)
+        if known is None:
+            if len(self._known) >= _MOST_KEPT:
+                self._known.clear()
+            known = self._known[host] = self._ask(host)
+        return known
+
+    def _read_news(self) -> None:
+        self._known.clear()
+        try:
+            while True:
+                self._news.recv(1)  # a datagram each; what it says does not matter
+        except OSError:
+            pass  # read to the end, or ENOBUFS: some were lost, which says the same
+
+    def _ask(self, host: str) -> bool:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         packed = socket.inet_pton(family, host)
         route = _ROUTE.pack(family, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0)

@@ -10,6 +10,7 @@ from meshnet.codec.frames import Frame, Open, Opened, Pong, Refused
 from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
 from meshnet.model.address import Address
 from meshnet.net import sockets, tls
+from meshnet.net.deadline import Deadline, Deadlines
 from meshnet.tunnel.protocol import Role, Tunnel
 
 RECEIVE_SIZE = 32768  # more than one record
@@ -32,6 +33,7 @@ class ClientTunnel:
     resumed: bool
     version: str
     cipher: str
+    deadlines: Deadlines
     leases: int = 0
     idle_since: float = 0.0
     pinged: bool = False
@@ -50,30 +52,28 @@ class ClientTunnel:
         opening = wire.open(request)
         if early:
             opening += wire.data(len(early)) + early
+        deadline = self.deadlines.set(sock, timeout)
         try:
-            # Not trio.fail_after, which costs twice as much; this is on the way of every connection.
-            with trio.CancelScope(deadline=trio.current_time() + timeout):
-                await tls.send_all(sock, opening)
-                await trio.lowlevel.wait_readable(sock)  # the peer cannot have answered yet
-                while True:
-                    data = await tls.receive_some(sock, RECEIVE_SIZE)
-                    if not data:
-                        raise ConnectionFailed(Reason.TUNNEL_LOST, "the peer sidecar closed the tunnel")
-                    frames = wire.receive(memoryview(data))
-                    for position, frame in enumerate(frames):
-                        if isinstance(frame, Opened):
-                            # `data` is ours alone, so the payload views in it stay valid.
-                            return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]
-                        if isinstance(frame, Refused):
-                            raise _refusal(frame)
-            raise ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{self.key[0]} did not answer OPEN within {timeout:g} s")
+            await tls.send_all(sock, opening)
+            await trio.lowlevel.wait_readable(sock)  # the peer cannot have answered yet
+            while data := await tls.receive_some(sock, RECEIVE_SIZE):
+                frames = wire.receive(memoryview(data))
+                for position, frame in enumerate(frames):
+                    if isinstance(frame, Opened):
+                        # `data` is ours alone, so the payload views in it stay valid.
+                        return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]
+                    if isinstance(frame, Refused):
+                        raise _refusal(frame)
+            raise _lost(deadline, timeout, "the peer sidecar closed the tunnel")
         except TunnelError as error:
             raise ConnectionFailed(Reason.TUNNEL_PROTOCOL, str(error), ended_by=EndedBy.PEER_PROXY) from error
         except ssl.SSLError as error:
             # In TLS 1.3 a peer that refuses our certificate says so only after our handshake is over.
             raise tls.tls_failure(error) from error
         except OSError as error:
-            raise ConnectionFailed(Reason.TUNNEL_LOST, error.strerror or str(error)) from error
+            raise _lost(deadline, timeout, error.strerror or str(error)) from error
+        finally:
+            deadline.done()
 
 
 async def connect(
@@ -81,6 +81,7 @@ async def connect(
     credentials: tls.Credentials | None,
     resumable: tuple[ssl.SSLContext, ssl.SSLSession] | None,
     *,
+    deadlines: Deadlines,
     mark: int,
     timeout: float,
 ) -> ClientTunnel:
@@ -125,7 +126,14 @@ async def connect(
         resumed=bool(sock.session_reused),
         version=sock.version() or "",
         cipher=cipher[0] if cipher else "",
+        deadlines=deadlines,
     )
+
+
+def _lost(deadline: Deadline, timeout: float, detail: str) -> ConnectionFailed:
+    if deadline.passed:
+        return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"the peer sidecar did not answer OPEN within {timeout:g} s")
+    return ConnectionFailed(Reason.TUNNEL_LOST, detail)
 
 
 def _refusal(frame: Refused) -> ConnectionFailed:

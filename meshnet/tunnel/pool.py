@@ -17,6 +17,7 @@ from meshnet.codec.frames import Pong
 from meshnet.errors import ConnectionFailed, Reason, TunnelError
 from meshnet.model.address import Address
 from meshnet.net import tls
+from meshnet.net.deadline import Deadlines
 from meshnet.tunnel.client import RECEIVE_SIZE, ClientTunnel, Key, connect
 
 _HANDSHAKES_AT_ONCE = 32  # a burst to a cold peer queues here instead of starving the tunnels that already stand
@@ -37,6 +38,7 @@ class Pool:
         self, credentials: Callable[[], tls.Credentials | None], *, mark: int, idle_timeout: float, max_idle: int
     ) -> None:
         self._credentials = credentials
+        self._deadlines = Deadlines()
         self._mark = mark
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle
@@ -62,7 +64,10 @@ class Pool:
         if tunnel is None:
             try:
                 credentials = self._credentials()
-                tunnel = await connect(key, credentials, self._sessions.get(key), mark=self._mark, timeout=timeout)
+                session = self._sessions.get(key)
+                tunnel = await connect(
+                    key, credentials, session, deadlines=self._deadlines, mark=self._mark, timeout=timeout
+                )
             finally:
                 self._end_turn()
             self.on_handshake(tunnel.handshake_ms, tunnel.resumed)

@@ -7,7 +7,9 @@ A socket belongs to the host it was made on, whatever thread uses it, so a test 
     app = accept(server)
 """
 
+import os
 import selectors
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -36,6 +38,18 @@ def accept(server: socket.socket) -> socket.socket:
     app, _ = server.accept()
     app.settimeout(TIMEOUT)
     return app
+
+
+@contextmanager
+def stopped(sidecar: Sidecar) -> Iterator[None]:
+    """It stands still; the kernel goes on accepting and buffering for it."""
+    process = sidecar.process
+    assert process is not None
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
 
 
 def nobody_came(server: socket.socket) -> bool:

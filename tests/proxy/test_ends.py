@@ -1,31 +1,16 @@
 """How a connection begins and ends through the mesh: who speaks first, half-closes, resets, and what is sent again."""
 
 import os
-import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
 from meshnet.model.connection import State
 from tests.proxy.conftest import API, PAIR, SELF, Hosts
-from tests.proxy.programs import Records, accept, is_reset, listen, nobody_came, read, read_all, reason, reset
-from tests.world import Host, wait_for
+from tests.proxy.programs import Records, accept, is_reset, listen, nobody_came, read, read_all, reason, reset, stopped
+from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
-
-
-@contextmanager
-def stopped(hosts: Hosts, host: Host) -> Iterator[None]:
-    """The host's sidecar stands still; the kernel goes on accepting and buffering for it."""
-    process = hosts.sidecar(host).process
-    assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
 
 
 @pytest.mark.parametrize("ends_first", ["client", "server"])
@@ -99,7 +84,7 @@ def test_what_the_client_says_at_once_arrives_once_and_is_counted_once(hosts: Ho
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.api))
     said = os.urandom(size)
     with listen(hosts.api, 8080) as server:
-        with stopped(hosts, hosts.web):
+        with stopped(hosts.sidecar(hosts.web)):
             client = hosts.web.connect(API, 8080)
             client.setblocking(False)
             sent = client.send(said)
@@ -118,7 +103,7 @@ def test_early_words_go_to_another_endpoint_when_the_first_has_no_application(ho
         while not any(len(record.attempts) > 1 for record in out.now()):
             count += 1
             assert count < 30, "the balancer never tried the first endpoint first"
-            with stopped(hosts, hosts.web):
+            with stopped(hosts.sidecar(hosts.web)):
                 client = hosts.web.connect(PAIR, 7000)
                 client.sendall(b"said once")
                 client.shutdown(socket.SHUT_WR)
@@ -137,7 +122,7 @@ def test_early_words_go_to_another_endpoint_when_the_first_has_no_application(ho
 def test_a_client_that_gave_up_before_the_sidecar_looked_is_recorded_as_such(hosts: Hosts) -> None:
     out = Records(hosts.sidecar(hosts.web))
     with listen(hosts.api, 8080) as server:
-        with stopped(hosts, hosts.web):
+        with stopped(hosts.sidecar(hosts.web)):
             reset(hosts.web.connect(API, 8080))
         assert reason(out.one()) == "peer.rst by client in queue"
         assert nobody_came(server)

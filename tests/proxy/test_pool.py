@@ -4,9 +4,9 @@ import signal
 
 import pytest
 
-from meshnet.model.resource import API_VERSION, Metadata, TrafficPolicy, TrafficPolicySpec
+from meshnet.model.resource import API_VERSION, ConnectSpec, Metadata, TrafficPolicy, TrafficPolicySpec
 from tests.proxy.conftest import API, PAIR, Hosts
-from tests.proxy.programs import Records, accept, ask, converse, echo, is_reset, listen, read, reason, reset
+from tests.proxy.programs import Records, accept, ask, converse, echo, is_reset, listen, read, reason, reset, stopped
 from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
@@ -100,6 +100,27 @@ def test_a_peer_sidecar_that_was_restarted_costs_no_connection(hosts: Hosts, by:
             converse(hosts.web.connect(API, 8080), accept(server))
     assert {reason(record) for record in out.ended(5)} == {"ok by client in data"}
     assert {len(record.attempts) for record in out.ended(5)} == {1}
+
+
+def test_a_peer_sidecar_that_does_not_answer_is_given_its_time_and_not_more(hosts: Hosts) -> None:
+    hosts.write(
+        TrafficPolicy(
+            api_version=API_VERSION,
+            metadata=Metadata(name="patient"),
+            spec=TrafficPolicySpec(services=("api",), connect=ConnectSpec(attempt_timeout="100ms", attempts=2)),
+        )
+    )
+    out = Records(hosts.sidecar(hosts.web))
+    with echo(hosts.api, 8080):
+        assert ask(hosts.web, API, 8080) == b"question"
+        with stopped(hosts.sidecar(hosts.api)):
+            assert is_reset(hosts.web, API, 8080)
+        assert ask(hosts.web, API, 8080) == b"question"
+    _, unanswered, _ = out.ended(3)
+    # A kept tunnel on which nobody answers, then a new one on which nobody shakes hands.
+    assert [attempt.result for attempt in unanswered.attempts] == ["connect.timeout", "tls.handshake"]
+    assert unanswered.attempts[0].detail == "the peer sidecar did not answer OPEN within 0.1 s"
+    assert 100 <= unanswered.attempts[0].ms < 1000
 
 
 def test_an_open_connection_outlives_the_stop_of_its_peer_sidecar_within_the_drain_time(hosts: Hosts) -> None:
