@@ -1,14 +1,21 @@
 """The demonstration: its proofs hold on a mesh, and fail where what they claim is not so."""
 
+import functools
+import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from meshnet_cli.demo import proofs
+from meshnet_cli.demo.cli import fetch
 from meshnet_cli.demo.programs import HTTP_PORT, LINE_PORT
 from meshnet_cli.demo.proofs import Before, NotHeld
 from meshnet_cli.demo.stage import API_ADDRESS, API_ADDRESS6, Stage
@@ -17,19 +24,72 @@ from tests.world import ProgramFailed, World
 pytestmark = pytest.mark.netns
 
 
-def test_every_proof_holds_on_a_mesh_and_nothing_is_left_of_it() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "meshnet_cli.main", "demo", "--json"],
-        capture_output=True,
+@pytest.fixture
+def tmp() -> Iterator[Path]:
+    """Not pytest's tmp_path: the path of a UNIX socket has 107 bytes."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+def demo(tmp: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`meshnet demo` with a /tmp of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "meshnet_cli.main", "demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=110,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1", "TMPDIR": str(tmp)},
     )
-    assert not done.stderr
-    report = json.loads(done.stdout)
+
+
+def test_every_proof_holds_on_a_mesh_that_can_be_entered_and_nothing_is_left_of_it(tmp: Path) -> None:
+    with demo(tmp, "--stay", "--json") as running:
+        assert running.stderr is not None
+        said = []
+        for line in running.stderr:
+            said.append(line)
+            if line.startswith("Resources: "):
+                break
+        fetching = next(line for line in said if f"http://{API_ADDRESS}:{HTTP_PORT}/" in line)
+        fetched = subprocess.run(["sh", "-c", fetching], capture_output=True, text=True)
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=30)
+    assert (
+        said[0] == "The mesh stays up until Ctrl-C. From another terminal, a command on one of the hosts, here web:\n"
+    )
+    assert fetched.stdout.strip() in {"api-1", "api-2", "api-3"}, fetched.stderr
+    assert not stderr.strip()
+    report = json.loads(stdout)
     assert [proof for proof in report["proofs"] if not proof["held"]] == []
-    assert (report["held"], done.returncode) == (True, 0)
+    assert (report["held"], running.returncode) == (True, 0)
     assert {proof["name"] for proof in report["proofs"]} >= set(proofs.PROOFS)
+    assert list(tmp.iterdir()) == []
+
+
+@pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_demo_that_is_stopped_says_so_and_leaves_nothing(tmp: Path, by: signal.Signals, status: int) -> None:
+    with demo(tmp) as running:
+        assert running.stdout is not None
+        assert "five hosts" in running.stdout.readline()
+        running.send_signal(by)
+        running.send_signal(by)
+        _, stderr = running.communicate(timeout=30)
+    assert (stderr, running.returncode) == ("Stopped before the end. Nothing is left of it.\n", status)
+    assert list(tmp.iterdir()) == []
+
+
+def test_what_to_type_works_with_the_programs_that_are_there(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("hello")
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/"
+        typed = fetch(url, path=str(tmp_path))
+        done = subprocess.run(["/bin/sh", "-c", typed], capture_output=True, text=True, env={"PATH": str(tmp_path)})
+        server.shutdown()
+    assert (done.stdout.strip(), done.stderr) == ("hello", "")
+    (tmp_path / "curl").touch(mode=0o755)
+    assert fetch(url, path=str(tmp_path)) == f"curl -s {url}"
 
 
 def test_a_machine_that_refuses_user_namespaces_is_told_what_to_type() -> None:

@@ -173,7 +173,7 @@ with World() as world:
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL])
-def test_programs_die_with_a_builder_that_is_killed(by: signal.Signals) -> None:
+def test_programs_die_with_a_builder_that_is_killed_and_its_files_soon_after(by: signal.Signals) -> None:
     with _builder(BUILDER) as builder:
         assert builder.stdout is not None
         pid, directory = builder.stdout.readline().split()
@@ -181,10 +181,43 @@ def test_programs_die_with_a_builder_that_is_killed(by: signal.Signals) -> None:
         builder.wait()
         # A grandchild of ours is reaped by whoever adopts it: gone or a zombie, both are dead.
         wait_for(lambda: _is_dead(pid), what=f"the end of {pid}")
-        if by == signal.SIGINT:
-            assert not Path(directory).exists()
-        else:
-            subprocess.run(["rm", "-r", directory], check=True)
+        if by == signal.SIGKILL:
+            assert Path(directory).exists()
+            World().close()
+        assert not Path(directory).exists()
+
+
+def test_a_new_world_removes_nothing_but_what_a_run_of_ours_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "owner").touch()
+    (tmp_path / "meshnet-world-link").symlink_to(elsewhere)
+    unowned, strange, linked = (tmp_path / f"meshnet-world-{name}" for name in ("unowned", "strange", "linked"))
+    for folder in (unowned, strange, linked):
+        folder.mkdir()
+    (strange / "owner").touch()
+    if int(Path("/proc/self/uid_map").read_text().split()[2]) > 1:  # else there is nobody but us
+        os.chown(strange, 65534, 65534)
+    else:
+        (strange / "owner").unlink()
+    (linked / "owner").symlink_to(elsewhere / "owner")
+    with World() as kept:
+        kept.keep = True
+    with World() as running:
+        World().close()
+        assert (running.directory / "switch").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "elsewhere",
+        "meshnet-world-link",
+        "meshnet-world-linked",
+        "meshnet-world-strange",
+        "meshnet-world-unowned",
+        kept.directory.name,
+    }
+    assert (elsewhere / "owner").exists()
 
 
 # Become somebody else after importing: this Python may lie where only root can read. Giving root up makes a process'

@@ -8,7 +8,7 @@ file moves the whole run into namespaces of its own before anything else starts,
 """
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import pytest
@@ -18,8 +18,22 @@ from meshnet.errors import CommandError
 from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.sandbox import enter_sandbox
 from meshnet_cli.demo.world import Host, Process, ProgramFailed, World, wait_for
+from meshnet_init.apply import apply
 
-__all__ = ["Host", "Mesh", "Process", "ProgramFailed", "Sidecar", "World", "eventually", "mesh", "wait_for", "world"]
+__all__ = [
+    "Host",
+    "Mesh",
+    "Process",
+    "ProgramFailed",
+    "Sidecar",
+    "World",
+    "eventually",
+    "into_the_mesh",
+    "mesh",
+    "still_alive",
+    "wait_for",
+    "world",
+]
 
 T = TypeVar("T")
 
@@ -54,6 +68,25 @@ def world(request: pytest.FixtureRequest) -> Iterator[World]:
 def mesh(world: World) -> Mesh:
     """The mesh of `world`: no resources, no sidecars yet."""
     return Mesh(world)
+
+
+def into_the_mesh(mesh: Mesh, hosts: Iterable[Host]) -> None:
+    """A sidecar on each of them, ready, and the redirect rules: quicker than one after the other by commands."""
+    sidecars = [mesh.sidecar(host, start=False) for host in hosts]
+    for sidecar in sidecars:
+        sidecar.spawn()
+    for sidecar in sidecars:
+        sidecar.wait_until_ready()
+        with sidecar.host.entered():
+            apply(sidecar.settings)
+
+
+def still_alive(mesh: Mesh, request: pytest.FixtureRequest) -> None:
+    """Every sidecar that was started lives; when the test fails, its report shows the end of their logs."""
+    for sidecar in mesh.sidecars.values():
+        if sidecar.process is not None:
+            request.node.add_report_section("teardown", sidecar.host.name, sidecar.process.output[-4000:])
+            assert sidecar.process.alive, f"the sidecar of {sidecar.host.name} did not live to the end of the test"
 
 
 async def eventually(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "") -> T:

@@ -1,5 +1,6 @@
 """`meshnet ca`: the certificate authority on this machine's disk."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -12,7 +13,7 @@ from meshnet.errors import CommandError
 from meshnet.model.identity import spiffe_id
 from meshnet.model.settings import IdentitySection
 from meshnet_cli.client import EXIT_PERMISSION
-from meshnet_cli.output import DURATION, age, output_options, print_json, print_json_line, printable
+from meshnet_cli.output import DURATION, age, output_options, print_as, printable
 from meshnet_cli.table import print_table
 
 if TYPE_CHECKING:  # cryptography takes longer to import than all of the command line; each command does it itself
@@ -101,19 +102,13 @@ def show(*, path: Path, output: str) -> None:
     from meshnet.control import authority
 
     views = _read(path)
-    match output:
-        case "json":
-            print_json(authority.CertificateList(items=tuple(views)))
-        case "jsonl":
-            for view in views:
-                print_json_line(view)
-        case "name":
-            for view in views:
-                click.echo(printable(_names(view)))
-        case _:
-            columns = ["FILE", "KIND", "IDENTITY", "EXPIRES", "SERIAL"]
-            wide = ["NOT BEFORE", "NOT AFTER", "ISSUER", "SHA256"] if output == "wide" else []
-            print_table([*columns, *wide], [_row(view)[: len(columns) + len(wide)] for view in views])
+
+    def table() -> None:
+        columns = ["FILE", "KIND", "IDENTITY", "EXPIRES", "SERIAL"]
+        wide = ["NOT BEFORE", "NOT AFTER", "ISSUER", "SHA256"] if output == "wide" else []
+        print_table([*columns, *wide], [_row(view)[: len(columns) + len(wide)] for view in views])
+
+    print_as(output, authority.CertificateList(items=tuple(views)), views, name=_names, table=table)
 
 
 def _row(view: "CertificateView") -> list[str]:
@@ -192,4 +187,6 @@ def _files(what: str) -> Iterator[None]:
         again = f"sudo {click.get_current_context().command_path} ..."
         raise CommandError(what, why=f"permission denied: {error.filename}", fix=again, code=EXIT_PERMISSION) from error
     except OSError as error:
-        raise CommandError(what, why=f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
+        look = f"ls -ld {shlex.quote(str(error.filename))}" if error.filename else "df -h"
+        why = f"{error.strerror or error}: {error.filename or ''}".rstrip(": ")
+        raise CommandError(what, why=why, fix=look) from error

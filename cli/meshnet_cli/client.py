@@ -1,8 +1,6 @@
 """Asking a sidecar over its admin socket: one JSON line there, one or more JSON lines back."""
 
-import shlex
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -11,8 +9,8 @@ import msgspec
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import Refused, Request
-from meshnet.model.settings import AdminSection
-from meshnet_cli.output import DURATION
+from meshnet_cli.configuration import admin_socket
+from meshnet_cli.output import DURATION, with_sudo
 
 EXIT_FAILED, EXIT_UNREACHABLE, EXIT_PERMISSION, EXIT_TIMEOUT = 1, 4, 5, 6
 
@@ -27,8 +25,8 @@ def admin_options(command: F) -> F:
         "socket_path",
         metavar="PATH",
         envvar="MESHNET_SOCKET",
-        default=AdminSection().socket,
-        show_default=True,
+        default=admin_socket,
+        show_default="admin.socket of the settings",
         help="The sidecar's admin socket.",
     )
     timeout = click.option(
@@ -85,7 +83,7 @@ def _connected(path: str, request: Request, timeout: float) -> socket.socket:
         raise CommandError(
             f"may not open {path}",
             why="the admin socket belongs to root and the meshnet group",
-            fix=shlex.join(["sudo", "meshnet", *sys.argv[1:]]),
+            fix=with_sudo(),
             code=EXIT_PERMISSION,
         ) from error
     except TimeoutError as error:

@@ -1,13 +1,18 @@
 """A connection as cells of a table. What it is called here, `explain` calls it too."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from meshnet.errors import Reason
+from meshnet.model.address import parse_address
+from meshnet.model.canary import is_canary
 from meshnet.model.connection import Connection, Direction, Security
 from meshnet.model.identity import short_name
 from meshnet_cli.output import age, milliseconds, size
-from meshnet_cli.table import Colors
+from meshnet_cli.table import Colors, print_table
+
+CANARY = "(rules verify)"
+"""Stands in the SERVICE column for a connection that is nobody's traffic; a service's name has no parentheses."""
 
 
 def client_name(connection: Connection) -> str:
@@ -17,7 +22,19 @@ def client_name(connection: Connection) -> str:
 
 def service_name(connection: Connection) -> str:
     destination = connection.destination
+    if goes_to_canary(connection):
+        return CANARY
     return destination.service or connection.original_destination or destination.address or "-"
+
+
+def goes_to_canary(connection: Connection) -> bool:
+    """Whether `meshnet rules verify` opened it, or `up`, to see whether the rules capture."""
+    if connection.direction is not Direction.OUTBOUND or connection.destination.service:
+        return False
+    try:
+        return is_canary(parse_address(connection.original_destination))
+    except ValueError:
+        return False
 
 
 def direction_name(connection: Connection) -> str:
@@ -72,6 +89,13 @@ STREAM_WIDTHS: Mapping[str, int] = {
     "TX": 5,
     "RX": 5,
 }
+
+
+def print_connections(connections: Sequence[Connection], columns: Sequence[str], *, header: bool = True) -> None:
+    """A table of them; without `header` also without the second lines."""
+    rows = [[COLUMNS[name](connection) for name in columns] for connection in connections]
+    notes = [note(connection) for connection in connections] if header else []
+    print_table(columns, rows, header=header, notes=notes, colors=COLORS)
 
 
 def note(connection: Connection) -> str:

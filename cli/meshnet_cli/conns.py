@@ -11,7 +11,7 @@ from meshnet.model.admin import ConnectionEvent, ConnectionList, FollowConnectio
 from meshnet.model.connection import Connection
 from meshnet_cli import filters
 from meshnet_cli.client import admin_options, ask, stream
-from meshnet_cli.columns import COLORS, COLUMNS, STREAM_WIDTHS, TABLE, WIDE, note
+from meshnet_cli.columns import COLORS, COLUMNS, STREAM_WIDTHS, TABLE, WIDE, note, print_connections
 from meshnet_cli.filters import Filter, Predicate
 from meshnet_cli.output import (
     DURATION,
@@ -19,13 +19,13 @@ from meshnet_cli.output import (
     chosen_columns,
     output_options,
     parse_size,
-    print_json,
+    print_as,
     print_json_line,
     printable,
     sort_option,
     table_options,
 )
-from meshnet_cli.table import NOTE_INDENT, aligned, cell_colors, print_table
+from meshnet_cli.table import NOTE_INDENT, aligned, cell_colors
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,21 +168,13 @@ def command(
         matching.sort(key=SORT_KEYS[sort], reverse=True)
     shown = matching[:top]
 
-    match output:
-        case "json":
-            print_json(msgspec.structs.replace(answer, items=tuple(shown)))
-        case "jsonl":
-            for connection in shown:
-                print_json_line(connection)
-        case "name":
-            for connection in shown:
-                click.echo(printable(connection.id))
-        case _:
-            rows = [[COLUMNS[name](connection) for name in names] for connection in shown]
-            notes = [] if no_header else [note(connection) for connection in shown]
-            print_table(names, rows, header=not no_header, notes=notes, colors=COLORS)
-            if not no_header:
-                click.echo(_totals(matching, len(answer.items), "" if everything else f" in the last {reach:g}s"))
+    def table() -> None:
+        print_connections(shown, names, header=not no_header)
+        if not no_header:
+            click.echo(_totals(matching, len(answer.items), "" if everything else f" in the last {reach:g}s"))
+
+    whole = msgspec.structs.replace(answer, items=tuple(shown))
+    print_as(output, whole, shown, name=lambda connection: connection.id, table=table)
     if exit_code and matching:
         click.get_current_context().exit(1)
 

@@ -11,9 +11,7 @@ from meshnet_cli.output import (
     age,
     chosen_columns,
     output_options,
-    print_json,
-    print_json_line,
-    printable,
+    print_as,
     sort_option,
     table_options,
 )
@@ -79,20 +77,15 @@ def command(
             code=EXIT_FAILED,
         )
     items = sorted(answer.items, key=SORT_KEYS[sort], reverse=True) if sort else list(answer.items)
-    match output:
-        case "json":
-            print_json(EndpointList(items=tuple(items)))
-        case "jsonl":
-            for endpoint in items:
-                print_json_line(endpoint)
-        case "name":
-            for endpoint in items:
-                click.echo(printable(endpoint.endpoint))
-        case _:
-            rows = [[COLUMNS[name](endpoint) for name in names] for endpoint in items]
-            print_table(names, rows, header=not no_header, colors=COLORS)
-            if not no_header:
-                click.echo(_totals(items))
+
+    def table() -> None:
+        rows = [[COLUMNS[name](endpoint) for name in names] for endpoint in items]
+        print_table(names, rows, header=not no_header, colors=COLORS)
+        if not no_header:
+            click.echo(_totals(items))
+
+    whole = EndpointList(items=tuple(items))
+    print_as(output, whole, items, name=lambda endpoint: endpoint.endpoint, table=table)
 
 
 def _state(endpoint: EndpointView) -> str:

@@ -2,25 +2,30 @@
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import click
 import msgspec
 
 from meshnet.errors import CommandError, Reason
-from meshnet.model.admin import ExplainConnection
+from meshnet.model.admin import ConnectionList, ExplainConnection, ListConnections
 from meshnet.model.connection import Connection
 from meshnet_cli.client import admin_options, ask
-from meshnet_cli.columns import client_name, direction_name, service_name, tls_name
-from meshnet_cli.output import age, output_options, print_json, print_json_line, printable, size
+from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
+from meshnet_cli.output import age, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
 
 
 class Explanation(Connection, frozen=True, kw_only=True):
-    """The connection, and what its reason code means; both texts are empty while it is open."""
+    """The connection, and what its reason code means; both texts are empty while it is open.
+
+    `others` have the same id. A client's sidecar gives a connection its id on both hosts: the same again when it tries
+    another endpoint of one host, and a hostile one gives any.
+    """
 
     cause: str = ""
     cure: str = ""
+    others: tuple[Connection, ...] = ()
     api_version: str = "meshnet.dev/v1"
     kind: str = "Explanation"
 
@@ -41,20 +46,31 @@ def command(*, id: str, output: str, socket_path: str, timeout: float) -> None:
     except CommandError as error:
         error.fix = error.fix or "meshnet conns --all -o name lists every connection the sidecar remembers"
         raise
-    explanation = _explained(connection)
-    match output:
-        case "json":
-            print_json(explanation)
-        case "jsonl":
-            print_json_line(explanation)
-        case "name":
-            click.echo(printable(explanation.id))
-        case _:
-            click.echo("\n".join(map(printable, _lines(explanation))))
+    known = ask(socket_path, ListConnections(all=True), ConnectionList, timeout=timeout).items
+    explanation = _explained(connection, _others(connection, known))
+
+    def table() -> None:
+        click.echo("\n".join(map(printable, _lines(explanation))))
+        if explanation.others:
+            click.echo("\nThis id was given to others as well; a client's sidecar chooses what it gives:")
+            print_connections(explanation.others, TABLE)
+
+    print_as(output, explanation, [explanation], name=lambda it: it.id, table=table)
 
 
-def _explained(connection: Connection) -> Explanation:
-    fields = msgspec.structs.asdict(connection)
+def _others(connection: Connection, known: Sequence[Connection]) -> tuple[Connection, ...]:
+    """Those with its id but for itself: the one that began as it did, whatever has happened to it since."""
+    same = [other for other in known if other.id == connection.id]
+    itself = next((at for at, other in enumerate(same) if _begin(other) == _begin(connection)), len(same))
+    return tuple(same[:itself] + same[itself + 1 :])
+
+
+def _begin(connection: Connection) -> tuple[str, ...]:
+    return connection.direction, connection.opened_at, connection.source.address
+
+
+def _explained(connection: Connection, others: tuple[Connection, ...]) -> Explanation:
+    fields = msgspec.structs.asdict(connection) | {"others": others}
     if connection.reason is None:
         return Explanation(**fields)
     advice = ADVICE[connection.reason.code]

@@ -7,9 +7,11 @@ import click
 import msgspec
 
 from meshnet.errors import CommandError, ConfigError
+from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli.configuration import config_option, read_settings
 from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable
+from meshnet_cli.rules import sidecar_line
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.apply import Applied
@@ -52,7 +54,10 @@ def _cidrs(text: str) -> tuple[str, ...]:
 
 
 def _mark(text: str) -> int:
-    number = int(text, 0)
+    try:
+        number = int(text, 0)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number; write 4096 or 0x1000") from None
     if not 0 < number < 2**32:
         raise ValueError(f"{text} is not a mark from 1 to 0xffffffff")
     return number
@@ -137,7 +142,7 @@ def command(
     if dry_run:
         _print_plan(settings, form)
         return
-    view = _put_in(settings, prove)
+    view, sidecar = _put_in(settings, prove)
     if output in {"json", "jsonl"}:
         (print_json if output == "json" else print_json_line)(view)
         return
@@ -152,6 +157,7 @@ def command(
             f"older rules of {older} capture nothing new; `meshnet init` again when their connections have ended"
         )
     if view.verification is not None:
+        click.echo(sidecar_line(settings, sidecar, view.verification))
         for canary in view.verification.canaries:
             click.echo(printable(f"{canary.family}: {canary.status}: {canary.detail}"))
 
@@ -176,21 +182,30 @@ def remove_command(drain: float, output: str) -> None:
         click.echo(f"{_connections(removed.cut)} outlived the wait and {'was' if removed.cut == 1 else 'were'} cut")
 
 
-def _put_in(settings: Settings, prove: bool) -> "InitView":
-    """Applies and, if asked to, proves. Raises CommandError with code 7 when it put the old state back."""
+def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]":
+    """Applies and, if asked to, proves, against the sidecar that runs if there is one.
+
+    Raises CommandError with code 7 when it put the old state back.
+    """
+    from meshnet_cli import preflight, supervise
     from meshnet_init.apply import apply, installed_rules
+    from meshnet_init.backends import need_right_to_change
     from meshnet_init.rollback import put_back
     from meshnet_init.verify import verify
 
+    need_right_to_change()
+    sidecar = supervise.running(settings) if prove else None
+    if sidecar is not None:
+        preflight.need_fit(settings, sidecar)
     before = installed_rules()
     applied = apply(settings)
     if not prove:
-        return InitView(applied)
-    result = verify(settings)
+        return InitView(applied), sidecar
+    result = verify(settings, sidecar)
     if result.ok:
-        return InitView(applied, result)
+        return InitView(applied, result), sidecar
     lost = [f"{canary.family}: {canary.detail}" for canary in result.canaries if canary.status == "not captured"]
-    why = "; ".join([*result.differences, *lost])
+    why = "; ".join([*result.differences, *result.misfits, *lost])
     if not applied.changed:
         raise CommandError("the rules do not capture", why=why, fix="meshnet rules show; are older rules in the way?")
     put_back(before, _ROLLBACK_DRAIN)

@@ -1,6 +1,7 @@
 """`meshnet`: finds the command that was asked for, and shows what went wrong in three lines instead of a traceback."""
 
 import importlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,7 +38,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "endpoints": Entry("meshnet_cli.endpoints", "Endpoints behind each service: healthy or ejected, and why."),
     },
     "Fix and look": {
-        "rules": Entry("meshnet_cli.rules", "The kernel's redirect rules: show and verify."),
+        "rules": Entry("meshnet_cli.rules", "The kernel's redirect rules: plan, show and verify."),
         "init": Entry("meshnet_cli.init", "Put the redirect rules into the kernel, or take them out."),
     },
     "Admin": {
@@ -88,12 +89,28 @@ def expected_errors(ctx: click.Context) -> Iterator[None]:
     except CommandError as error:
         raise Failure(error.what, error.why, error.fix, error.code, output_format(ctx)) from error
     except ConfigError as error:
-        place = f"{error.file}:{error.line}" if error.line else error.file
         raise Failure(
-            error.problem, place and f"it is in {place}", error.suggestion, EXIT_CONFIG, output_format(ctx)
+            error.problem, _place(error), error.suggestion or _mend(error), EXIT_CONFIG, output_format(ctx)
         ) from error
     except KeyboardInterrupt:
         raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+
+
+def _place(error: ConfigError) -> str:
+    if error.line:
+        return f"it is in {error.file}:{error.line}"
+    if error.file.startswith("MESHNET_"):
+        return f"the variable {error.file} says so"
+    return f"it is about {error.file}" if error.file else ""
+
+
+def _mend(error: ConfigError) -> str:
+    """What to type where the error itself has no better suggestion."""
+    if not error.file:
+        return ""
+    if error.line:
+        return f"edit {error.file}, line {error.line}"
+    return f"unset {error.file}" if error.file.startswith("MESHNET_") else f"ls -ld {shlex.quote(error.file)}"
 
 
 class FailureView(msgspec.Struct, rename="camel"):
@@ -121,7 +138,9 @@ class Failure(click.ClickException):
             return
         for label, text in (("error", self.view.error), ("why", self.view.why), ("fix", self.view.fix)):
             if text:
-                click.echo(f"{label}: {printable(text)}", err=True)
+                # Indented, so that no line of a text passes for one of ours.
+                lines = "\n".join(map(printable, text.split("\n"))).replace("\n", "\n" + " " * len("error: "))
+                click.echo(f"{label}: {lines}", err=True)
 
 
 @click.group(

@@ -3,6 +3,8 @@
 import difflib
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from meshnet.model.duration import parse_duration
 
 FORMATS = ("table", "wide", "json", "jsonl", "name")
 
+T = TypeVar("T", bound=msgspec.Struct)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -85,6 +88,23 @@ def _set_color(ctx: click.Context, _param: click.Parameter, value: str) -> None:
         ctx.color = value == "always"
 
 
+def print_as(
+    output: str, whole: msgspec.Struct, items: Sequence[T], *, name: Callable[[T], str], table: Callable[[], None]
+) -> None:
+    """`whole` as JSON, each of its `items` as a line of JSON or by its name, or a `table`, whichever `output` says."""
+    match output:
+        case "json":
+            print_json(whole)
+        case "jsonl":
+            for item in items:
+                print_json_line(item)
+        case "name":
+            for item in items:
+                click.echo(printable(name(item)))
+        case _:
+            table()
+
+
 def print_json(value: msgspec.Struct) -> None:
     """One indented document."""
     click.echo(harmless_json(msgspec.json.format(msgspec.json.encode(value), indent=2).decode()))
@@ -92,6 +112,26 @@ def print_json(value: msgspec.Struct) -> None:
 
 def print_json_line(value: msgspec.Struct) -> None:
     click.echo(harmless_json(msgspec.json.encode(value).decode()))
+
+
+class WarningView(msgspec.Struct):
+    """What goes to stderr when JSON was asked for."""
+
+    warning: str
+    kind: str = "Warning"
+
+
+def warn(text: str) -> None:
+    """One line on stderr about what does not stop the command."""
+    if output_format(click.get_current_context()) in {"json", "jsonl"}:
+        click.echo(harmless_json(msgspec.json.encode(WarningView(text)).decode()), err=True)
+    else:
+        click.echo(f"warning: {printable(text)}", err=True)
+
+
+def with_sudo() -> str:
+    """The command that runs, to be typed again with more rights."""
+    return shlex.join(["sudo", "meshnet", *sys.argv[1:]])
 
 
 def harmless_json(text: str) -> str:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from meshnet.errors import CommandError
+from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
-
-_CAP_NET_ADMIN = 12  # linux/capability.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +25,6 @@ def check(settings: Settings, *, running: bool) -> str:
 
     Raises CommandError for the first thing that stands in the way.
     """
-    if not may_change_rules():
-        raise CommandError(
-            "not allowed to change this host's rules",
-            why="this needs the capability NET_ADMIN",
-            fix="sudo meshnet up",
-            code=5,
-        )
     from meshnet_init.apply import choose
 
     backend = choose(settings.capture.backend).name
@@ -48,10 +40,32 @@ def check(settings: Settings, *, running: bool) -> str:
     return backend
 
 
-def may_change_rules() -> bool:
-    status = Path("/proc/self/status").read_text()
-    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective, 16) >> _CAP_NET_ADMIN & 1)
+def need_right() -> None:
+    """Raises CommandError where `meshnet up` may not do its work."""
+    from meshnet_init.host import may_change_rules
+
+    if not may_change_rules():
+        raise CommandError(
+            "not allowed to change this host's rules",
+            why="this needs the capability NET_ADMIN",
+            fix="sudo meshnet up",
+            code=5,
+        )
+
+
+def need_fit(settings: Settings, sidecar: Status) -> None:
+    """The rules must lead to the sidecar that runs and let it pass. Raises CommandError and ConfigError."""
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+    from meshnet_init.sidecar import misfits
+
+    found = misfits(make_plan(settings, host_facts()).rules, sidecar)
+    if found:
+        raise CommandError(
+            f"the rules of these settings do not fit the sidecar that runs here (pid {sidecar.pid}); none was changed",
+            why="; ".join(found),
+            fix="start it again with these settings: sudo meshnet down && sudo meshnet up",
+        )
 
 
 def processes_in_group(gid: int) -> Iterator[tuple[int, str]]:

@@ -7,13 +7,16 @@ import click
 import msgspec
 
 from meshnet.errors import ConfigError
+from meshnet.model.admin import Status
+from meshnet.model.settings import Settings
 from meshnet_cli.configuration import config_option, read_settings
-from meshnet_cli.output import output_options, print_json, print_json_line
+from meshnet_cli.output import output_options, print_json, print_json_line, printable
 from meshnet_cli.table import print_table
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.backends import Counted
     from meshnet_init.plan import Rule
+    from meshnet_init.verify import Verification
 
 _COLORS = {"STATUS": {"captured": "green", "not captured": "red"}}
 
@@ -102,24 +105,40 @@ def show_command(config: str | None, output: str) -> None:
 @output_options
 @click.pass_context
 def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
-    """Whether the kernel holds the plan, and whether connections are captured: a canary is sent in each family.
+    """Whether the kernel holds the plan, whether it fits the sidecar that runs, and whether connections are captured.
 
-    Exit code 1 if not.
+    A canary is sent in each family; where no sidecar answers at admin.socket, this command catches it in its place.
+    Exit code 1 if anything is amiss.
     """
+    from meshnet_cli import supervise
     from meshnet_init.verify import verify
 
-    result = verify(read_settings(config))
+    settings = read_settings(config)
+    sidecar = supervise.running(settings)
+    result = verify(settings, sidecar)
     if not _printed_json(result, output):
         click.echo(f"rules ({result.backend or 'none'}): {'as planned' if not result.differences else 'differ'}")
         for line in result.differences:
             click.echo(f"! {line}")
+        click.echo(sidecar_line(settings, sidecar, result))
+        for line in result.misfits:
+            click.echo(f"! {printable(line)}")
         print_table(
             ("FAMILY", "STATUS", "CANARY", "WHY"),
             [(canary.family, canary.status, canary.destination or "-", canary.detail) for canary in result.canaries],
             colors=_COLORS,
         )
+        if result.fix:
+            click.echo(f"fix: {result.fix}")
     if not result.ok:
         ctx.exit(1)
+
+
+def sidecar_line(settings: Settings, sidecar: Status | None, result: "Verification") -> str:
+    """Against whom the rules were verified."""
+    if sidecar is None:
+        return f"sidecar: none answers at {settings.admin.socket}; nothing was compared with one"
+    return f"sidecar: pid {sidecar.pid}, which the rules {'fit' if result.sidecar == 'fits' else 'do not fit'}"
 
 
 def _rule_view(rule: "Rule", why: str = "", hits: int | None = None) -> RuleView:

@@ -6,7 +6,7 @@ import click
 
 from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
-from meshnet_cli.output import age, output_options, print_json, print_json_line, printable
+from meshnet_cli.output import age, output_options, print_as, printable
 
 _LABEL_WIDTH = 13
 
@@ -22,16 +22,12 @@ def command(*, output: str, socket_path: str, timeout: float) -> None:
     Exit code 0 if it is ready, 1 if it is not, 4 if none answers.
     """
     status = ask(socket_path, GetStatus(), Status, timeout=timeout)
-    match output:
-        case "json":
-            print_json(status)
-        case "jsonl":
-            print_json_line(status)
-        case "name":
-            click.echo(printable(status.node))
-        case _:
-            for label, text in _rows(status):
-                click.echo(_painted(printable(f"{label:<{_LABEL_WIDTH}} {text}"), label))
+
+    def table() -> None:
+        for label, text in _rows(status):
+            click.echo(_painted(printable(f"{label:<{_LABEL_WIDTH}} {text}"), label))
+
+    print_as(output, status, [status], name=lambda status: status.node, table=table)
     if not status.ready:
         click.get_current_context().exit(EXIT_FAILED)
 
@@ -78,7 +74,8 @@ def _config(config: ConfigStatus) -> Iterator[tuple[str, str]]:
         f"{_count(config.services, 'service')}, {_count(config.policies, 'policy', 'policies')}",
     )
     if config.problem:
-        yield "problem", f"{config.problem}; the last good version stays in force"
+        for line in f"{config.problem}; the last good version stays in force".split("\n"):
+            yield "problem", line
 
 
 def _count(number: int, one: str, many: str = "") -> str:

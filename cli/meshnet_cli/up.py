@@ -1,5 +1,6 @@
 """`meshnet up`: brings this host into the mesh, in phases, or leaves it as it was."""
 
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,17 +11,19 @@ from typing import TYPE_CHECKING
 import click
 
 from meshnet.errors import CommandError
-from meshnet.model.admin import GetStatus, Status
+from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli import preflight, supervise
-from meshnet_cli.client import ask
 from meshnet_cli.configuration import config_option, read_settings
+from meshnet_cli.main import EXIT_CONFIG
 
 if TYPE_CHECKING:
     from meshnet.model.snapshot import Snapshot
 
 EXIT_ROLLED_BACK = 7
 _READY_TIMEOUT = 20.0
+_DEATHS = 3  # after so many of the sidecar's it is not waited for any longer,
+_FOR_GOOD = frozenset({EXIT_CONFIG, 126, 127})  # after one of these at once: nothing changes by itself
 _ROLLBACK_DRAIN = 5.0  # seconds that what was captured meanwhile gets to end
 
 Undo = Callable[[], object]
@@ -42,13 +45,17 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
     """
     settings = read_settings(config)
     config = config and str(Path(config).resolve())
-    status = _status(settings)
     with _phase("preflight") as say:
-        backend = preflight.check(settings, running=status is not None)
+        preflight.need_right()
+        status = supervise.running(settings)
+        # It dies again and again, or waits for meshnet.toml to be mended.
+        kept = status is None and supervise.is_supervised(settings)
+        backend = preflight.check(settings, running=kept or status is not None)
         if status is not None:
-            _need_same_ports(settings, status)
+            preflight.need_fit(settings, status)  # it may have been started with others
         snapshot = _mesh(settings)
-        say(f"rules by {backend}, " + ("ports and group are free" if status is None else "a sidecar runs already"))
+        there = "a sidecar runs already" if status else "a sidecar is to come up again" if kept else ""
+        say(f"rules by {backend}, {there or 'ports and group are free'}")
     with _phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
@@ -59,11 +66,16 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
         if status is None:
             _prepare(settings, trust_domain, snapshot)
             with _phase("proxy") as say:
-                supervise.start(settings, config)
-                undo.append(lambda: supervise.stop(settings, drain=0.0))
-                status = _wait_until_ready(settings)
+                output = supervise.Output(settings)
+                if kept:
+                    supervise.try_again(settings)
+                else:
+                    supervise.start(settings, config)
+                    undo.append(lambda: supervise.stop(settings, drain=0.0))
+                status = _wait_until_ready(settings, output, deaths=1 if kept else _DEATHS)
+                preflight.need_fit(settings, status)
                 say(f"ready (pid {status.pid}), {status.certificate.identity or 'no identity'}")
-        _capture(settings, undo)
+        _capture(settings, status, undo)
     except (CommandError, KeyboardInterrupt) as error:
         for step in reversed(undo):
             step()
@@ -81,18 +93,6 @@ def _mesh(settings: Settings) -> "Snapshot | None":
     return load_directory(settings.mesh.directory) if Path(settings.mesh.directory).is_dir() else None
 
 
-def _need_same_ports(settings: Settings, status: Status) -> None:
-    """The rules must lead to where the sidecar that runs listens, whatever the settings say by now."""
-    wanted = {"outbound": settings.proxy.outbound_port, "inbound": settings.proxy.inbound_port}
-    for name, port in wanted.items():
-        if not status.listeners.get(name, "").endswith(f":{port}"):
-            raise CommandError(
-                f"the sidecar that runs here listens on another {name} port than the settings say ({port})",
-                why=f"it listens on {status.listeners.get(name)}",
-                fix="sudo meshnet down && sudo meshnet up",
-            )
-
-
 def _prepare(settings: Settings, trust_domain: str, snapshot: "Snapshot | None") -> None:
     """The sidecar's identity and its mesh directory, made where there are none."""
     with _phase("identity") as say:
@@ -100,7 +100,11 @@ def _prepare(settings: Settings, trust_domain: str, snapshot: "Snapshot | None")
     try:
         Path(settings.mesh.directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CommandError(f"cannot make {settings.mesh.directory}", why=str(error.strerror)) from error
+        raise CommandError(
+            f"cannot make {settings.mesh.directory}, where the mesh resources are to be",
+            why=str(error.strerror),
+            fix="make it yourself, or name another: mesh.directory in meshnet.toml",
+        ) from error
 
 
 def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> str:
@@ -138,7 +142,7 @@ def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> s
     return f"{identity} by {whose} authority in {home}"
 
 
-def _capture(settings: Settings, undo: list[Undo]) -> None:
+def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
     from meshnet_init.apply import apply, installed_rules
     from meshnet_init.rollback import put_back
     from meshnet_init.verify import verify
@@ -150,10 +154,11 @@ def _capture(settings: Settings, undo: list[Undo]) -> None:
             undo.append(lambda: put_back(before, _ROLLBACK_DRAIN))
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
     with _phase("verify") as say:
-        result = verify(settings)
-        found = [*result.differences, *(f"{canary.family}: {canary.status}" for canary in result.canaries)]
+        result = verify(settings, status)
+        found = [f"{canary.family}: {canary.status}" for canary in result.canaries]
         if not result.ok:
-            raise CommandError("the rules do not do what they should", why="; ".join(found), fix="meshnet rules verify")
+            why = "; ".join([*result.differences, *result.misfits, *found])
+            raise CommandError("the rules do not do what they should", why=why, fix=result.fix)
         say(", ".join(found))
 
 
@@ -170,24 +175,42 @@ def _show_plan(settings: Settings) -> None:
     click.echo(nft_text(make_plan(settings, host_facts())))
 
 
-def _wait_until_ready(settings: Settings) -> Status:
-    """Raises CommandError with the end of the sidecar's log when it does not come up."""
+def _wait_until_ready(settings: Settings, output: supervise.Output, deaths: int) -> Status:
+    """Raises CommandError with the sidecar's last words when it does not come up."""
     deadline = time.monotonic() + _READY_TIMEOUT
     while True:
         status = _status(settings)
         if status is not None and status.ready:
             return status
-        if time.monotonic() > deadline or not supervise.is_supervised(settings):
-            log = supervise.log_file(settings)
-            last = log.read_text(errors="replace").splitlines()[-3:] if log.exists() else []
-            because = "; ".join(status.not_ready_because) if status else " / ".join(last)
-            raise CommandError("the sidecar did not become ready", why=because, fix=f"less {log}")
+        codes = output.exit_codes()
+        if status is None and (len(codes) >= deaths or _FOR_GOOD.intersection(codes)):
+            raise _never_ready(f"the sidecar does not stay up: it ended with exit code {codes[-1]}", settings, output)
+        if not supervise.is_supervised(settings):
+            raise _never_ready("the sidecar ended", settings, output)
+        if time.monotonic() > deadline:
+            if status is None:
+                raise _never_ready(f"the sidecar did not answer within {_READY_TIMEOUT:g} s", settings, output)
+            raise CommandError(
+                "the sidecar did not become ready",
+                why="; ".join(status.not_ready_because),
+                fix=f"meshnet status, less {supervise.log_file(settings)}",
+            )
         time.sleep(0.05)  # noqa: TID251 - another process's readiness is polled; nothing tells us
 
 
+def _never_ready(what: str, settings: Settings, output: supervise.Output) -> CommandError:
+    """With the sidecar's own `error:`, `why:` and `fix:`, or the end of whatever else it said."""
+    said = output.last_words()
+    fixes = [line.removeprefix("fix: ") for line in said if line.startswith("fix: ")]
+    because = [re.sub("^(error|why): +", "", line).strip() for line in said if not line.startswith("fix: ")]
+    log = f"less {supervise.log_file(settings)}"
+    return CommandError(what, why="; ".join(because) or "it said nothing", fix="; or ".join([*fixes, log]))
+
+
 def _status(settings: Settings) -> Status | None:
+    """One that is not yet in a state to answer is asked again."""
     try:
-        return ask(settings.admin.socket, GetStatus(), Status)
+        return supervise.running(settings)
     except CommandError:
         return None
 

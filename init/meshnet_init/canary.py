@@ -1,7 +1,7 @@
 """A connection that reaches its goal only if the kernel's rules capture it, one for each family.
 
-Where a proxy runs, it answers for the canary address. Where none does (a pod's init container), we listen on its port
-ourselves and look at what arrives: the original destination must be the canary's, and a random token must come through.
+Where a proxy runs, it answers for the canary address. Where none does (a pod's init container), we listen in its place
+and look at what arrives: the original destination must be the canary's, and a random token must come through.
 """
 
 import errno
@@ -47,8 +47,8 @@ class _NoRoute(Exception):
     """The kernel has no way to the destination, so there was no packet for a rule to match."""
 
 
-def fly(plan: Plan, family: Family, outbound_port: int, gid: int) -> Canary:
-    """Sends one family's canary through the rules in this namespace."""
+def fly(plan: Plan, family: Family, outbound_port: int, gid: int, *, proxy_runs: bool = False) -> Canary:
+    """Sends one family's canary through the rules in this namespace. `proxy_runs`: then nobody may take its place."""
     if family == "ipv6" and not plan.ipv6:
         return Canary(family=family, status="not in the plan", detail="IPv6 is not captured here")
     if os.getegid() == gid and any(rule.gid == gid for rule in plan.rules):
@@ -60,6 +60,9 @@ def fly(plan: Plan, family: Family, outbound_port: int, gid: int) -> Canary:
     if listener is None:
         return _ask_the_proxy(plan, family)
     with listener:
+        if proxy_runs and any(_targets(plan, family)):
+            detail = f"nobody listens on port {outbound_port}, where the rules lead"
+            return Canary(family=family, status="not captured", detail=detail)
         return _ask_the_kernel(plan, family, listener)
 
 

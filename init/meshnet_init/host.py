@@ -9,6 +9,7 @@ from meshnet_init.plan import Host
 _PROC_NET = Path("/proc/thread-self/net")
 _IPV6_OFF = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 _GID_MAP = Path("/proc/self/gid_map")
+_CAP_NET_ADMIN = 12  # linux/capability.h
 
 # net/tcp_states.h: TIME_WAIT, CLOSE and LISTEN carry nothing that could be cut.
 _NOT_OPEN = frozenset({"06", "07", "0A"})
@@ -36,6 +37,13 @@ def open_connections(ports: Collection[int]) -> int:
             if state not in _NOT_OPEN and int(local.rpartition(":")[2], 16) in ports:
                 count += 1
     return count
+
+
+def may_change_rules() -> bool:
+    """Whether this process has the capability NET_ADMIN."""
+    status = Path("/proc/self/status").read_text()
+    effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective, 16) >> _CAP_NET_ADMIN & 1)
 
 
 def _has_ipv6() -> bool:

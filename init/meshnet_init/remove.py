@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from meshnet_init.apply import every_backend
+from meshnet_init.backends import need_right_to_change
 from meshnet_init.host import open_connections
 from meshnet_init.plan import drain_set
 
@@ -31,6 +32,7 @@ def remove(drain: float = 30.0, waiting: Callable[[int], object] = lambda _: Non
     Calls `waiting` with the number of connections still open, at first and whenever it changes; connections that
     outlive the wait are cut. Safe to run again after a crash at any point. Raises CommandError.
     """
+    need_right_to_change()
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
     ports: set[int] = set()
     for backend, installed in found:

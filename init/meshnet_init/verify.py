@@ -1,41 +1,76 @@
-"""Whether capture works: the kernel holds the plan, and canaries come through it."""
+"""Whether capture works: the kernel holds the plan, it fits the sidecar that runs, and canaries come through it."""
+
+from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
+from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_init.apply import every_backend
 from meshnet_init.backends import differences
 from meshnet_init.canary import Canary, fly
 from meshnet_init.host import host_facts
-from meshnet_init.plan import make_plan
+from meshnet_init.plan import CHAIN_OUT, Plan, make_plan
+from meshnet_init.sidecar import misfits
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """`backend` is empty when nothing is installed. `ok`: nothing differs and no canary went astray."""
+    """`backend` is empty when nothing is installed. `ok`: nothing differs, all fits, and no canary went astray.
+
+    `differences` are those of the kernel from the plan; `misfits` those of the kernel from the sidecar that runs.
+    `fix` is what to type, empty when `ok`.
+    """
 
     ok: bool
     backend: str
     differences: tuple[str, ...]
+    sidecar: Literal["none", "fits", "differs"] = "none"
+    misfits: tuple[str, ...] = ()
     canaries: tuple[Canary, ...] = ()
+    fix: str = ""
 
 
-def verify(settings: Settings) -> Verification:
+def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
     """Compares the rules in this network namespace with the plan of `settings`, and sends a canary in each family.
 
-    Takes a few seconds at most. Inbound capture is compared only: what this host sends to itself is never captured.
-    Raises ConfigError and CommandError.
+    `sidecar` is the answer of the one that runs here; without one, the canary is caught in its place. Takes a few
+    seconds at most. Inbound capture is compared only: what this host sends to itself is never captured. Raises
+    ConfigError and CommandError.
     """
     plan = make_plan(settings, host_facts())
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
     if not found:
-        return Verification(ok=False, backend="", differences=("no rules are installed",))
+        lines: list[str] = ["no rules are installed"]
+        return Verification(ok=False, backend="", differences=tuple(lines), fix=_fix(lines, (), plan, sidecar))
     backend, installed = found[0]
     lines = differences(backend.expected(plan), installed)
     for other, leftover in found[1:]:
         if not leftover.draining():
             lines.append(f"older rules of backend {other.name} are in force beside those of {backend.name}")
+    rules = [counted.rule for counted in installed.rules]
+    unfit = misfits(rules, sidecar) if sidecar else ()
+    # Where the rules lead, not where they should: that they work and that they are as planned are two things.
+    leads_to = {rule.redirect for rule in rules if rule.redirect and rule.chain == CHAIN_OUT}
+    port = min(leads_to, default=settings.proxy.outbound_port)
     canaries = tuple(
-        fly(plan, family, settings.proxy.outbound_port, settings.capture.gid) for family in ("ipv4", "ipv6")
+        fly(plan, family, port, settings.capture.gid, proxy_runs=sidecar is not None) for family in ("ipv4", "ipv6")
     )
-    ok = not lines and all(canary.status != "not captured" for canary in canaries)
-    return Verification(ok=ok, backend=backend.name, differences=tuple(lines), canaries=canaries)
+    ok = not lines and not unfit and all(canary.status != "not captured" for canary in canaries)
+    return Verification(
+        ok=ok,
+        backend=backend.name,
+        differences=tuple(lines),
+        sidecar="none" if sidecar is None else "differs" if unfit else "fits",
+        misfits=unfit,
+        canaries=canaries,
+        fix="" if ok else _fix(lines, unfit, plan, sidecar),
+    )
+
+
+def _fix(lines: Sequence[str], unfit: Sequence[str], plan: Plan, sidecar: Status | None) -> str:
+    if sidecar and (unfit or misfits(plan.rules, sidecar)):
+        return "start the sidecar again with these settings: sudo meshnet down && sudo meshnet up"
+    if lines:
+        return "sudo meshnet up" if sidecar else "sudo meshnet up, or without a sidecar: sudo meshnet init"
+    return "look for other software's rules: nft list ruleset, iptables-save"

@@ -1,6 +1,7 @@
 """meshnet.toml and MESHNET_SECTION__KEY: an environment variable beats the file, the file beats the default."""
 
 import ipaddress
+import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,8 @@ def _parse(text: str, file: str) -> Table:
         problem, _, place = str(error).partition(" (at ")
         number = re.match(r"line (\d+)", place)
         line = int(number[1]) if number else text.count("\n") + 1 if place else 0
-        raise ConfigError(f"not valid TOML: {problem}", file=file, line=line) from None
+        hint = 'a setting is a line such as mark = 4096, level = "info" or inbound_ports = ["80", "443"]'
+        raise ConfigError(f"not valid TOML: {problem}", file=file, line=line, suggestion=hint) from None
 
 
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str], object]]:
@@ -100,7 +102,7 @@ def _typed(text: str, kind: inspect.Type | None) -> object:
 def _shape_problems(table: Table) -> Iterator[Problem]:
     for section, values in table.items():
         if section not in _KEYS:
-            yield Problem((section,), "unknown section", did_you_mean(section, _KEYS))
+            yield Problem((section,), "unknown section", did_you_mean(section, _KEYS) or "leave it out")
         elif not isinstance(values, dict):
             yield Problem((section,), "expected a section", f"write [{section}] on a line of its own")
         else:
@@ -113,13 +115,14 @@ def _shape_problems(table: Table) -> Iterator[Problem]:
 
 def _where_else(section: str, key: str) -> str:
     homes = [f"[{other}]" for other, keys in _KEYS.items() if key in keys]
-    return f"it belongs to {' or '.join(homes)}" if homes else did_you_mean(key, _KEYS[section])
+    return f"it belongs to {' or '.join(homes)}" if homes else did_you_mean(key, _KEYS[section]) or "leave it out"
 
 
 def _value_problems(settings: Settings) -> list[Problem]:
     fields = Fields()
     proxy, admin, capture = settings.proxy, settings.admin, settings.capture
-    taken: dict[int, str] = {}
+    defaults = Settings()
+    taken: dict[int, Path] = {}
     ports = {
         ("proxy", "outbound_port"): proxy.outbound_port,
         ("proxy", "inbound_port"): proxy.inbound_port,
@@ -129,8 +132,10 @@ def _value_problems(settings: Settings) -> list[Problem]:
     for path, port in ports.items():
         fields.port(path, port)
         if port in taken:
-            fields.wrong(path, f"{port} is already {taken[port]}")
-        taken[port] = in_words(path)
+            # At least one of the two was written by somebody: there it can be mended.
+            here, other = (path, taken[port]) if port != _value(defaults, path) else (taken[port], path)
+            fields.wrong(here, f"{port} is already {in_words(other)}", "write another port")
+        taken[port] = path
     fields.number(("proxy", "mark"), proxy.mark, 1, 2**32 - 1)
     fields.number(("proxy", "relay_threads"), proxy.relay_threads, 1, 1024)
     fields.duration(("proxy", "drain_timeout"), proxy.drain_timeout, zero=True)
@@ -181,8 +186,9 @@ class _Sources:
         text = f"{in_words(problem.path)}: {problem.text}"
         for path, variable in self.variables.items():
             if path == problem.path[:2] or (path[:1] == problem.path and not _contains(self.table, problem.path)):
-                return ConfigError(text, file=variable, suggestion=problem.suggestion)
-        return ConfigError(text, file=self.file, line=self._line(problem.path), suggestion=problem.suggestion)
+                return ConfigError(text, file=variable, suggestion=problem.suggestion or _default(path, variable))
+        hint = problem.suggestion or _default(problem.path)
+        return ConfigError(text, file=self.file, line=self._line(problem.path), suggestion=hint)
 
     def origin(self, path: tuple[str, str]) -> Origin:
         if path in self.variables:
@@ -213,6 +219,20 @@ class _Sources:
                 break
             found = number
         return found or (self._line(path[:-1]) if len(path) > 1 else 0)
+
+
+def _default(path: Path, variable: str = "") -> str:
+    """How to write the default of the setting at `path`: in the file, or in the variable if there is one."""
+    default = _value(Settings(), path)
+    if variable:
+        text = ",".join(default) if isinstance(default, tuple) else default
+        return f"set {variable}={text}, the default, or unset it"
+    return f"write {path[1]} = {json.dumps(default)}, the default"  # a JSON string, number or list is TOML
+
+
+def _value(settings: Settings, path: Path) -> object:
+    section, key, *_ = map(str, path)
+    return getattr(getattr(settings, section), key)
 
 
 def _contains(table: object, path: Path) -> bool:

@@ -9,10 +9,6 @@ copes like this: load both, and if they do not belong together (OpenSSL: KEY_VAL
 again. The new files are complete on disk before the first rename, so the next look finds the pair.
 """
 
-import errno
-import os
-import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +21,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meshnet.model.connection import Shape
 from meshnet.model.identity import is_spiffe_id, trust_domain
+from meshnet.net.files import write_files
 
 CA_CERTIFICATE, CA_KEY = "ca.pem", "ca-key.pem"
 CERTIFICATE, KEY, BUNDLE = "cert.pem", "key.pem", "bundle.pem"
@@ -146,7 +143,7 @@ def describe(pem: bytes, *, now: datetime, file: str = "") -> list[CertificateVi
 def save_authority(authority: Authority, directory: Path, *, replace: bool = False) -> None:
     """Writes ca.pem and ca-key.pem. Raises FileExistsError if one is there, unless `replace`, and OSError."""
     files = {CA_KEY: _key_pem(authority.key), CA_CERTIFICATE: _pem(authority.certificate)}
-    _write(directory, files, replace=replace)
+    write_files(directory, files, replace=replace)
 
 
 def load_authority(directory: Path) -> Authority:
@@ -168,45 +165,7 @@ def save_issued(issued: Issued, directory: Path) -> None:
     if issued.key is not None:
         files[KEY] = issued.key
     files[CERTIFICATE] = issued.certificate
-    _write(directory, files, replace=True)
-
-
-def _write(directory: Path, files: Mapping[str, bytes], *, replace: bool) -> None:
-    """All of `files`, mode 0600 from their first moment, in order and each at once, and lasting (fsync)."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(directory)) from error
-    written: dict[str, Path] = {}
-    try:
-        for name, content in files.items():
-            descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")  # mode 0600
-            written[name] = Path(temporary)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(descriptor)
-        if not replace:
-            for name in files:
-                if os.path.lexists(directory / name):
-                    raise FileExistsError(f"{directory / name} is already there")
-        for name, temporary_path in written.items():
-            if replace:
-                temporary_path.replace(directory / name)
-            else:
-                os.link(temporary_path, directory / name)  # unlike a rename it fails if somebody was faster
-    finally:
-        for temporary_path in written.values():
-            temporary_path.unlink(missing_ok=True)
-    _sync(directory)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    write_files(directory, files)
 
 
 def _builder(

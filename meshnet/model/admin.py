@@ -106,6 +106,9 @@ class Status(Shape, frozen=True):
     config: ConfigStatus
     relay: RelayStatus
     tunnels: tuple[TunnelStatus, ...] = ()
+    # What keeps its own connections out of the rules; None where a sidecar does not say, mark 0 where it may not mark.
+    mark: int | None = None
+    gid: int | None = None
     api_version: str = "meshnet.dev/v1"
     kind: str = "Status"
 

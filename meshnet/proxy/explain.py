@@ -1,5 +1,6 @@
 """A connection told step by step, from its record: what was decided, what happened, where it stopped."""
 
+from meshnet.model.canary import is_canary
 from meshnet.model.connection import Direction, Security
 from meshnet.proxy.record import Record
 
@@ -12,6 +13,8 @@ def trace(record: Record) -> tuple[str, ...]:
         steps.append(f"identity: {who}, {'through a tunnel' if record.security is Security.MTLS else 'in plain text'}")
     if record.service:
         steps.append(f"service: {record.service}")
+    elif record.original is not None and record.direction is Direction.OUTBOUND and is_canary(record.original):
+        steps.append("service: none; a canary of `meshnet rules verify` or `up`, answered here and carried nowhere")
     elif record.original is not None:
         steps.append("service: none has this address; passed through" if record.endpoint else "service: none")
     if record.policy:

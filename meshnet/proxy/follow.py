@@ -4,6 +4,7 @@ Events of the kernel say when to look, never what changed: the directory is read
 seconds finds what events miss (a link to a file elsewhere, a network file system, a folder that is not there yet).
 """
 
+import errno
 import os
 import stat
 from collections.abc import AsyncIterable, Callable
@@ -218,8 +219,13 @@ def _files(directory: str) -> list[str]:
             "there is no such directory", file=directory, suggestion="create it, or set directory in [mesh]"
         ) from None
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=directory) from None
+        raise _unreadable(directory, error) from None
     return [os.path.join(directory, name) for name in sorted(names) if _is_resource_file(name)]
+
+
+def _unreadable(path: str, error: OSError) -> ConfigError:
+    hint = f"let the sidecar's user read it: chmod o+rX {path}" if error.errno in (errno.EACCES, errno.EPERM) else ""
+    return ConfigError(f"cannot be read: {error.strerror}", file=path, suggestion=hint)
 
 
 def _is_resource_file(name: str) -> bool:
@@ -235,7 +241,7 @@ def _content(path: str, room: int) -> bytes:
                 raise ConfigError("not a regular file", file=path)
             content = file.read(room + 1)
     except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", file=path) from None
+        raise _unreadable(path, error) from None
     if len(content) > room:
         raise ConfigError(f"with this file the directory has more than {_MOST_BYTES >> 20} MiB", file=path)
     return content

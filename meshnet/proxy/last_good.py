@@ -1,7 +1,5 @@
 """The last good mesh on disk: what a sidecar starts with when the files are bad, so that a restart loses nothing."""
 
-import os
-import tempfile
 from pathlib import Path
 
 import msgspec
@@ -9,6 +7,7 @@ import msgspec
 from meshnet.model.address import Address
 from meshnet.model.service import AccessPolicy, Action, Endpoint, Mode, ServicePort
 from meshnet.model.snapshot import Snapshot
+from meshnet.net.files import write_files
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,17 +37,7 @@ def save(snapshot: Snapshot, file: str) -> None:
         ),
     )
     where = Path(file)
-    where.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, draft = tempfile.mkstemp(dir=where.parent, prefix=f".{where.name}.")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "wb") as content:
-            content.write(msgspec.json.encode(stored))
-            content.flush()
-            os.fsync(descriptor)
-        Path(draft).replace(where)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_files(where.parent, {where.name: msgspec.json.encode(stored)})
 
 
 def load(file: str, version: int) -> Snapshot | None:

@@ -89,8 +89,10 @@ class Registry:
             self.empty.set()
 
     def find(self, connection_id: str) -> Record | None:
+        """The one that got the id from us, else the newest: a peer cannot put another in the place of ours."""
         newest_first = chain(reversed(self.open.values()), reversed(self.recent))
-        return next((record for record in newest_first if record.id == connection_id), None)
+        found = [record for record in newest_first if record.id == connection_id]
+        return next((record for record in found if record.direction is Direction.OUTBOUND), next(iter(found), None))
 
     def listing(self, *, recent: float, everything: bool) -> Iterator[Record]:
         """Open ones, and of the ended those that failed within `recent` seconds, or all that are kept."""

@@ -60,6 +60,8 @@ def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
             TunnelStatus(peer=f"{address} {identity}", idle=idle, leased=leased)
             for (address, identity), (idle, leased) in state.pool.counts().items()
         ),
+        mark=state.mark,
+        gid=os.getegid(),
     )
 
 

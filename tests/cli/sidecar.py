@@ -13,7 +13,7 @@ from queue import SimpleQueue
 import msgspec
 
 from meshnet.errors import EndedBy, Phase, Reason
-from meshnet.model.admin import ConnectionList, ConnectionListMetadata, Request, decode_request
+from meshnet.model.admin import ConnectionList, ConnectionListMetadata, ListConnections, Request, decode_request
 from meshnet.model.connection import (
     Attempt,
     Connection,
@@ -31,11 +31,15 @@ API = "spiffe://prod/ns/default/sa/api"
 
 
 class Sidecar:
-    """Reads one request a connection, writes `answers`, and hangs up; with `hold` it waits for the client to do so."""
+    """Reads one request a connection, writes `answers`, and hangs up; with `hold` it waits for the client to do so.
+
+    Who asks for a list of connections gets `connections` instead, once there is one.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: list[bytes] = []
+        self.connections: ConnectionList | None = None
         self.hold = False
         self.requests: SimpleQueue[Request] = SimpleQueue()
         self.later: SimpleQueue[bytes | None] = SimpleQueue()  # while holding: more lines, None to hang up
@@ -76,9 +80,13 @@ class Sidecar:
     def _answer(self, client: socket.socket, request: bytes) -> None:
         if not request:
             return
-        self.requests.put(decode_request(request))
+        asked = decode_request(request)
+        self.requests.put(asked)
+        answers = self.answers
+        if isinstance(asked, ListConnections) and self.connections is not None:
+            answers = [msgspec.json.encode(self.connections)]
         try:
-            for line in self.answers:
+            for line in answers:
                 client.sendall(line + b"\n")
             while self.hold and (late := self.later.get()) is not None:
                 client.sendall(late + b"\n")

@@ -6,7 +6,7 @@ import pytest
 
 from meshnet.errors import EndedBy, Phase, Reason
 from meshnet.model.admin import ConnectionEvent, FollowConnections, ListConnections, Refused
-from meshnet.model.connection import Connection, ReasonView, State
+from meshnet.model.connection import Connection, Direction, Peer, ReasonView, State
 from tests.cli.conftest import Meshnet
 from tests.cli.sidecar import INBOUND, OPEN, PLAIN, REFUSED, Sidecar, all_four, listing, run_meshnet
 
@@ -25,6 +25,18 @@ def test_the_table_shows_open_ones_and_why_the_others_failed(meshnet: Meshnet, s
         "        breaker.open  both endpoints of pay:9000 are ejected; next probe in 24s  meshnet explain k802\n"
         "3 open (1 plaintext), 1 failed in the last 60s.\n"
     )
+
+
+def test_the_canary_of_rules_verify_is_told_from_traffic(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    canary = msgspec.structs.replace(
+        OPEN, state=State.CLOSED, destination=Peer(), original_destination="[2001:db8::2]:15122"
+    )
+    # Somebody's own service may have such an address, and what comes in may claim it.
+    service = msgspec.structs.replace(canary, destination=Peer(service="doc:15122"))
+    inbound = msgspec.structs.replace(canary, direction=Direction.INBOUND)
+    sidecar.will_answer(listing(canary, service, inbound))
+    result = meshnet("conns", "--all", "--columns", "dir,service", "--no-header")
+    assert result.output == "out  (rules verify)\nout  doc:15122\nin   [2001:db8::2]:15122\n"
 
 
 def test_wide_adds_times_tries_and_identities(meshnet: Meshnet, sidecar: Sidecar) -> None:

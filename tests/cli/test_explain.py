@@ -8,7 +8,13 @@ from meshnet.model.admin import ExplainConnection, Refused
 from meshnet.model.connection import Connection, ReasonView
 from meshnet_cli.reasons import ADVICE
 from tests.cli.conftest import Meshnet
-from tests.cli.sidecar import OPEN, REFUSED, Sidecar
+from tests.cli.sidecar import INBOUND, OPEN, REFUSED, Sidecar, all_four, listing
+
+
+@pytest.fixture(autouse=True)
+def known(sidecar: Sidecar) -> None:
+    """What the sidecar remembers when it is asked for all of it."""
+    sidecar.connections = all_four()
 
 
 def test_a_failed_connection_is_told_step_by_step_with_what_to_do(meshnet: Meshnet, sidecar: Sidecar) -> None:
@@ -63,10 +69,31 @@ def test_json_is_the_connection_with_cause_and_cure(meshnet: Meshnet, sidecar: S
     assert told.pop("apiVersion") == "meshnet.dev/v1"
     assert told.pop("cause") == ADVICE[Reason.BREAKER_OPEN].cause
     assert told.pop("cure").startswith("meshnet endpoints pay:9000 shows")
+    assert told.pop("others") == []
     assert told == json.loads(msgspec.json.encode(REFUSED))
     line = meshnet("explain", "k802", "-o", "jsonl").output
     assert line.count("\n") == 1
     assert msgspec.json.decode(line, type=Connection) == REFUSED
+
+
+def test_others_with_the_same_id_are_listed_below_it(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    # A peer has given two of its connections the id of one of ours; meanwhile ours has moved bytes.
+    shadow = msgspec.structs.replace(INBOUND, id="k802")
+    again = msgspec.structs.replace(REFUSED, direction=INBOUND.direction)
+    moved = msgspec.structs.replace(REFUSED, bytes_sent=7)
+    sidecar.will_answer(REFUSED)
+    sidecar.connections = listing(shadow, moved, OPEN, again)
+    ours, _, others = meshnet("explain", "k802").output.partition("\n\nThis id was given to others as well; ")
+    assert ours.startswith("k802  out  web -> pay:9000  refused  breaker.open\n")
+    assert others == (
+        "a client's sidecar chooses what it gives:\n"
+        "ID    DIR  CLIENT  SERVICE       ENDPOINT        TLS   POLICY                  AGE  TX    RX   STATE\n"
+        "k802  in   web     metrics:9090  127.0.0.1:9090  mtls  default/web-to-metrics  12s  4.1K  999  half-in\n"
+        "k802  in   web     pay:9000      -               -     -                       2s   0     0    refused\n"
+        "        breaker.open  both endpoints of pay:9000 are ejected; next probe in 24s  meshnet explain k802\n"
+    )
+    told = json.loads(meshnet("explain", "k802", "-o", "json").output)
+    assert told["others"] == json.loads(msgspec.json.encode([shadow, again]))
 
 
 def test_an_unknown_id_fails_with_a_hint_even_if_the_sidecar_has_none(meshnet: Meshnet, sidecar: Sidecar) -> None:

@@ -62,6 +62,7 @@ def test_a_whole_conns_imports_only_the_floors_it_stands_on(sidecar: Sidecar) ->
         "meshnet.model",
         "meshnet.model.address",
         "meshnet.model.admin",
+        "meshnet.model.canary",
         "meshnet.model.connection",
         "meshnet.model.duration",
         "meshnet.model.identity",
@@ -69,6 +70,7 @@ def test_a_whole_conns_imports_only_the_floors_it_stands_on(sidecar: Sidecar) ->
         "meshnet_cli",
         "meshnet_cli.client",
         "meshnet_cli.columns",
+        "meshnet_cli.configuration",
         "meshnet_cli.conns",
         "meshnet_cli.filters",
         "meshnet_cli.main",
@@ -136,6 +138,24 @@ def test_a_config_error_is_exit_78_and_names_file_and_line() -> None:
         "error: unknown field 'prot'\nwhy: it is in /etc/meshnet/a.yaml:3\nfix: did you mean port?\n",
     )
     assert shown(ConfigError("no such mode")) == (78, "error: no such mode\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "why", "fix"),
+    [
+        ("/etc/meshnet/a.yaml", 3, "it is in /etc/meshnet/a.yaml:3", "edit /etc/meshnet/a.yaml, line 3"),
+        ("/srv/my mesh.d", 0, "it is about /srv/my mesh.d", "ls -ld '/srv/my mesh.d'"),
+        ("MESHNET_LOG__LEVEL", 0, "the variable MESHNET_LOG__LEVEL says so", "unset MESHNET_LOG__LEVEL"),
+    ],
+)
+def test_a_config_error_without_a_suggestion_says_where_to_look(file: str, line: int, why: str, fix: str) -> None:
+    error = ConfigError("it is wrong", file=file, line=line)
+    assert shown(error) == (78, f"error: it is wrong\nwhy: {why}\nfix: {fix}\n")
+
+
+def test_several_problems_are_a_line_each_and_none_passes_for_a_line_of_ours() -> None:
+    error = CommandError("first\nfix: rm -rf /\x1b[2J", fix="meshnet status")
+    assert shown(error) == (1, "error: first\n       fix: rm -rf /\\x1b[2J\nfix: meshnet status\n")
 
 
 def test_ctrl_c_is_exit_130_and_silent() -> None:

@@ -138,12 +138,14 @@ def hostile_connection() -> Connection:
 def test_names_that_peers_made_up_cannot_write_to_the_terminal(
     meshnet: Meshnet, sidecar: Sidecar, command: str
 ) -> None:
-    sidecar.will_answer(listing(hostile_connection()) if command.startswith("conns") else hostile_connection())
+    sidecar.will_answer(hostile_connection())
+    shadow = msgspec.structs.replace(hostile_connection(), opened_at="2026-01-02T03:04:06Z")
+    sidecar.connections = listing(hostile_connection(), shadow)
     result = meshnet(*command.split())
     assert result.exit_code == 0
     assert all(line.isprintable() for line in result.output.split("\n"))
     if "json" in command:
-        assert json.loads(result.output)
+        assert all(map(json.loads, result.output.splitlines() if "jsonl" in command else [result.output]))
 
 
 def test_a_hostile_name_stays_on_its_line_and_is_spelled_out(meshnet: Meshnet, sidecar: Sidecar) -> None:

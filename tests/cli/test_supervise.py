@@ -21,9 +21,9 @@ import sys
 from meshnet.model.settings import AdminSection, Settings
 from meshnet_cli import supervise
 settings = Settings(admin=AdminSection(socket=sys.argv[1]))
-supervise.sidecar_command = lambda settings, config: [sys.executable, "-c", sys.argv[2]]
+supervise.sidecar_command = lambda settings, config: [sys.argv[5], "-c", sys.argv[2]]
 supervise.LOG_SIZE = int(sys.argv[3])
-sys.exit(supervise.Supervisor(settings, None).run())
+sys.exit(supervise.Supervisor(settings, sys.argv[4]).run())
 """
 
 Run = Callable[..., "subprocess.Popen[bytes]"]
@@ -38,9 +38,11 @@ def settings(tmp_path: Path) -> Settings:
 def run(settings: Settings, tmp_path: Path) -> Iterator[Run]:
     started = []
 
-    def start(sidecar: str, log_size: int = supervise.LOG_SIZE) -> "subprocess.Popen[bytes]":
+    def start(
+        sidecar: str, log_size: int = supervise.LOG_SIZE, command: str = sys.executable
+    ) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISOR, settings.admin.socket, sidecar, str(log_size)],
+            [sys.executable, "-c", SUPERVISOR, settings.admin.socket, sidecar, str(log_size), "meshnet.toml", command],
             cwd=tmp_path,
             env=clean_environment()
             | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "cli", "init"))},
@@ -76,9 +78,65 @@ if len(lives.read_text()) < 3:
     ]
 
 
-def test_a_configuration_that_cannot_work_is_not_tried_again(run: Run, settings: Settings) -> None:
-    assert run("print('no'); raise SystemExit(78)").wait(10) == 78
-    assert supervise.log_file(settings).read_text() == "no\n"
+# Its settings are wrong until they say "good".
+READS_SETTINGS = """
+import pathlib
+file = pathlib.Path("meshnet.toml")
+raise SystemExit(0 if file.exists() and file.read_text() == "good" else 78)
+"""
+
+
+def test_a_configuration_that_cannot_work_is_tried_again_as_soon_as_it_changes(
+    run: Run, settings: Settings, tmp_path: Path
+) -> None:
+    process = run(READS_SETTINGS)
+    log = supervise.log_file(settings)
+    wait_for(lambda: log.read_text().count("the sidecar ended with 78; again in 30.0 s") == 1)
+    assert "sooner if meshnet.toml changes" in log.read_text()
+    (tmp_path / "meshnet.toml").write_text("bad")
+    wait_for(lambda: log.read_text().count("the sidecar ended with 78; again in 30.0 s") == 2)
+    (tmp_path / "new").write_text("good")
+    (tmp_path / "new").rename(tmp_path / "meshnet.toml")
+    assert process.wait(10) == 0
+
+
+def test_a_configuration_that_cannot_work_does_not_keep_it_from_ending(run: Run, settings: Settings) -> None:
+    process = run(READS_SETTINGS)
+    wait_for(lambda: "again in 30.0 s" in supervise.log_file(settings).read_text())
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 78
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_cuts_a_pause_short(run: Run, settings: Settings, number: signal.Signals) -> None:
+    process = run("raise SystemExit(78)")
+    log = supervise.log_file(settings)
+    wait_for(lambda: log.read_text().count("again in 30.0 s") == 1)
+    process.send_signal(number)
+    wait_for(lambda: log.read_text().count("again in 30.0 s") == 2)
+
+
+def test_what_the_last_sidecar_said_is_told_apart_from_what_was_said_before(settings: Settings) -> None:
+    log = supervise.log_file(settings)
+    log.write_text("error: of long ago\nsupervise: the sidecar ended with 9; again in 0.2 s\n")
+    output = supervise.Output(settings)
+    assert (output.exit_codes(), output.last_words()) == ([], [])
+    with log.open("a") as file:
+        file.write("one\nsupervise: the sidecar ended with -6; again in 0.2 s\n2\nerror: x\nwhy: y\n       z\nfix: f\n")
+        file.write("supervise: the sidecar ended with 78; again in 30.0 s\nsupervise: sooner if it changes\n")
+    assert output.exit_codes() == [-6, 78]
+    assert output.last_words() == ["error: x", "why: y", "       z", "fix: f"]
+    log.write_text("anew\n")
+    assert output.last_words() == ["anew"]
+
+
+def test_a_sidecar_that_cannot_be_run_at_all_is_told_in_the_log(run: Run, settings: Settings) -> None:
+    process = run("", command="/nowhere/setpriv")
+    log = supervise.log_file(settings)
+    wait_for(lambda: "the sidecar ended with 127" in log.read_text())
+    assert log.read_text().startswith("cannot run /nowhere/setpriv: No such file or directory\n")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == 127
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,7 +5,7 @@ import re
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,7 +13,8 @@ import pytest
 
 from meshnet.control.authority import Authority, save_issued
 from meshnet.model.connection import Direction
-from meshnet.model.settings import CaptureSection
+from meshnet.model.settings import AdminSection, CaptureSection, Settings
+from meshnet_cli import supervise
 from meshnet_init.host import host_facts
 from tests.cli.machine import Machine, talk
 from tests.proxy.programs import accept, ended_by_rst, listen
@@ -26,6 +27,17 @@ STRANGER = (
     "table inet stranger { chain c { type filter hook output priority -300;"
     " ip daddr 192.0.2.2 reject with tcp reset; ip6 daddr 2001:db8::2 reject with tcp reset; }; }"
 )
+
+# A service for which a sidecar needs a certificate.
+MESHED = """
+apiVersion: meshnet.dev/v1
+kind: Service
+metadata: {name: api}
+spec:
+  addresses: [10.96.0.10]
+  ports: [{port: 8080}]
+  endpoints: [{address: 10.77.0.9, tunnel: meshnet, identity: spiffe://local/ns/default/sa/api}]
+"""
 
 GID = CaptureSection().gid
 
@@ -177,11 +189,21 @@ def test_when_the_proof_fails_everything_is_put_back(machine: Machine) -> None:
     assert not machine.admin.exists()
 
 
-def test_an_interrupted_up_leaves_no_sidecar_that_would_be_started_for_ever(machine: Machine) -> None:
+def test_an_interrupted_up_leaves_no_sidecar(machine: Machine) -> None:
     rules = machine.rules()
-    up = machine.start("up", MESHNET_ADMIN__HEALTH_ADDRESS="192.0.2.9")  # which is not an address of this host
-    log = machine.home / "run" / "sidecar.log"
-    wait_for(lambda: "no address to listen on for health" in log.read_text())
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    expired = Authority.create("local", now=long_ago).issue("spiffe://local/ns/default/sa/web", now=long_ago)
+    save_issued(expired, machine.identity)
+    machine.mesh.mkdir()
+    (machine.mesh / "api.yaml").write_text(MESHED)
+    up = machine.start("up")
+    settings = Settings(admin=AdminSection(socket=str(machine.admin)))
+
+    def lacks_a_certificate() -> bool:
+        status = supervise.running(settings)
+        return status is not None and any("no certificate" in because for because in status.not_ready_because)
+
+    wait_for(lacks_a_certificate, what="a sidecar that is up but not ready")
     assert up.alive
     up.popen.send_signal(signal.SIGINT)
     assert up.popen.wait(10) == 130
@@ -297,6 +319,96 @@ def test_a_killed_sidecar_is_started_again_and_traffic_goes_on(machine: Machine,
     assert "the sidecar ended with -9" in (machine.home / "run" / "sidecar.log").read_text()
 
 
+def test_up_does_not_wait_for_a_sidecar_that_does_not_stay_up(machine: Machine) -> None:
+    rules = machine.rules()
+    up = machine.start("up", MESHNET_ADMIN__HEALTH_ADDRESS="192.0.2.9")  # which is not an address of this host
+    assert up.popen.wait(15) == 7
+    log = machine.home / "run" / "sidecar.log"
+    assert log.read_text().count("the sidecar ended with 1; again") == 3
+    assert "error: the sidecar does not stay up: it ended with exit code 1\n" in up.output
+    assert "why: no address to listen on for health\n" in up.output
+    assert f"fix: ip addr; or less {log}\n" in up.output
+    wait_for(lambda: not machine.programs(), what="the end of every process")
+    assert machine.rules() == rules
+
+
+def test_a_sidecar_restarted_with_bad_settings_comes_back_when_they_are_mended(machine: Machine, peer: Host) -> None:
+    with bad_settings_at_a_restart(machine), listen(peer, 8080):
+        with pytest.raises(ConnectionRefusedError):  # closed, not around the mesh
+            machine.host.connect(peer.address, 8080)
+        log = (machine.home / "run" / "sidecar.log").read_text()
+        assert f"it is in {machine.config}:11" in log
+        assert f"sooner if {machine.config} changes" in log
+        assert "sudo meshnet down" in log
+        told = machine.meshnet("up")
+        assert told.returncode == 78
+        assert f"{machine.config}:11" in told.stderr
+    wait_for(machine.ready, what="a sidecar with the mended settings")
+    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
+        assert talk(client, app)
+
+
+@pytest.mark.parametrize("mistake", ["[proxy]\noutbound_prt = 1\n", "[proxy\n"], ids=["unknown key", "no TOML"])
+def test_down_works_with_bad_settings(machine: Machine, peer: Host, mistake: str) -> None:
+    rules = machine.rules()
+    with bad_settings_at_a_restart(machine, mistake):
+        done = machine.meshnet("down")
+        assert done.returncode == 0, done.stderr
+        assert "the settings are wrong" in done.stderr
+        assert re.findall(r"✓ (\w+) +(.+)", done.stdout) == [("rules", "removed"), ("proxy", "stopped")]
+        assert machine.rules() == rules
+        assert not machine.programs()
+    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
+        assert talk(client, app)
+
+
+def test_down_takes_the_rules_out_even_if_nothing_says_where_the_sidecar_is(machine: Machine) -> None:
+    rules = machine.rules()
+    machine.up()
+    machine.config.write_text("[admin\n")
+    by = ("env", f"MESHNET_ADMIN__SOCKET={machine.home}/nowhere/admin.sock")
+    done = machine.meshnet("down", by=by)
+    assert done.returncode == 78
+    assert machine.rules() == rules
+    assert "fix: mend them, then again: sudo meshnet down\n" in done.stderr
+
+
+def test_up_has_a_sidecar_that_is_looked_after_tried_again(machine: Machine) -> None:
+    machine.up()
+    log = machine.home / "run" / "sidecar.log"
+    with port_taken_from_the_sidecar(machine):
+        wait_for(lambda: "again in 1.6 s" in log.read_text(), what="starts in vain")
+        done = machine.meshnet("up")
+        assert done.returncode == 1
+        assert "cannot listen on port 15106" in done.stderr
+        assert "put back" not in done.stderr
+        wait_for(lambda: "again in 6.4 s" in log.read_text(), what="more starts in vain")
+        (supervisor,) = machine.programs()
+    again = machine.meshnet("up")
+    assert again.returncode == 0, again.stderr
+    assert supervisor in machine.programs()
+
+
+def test_up_with_other_settings_than_the_sidecars_says_which(machine: Machine) -> None:
+    machine.up()
+    before = machine.rules()
+    machine.configure("[proxy]\nmark = 0x2000\ninbound_port = 16106\n")
+    done = machine.meshnet("up")
+    assert done.returncode == 1
+    assert "port 16106" in done.stderr
+    assert "mark 0x2000" in done.stderr
+    assert "fix: start it again with these settings: sudo meshnet down && sudo meshnet up\n" in done.stderr
+    assert machine.rules() == before
+
+
+def test_a_folder_that_cannot_be_written_is_told(machine: Machine) -> None:
+    (machine.home / "run").write_text("a file where the folder of the admin socket should be")
+    done = machine.meshnet("up")
+    assert done.returncode == 1
+    assert f"error: cannot write to {machine.home}/run" in done.stderr
+    assert "fix: name another folder: admin.socket" in done.stderr
+
+
 def test_down_ends_a_sidecar_that_does_not_stay_up(machine: Machine) -> None:
     rules = machine.rules()
     machine.up()
@@ -341,6 +453,20 @@ def port_taken_from_the_sidecar(machine: Machine) -> socket.socket:
         return sock
 
     return wait_for(take)
+
+
+@contextmanager
+def bad_settings_at_a_restart(machine: Machine, mistake: str = "[proxy]\noutbound_prt = 1\n") -> Iterator[None]:
+    """The sidecar that was up dies and finds settings that somebody has broken; in the end they are mended."""
+    pid = machine.up().pid
+    rules = machine.rules()
+    machine.configure(mistake)
+    os.kill(pid, signal.SIGKILL)
+    log = machine.home / "run" / "sidecar.log"
+    wait_for(lambda: "the sidecar ended with 78" in log.read_text(), what="a restart in vain")
+    assert machine.rules() == rules
+    yield
+    machine.configure()
 
 
 def is_mapped(gid: int) -> bool:

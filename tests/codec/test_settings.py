@@ -9,6 +9,8 @@ from meshnet.codec.settings import Origin, load_settings, settings_with_origin
 from meshnet.errors import ConfigError
 from meshnet.model.settings import Settings
 
+TOML = '(a setting is a line such as mark = 4096, level = "info" or inbound_ports = ["80", "443"])'
+
 
 def refusal(text: str, environ: dict[str, str] | None = None) -> str:
     with pytest.raises(ConfigError) as caught:
@@ -70,7 +72,10 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
             "[proxy]\nrelay_threads = '2'\n",
             'meshnet.toml:2: proxy.relay_threads: expected a whole number, got "2" (write it without quotes)',
         ),
-        ("[proxy]\nmark = true\n", "meshnet.toml:2: proxy.mark: expected a whole number, got true"),
+        (
+            "[proxy]\nmark = true\n",
+            "meshnet.toml:2: proxy.mark: expected a whole number, got true (write mark = 4096, the default)",
+        ),
         (
             "[log]\nlevel = 'warn'\n",
             'meshnet.toml:2: log.level: "warn" is not one of "debug", "error", "info", "warning" '
@@ -78,25 +83,56 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
         ),
         (
             "[capture]\nexclude_inbound_ports = 22\n",
-            "meshnet.toml:2: capture.exclude_inbound_ports: expected a list, got 22",
+            "meshnet.toml:2: capture.exclude_inbound_ports: expected a list, got 22 "
+            '(write exclude_inbound_ports = ["22"], the default)',
         ),
         (
             "[capture]\nexclude_inbound_ports = [\n  '22',\n  22,\n]\n",
             "meshnet.toml:2: capture.exclude_inbound_ports[1]: expected text, got 22 (write it in quotes)",
         ),
         ("proxy = 3\n", "meshnet.toml:1: proxy: expected a section (write [proxy] on a line of its own)"),
-        ("[proxy]\n\nmark = 0\n", "meshnet.toml:3: proxy.mark: 0 is not between 1 and 4294967295"),
-        ("[proxy]\nmark = 0x1_0000_0000\n", "meshnet.toml:2: proxy.mark: 4294967296 is not between 1 and 4294967295"),
-        ("[proxy]\nrelay_threads = 0\n", "meshnet.toml:2: proxy.relay_threads: 0 is not between 1 and 1024"),
-        ("[capture]\ngid = 0\n", "meshnet.toml:2: capture.gid: 0 is not between 1 and 4294967294"),
-        ("[proxy]\ninbound_port = 65536\n", "meshnet.toml:2: proxy.inbound_port: 65536 is not between 1 and 65535"),
-        ("[admin]\nhealth_port = 15101\n", "meshnet.toml:2: admin.health_port: 15101 is already proxy.outbound_port"),
+        (
+            "[proxy]\n\nmark = 0\n",
+            "meshnet.toml:3: proxy.mark: 0 is not between 1 and 4294967295 (write mark = 4096, the default)",
+        ),
+        (
+            "[proxy]\nmark = 0x1_0000_0000\n",
+            "meshnet.toml:2: proxy.mark: 4294967296 is not between 1 and 4294967295 (write mark = 4096, the default)",
+        ),
+        (
+            "[proxy]\nrelay_threads = 0\n",
+            "meshnet.toml:2: proxy.relay_threads: 0 is not between 1 and 1024 (write relay_threads = 1, the default)",
+        ),
+        (
+            "[capture]\ngid = 0\n",
+            "meshnet.toml:2: capture.gid: 0 is not between 1 and 4294967294 (write gid = 15137, the default)",
+        ),
+        (
+            "[proxy]\ninbound_port = 65536\n",
+            "meshnet.toml:2: proxy.inbound_port: 65536 is not between 1 and 65535 "
+            "(write inbound_port = 15106, the default)",
+        ),
+        (
+            "[admin]\nhealth_port = 15101\n",
+            "meshnet.toml:2: admin.health_port: 15101 is already proxy.outbound_port (write another port)",
+        ),
+        (
+            "[proxy]\ntunnel_port = 15120\n",
+            "meshnet.toml:2: proxy.tunnel_port: 15120 is already admin.health_port (write another port)",
+        ),
         (
             "[proxy]\ndrain_timeout = '30'\n",
             'meshnet.toml:2: proxy.drain_timeout: "30" is not a duration such as 250ms, 3s, 5m or 1h30m (write "30s")',
         ),
-        ("[admin]\nhealth_address = 'lo'\n", 'meshnet.toml:2: admin.health_address: "lo" is not an IP address'),
-        ("[mesh]\ndirectory = ''\n", 'meshnet.toml:2: mesh.directory: "" is not a path'),
+        (
+            "[admin]\nhealth_address = 'lo'\n",
+            'meshnet.toml:2: admin.health_address: "lo" is not an IP address '
+            '(write health_address = "0.0.0.0", the default)',
+        ),
+        (
+            "[mesh]\ndirectory = ''\n",
+            'meshnet.toml:2: mesh.directory: "" is not a path (write directory = "/etc/meshnet/mesh.d", the default)',
+        ),
         (
             "[capture]\nexclude_outbound_cidrs = ['10.0.0.1/8']\n",
             'meshnet.toml:2: capture.exclude_outbound_cidrs[0]: "10.0.0.1/8" is not a network such as 10.0.0.0/8 '
@@ -105,16 +141,16 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
         (
             "[capture]\nexclude_inbound_ports = ['*']\n",
             'meshnet.toml:2: capture.exclude_inbound_ports[0]: "*" is not a port such as 8080 '
-            "or a range such as 8000-8100",
+            'or a range such as 8000-8100 (write exclude_inbound_ports = ["22"], the default)',
         ),
         (
             "[capture]\noutbound_ports = ['9000-8000']\n",
             'meshnet.toml:2: capture.outbound_ports[0]: "9000-8000" is not a port such as 8080 '
-            "or a range such as 8000-8100",
+            'or a range such as 8000-8100 (write outbound_ports = ["*"], the default)',
         ),
-        ("[proxy]\nmark = \n", "meshnet.toml:2: not valid TOML: Invalid value"),
-        ("[proxy]\nmark = 1\nmark = 2\n", "meshnet.toml:3: not valid TOML: Cannot overwrite a value"),
-        ("[proxy]\nmark", "meshnet.toml:2: not valid TOML: Expected '=' after a key in a key/value pair"),
+        ("[proxy]\nmark = \n", f"meshnet.toml:2: not valid TOML: Invalid value {TOML}"),
+        ("[proxy]\nmark = 1\nmark = 2\n", f"meshnet.toml:3: not valid TOML: Cannot overwrite a value {TOML}"),
+        ("[proxy]\nmark", f"meshnet.toml:2: not valid TOML: Expected '=' after a key in a key/value pair {TOML}"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named_with_line_and_suggestion(text: str, message: str) -> None:
@@ -124,15 +160,26 @@ def test_what_is_wrong_in_the_file_is_named_with_line_and_suggestion(text: str, 
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("MESHNET_PROXY__MARK", "x", 'MESHNET_PROXY__MARK: proxy.mark: expected a whole number, got "x"'),
-        ("MESHNET_PROXY__MARK", "0", "MESHNET_PROXY__MARK: proxy.mark: 0 is not between 1 and 4294967295"),
+        (
+            "MESHNET_PROXY__MARK",
+            "x",
+            'MESHNET_PROXY__MARK: proxy.mark: expected a whole number, got "x" '
+            "(set MESHNET_PROXY__MARK=4096, the default, or unset it)",
+        ),
+        (
+            "MESHNET_PROXY__MARK",
+            "0",
+            "MESHNET_PROXY__MARK: proxy.mark: 0 is not between 1 and 4294967295 "
+            "(set MESHNET_PROXY__MARK=4096, the default, or unset it)",
+        ),
         ("MESHNET_PROXY__MARC", "1", 'MESHNET_PROXY__MARC: proxy.marc: unknown key (did you mean "mark"?)'),
         ("MESHNET_PRXY__MARK", "1", 'MESHNET_PRXY__MARK: prxy: unknown section (did you mean "proxy"?)'),
         ("MESHNET_PROXY_MARK", "1", "MESHNET_PROXY_MARK: this sets nothing (did you mean MESHNET_PROXY__MARK?)"),
         (
             "MESHNET_CAPTURE__OUTBOUND_CIDRS",
             "10.0.0.0/8,lan",
-            'MESHNET_CAPTURE__OUTBOUND_CIDRS: capture.outbound_cidrs[1]: "lan" is not a network such as 10.0.0.0/8',
+            'MESHNET_CAPTURE__OUTBOUND_CIDRS: capture.outbound_cidrs[1]: "lan" is not a network such as 10.0.0.0/8 '
+            "(set MESHNET_CAPTURE__OUTBOUND_CIDRS=*, the default, or unset it)",
         ),
     ],
 )
@@ -144,17 +191,19 @@ def test_all_problems_are_told_at_once_and_the_error_has_the_place_of_the_first(
     with pytest.raises(ConfigError) as caught:
         load_settings("[proxy]\nmark = 'x'\nmrak = 1\n[lgo]\n", {"MESHNET_LOG__LEVEL": "loud"}, "m.toml")
     assert str(caught.value).splitlines() == [
-        'm.toml:2: proxy.mark: expected a whole number, got "x"',
+        'm.toml:2: proxy.mark: expected a whole number, got "x" (write mark = 4096, the default)',
         'm.toml:3: proxy.mrak: unknown key (did you mean "mark"?)',
         'm.toml:4: lgo: unknown section (did you mean "log"?)',
-        'MESHNET_LOG__LEVEL: log.level: "loud" is not one of "debug", "error", "info", "warning"',
+        'MESHNET_LOG__LEVEL: log.level: "loud" is not one of "debug", "error", "info", "warning" '
+        "(set MESHNET_LOG__LEVEL=info, the default, or unset it)",
     ]
     assert (caught.value.file, caught.value.line) == ("m.toml", 2)
 
 
 def test_the_line_is_right_where_names_of_keys_stand_in_comments_and_in_text() -> None:
     text = '# mark\n[mesh]\ndirectory = """\nmark = 1\n[proxy]\nmark = 2\n"""\n[proxy] # mark\n# mark = 3\nmark = 0\n'
-    assert refusal(text) == "meshnet.toml:10: proxy.mark: 0 is not between 1 and 4294967295"
+    problem = "proxy.mark: 0 is not between 1 and 4294967295 (write mark = 4096, the default)"
+    assert refusal(text) == f"meshnet.toml:10: {problem}"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +219,20 @@ def test_the_line_is_right_where_names_of_keys_stand_in_comments_and_in_text() -
 def test_the_line_is_found_however_the_key_is_spelt(text: str) -> None:
     line = 1 if "\n" not in text or "\\u" in text else 2
     assert refusal(text).startswith(f"meshnet.toml:{line}: proxy.mark: 0 is not")
+
+
+@pytest.mark.parametrize("written", ["file", "environment"])
+def test_every_wrong_setting_is_told_with_what_to_write(written: str) -> None:
+    for section in msgspec.structs.fields(Settings):
+        for key in msgspec.structs.fields(section.type):
+            environ = {f"MESHNET_{section.name}__{key.name}".upper(): "\0"} if written == "environment" else {}
+            error = error_of("" if environ else f"{section.name}.{key.name} = {{}}", environ)
+            if error is not None:
+                assert (error.line, error.file) == ((0, *environ) if environ else (1, "meshnet.toml"))
+                assert error.suggestion, error
+            else:
+                assert environ
+                assert key.type is str, f"{section.name}.{key.name} takes anything"
 
 
 def test_nesting_without_end_is_refused() -> None:

@@ -388,6 +388,7 @@ def test_a_file_in_the_way_of_the_directory_is_named(tmp_path: Path) -> None:
     result = run("ca", "init", "--trust-domain", "prod", "--dir", tmp_path / "file")
     assert result.exit_code == 1
     assert "cannot write to" in result.stderr
+    assert "\nfix: ls -ld " in result.stderr
 
 
 def test_the_command_line_starts_without_cryptography() -> None:

@@ -14,6 +14,7 @@ from tests.world import Host, World
 pytestmark = pytest.mark.netns
 
 BACKENDS = ("nft", "iptables")
+NO_SIDECAR = "sidecar: none answers at /run/meshnet/admin.sock; nothing was compared with one\n"
 
 
 @pytest.fixture
@@ -39,13 +40,16 @@ def rules_in_force() -> list[tuple[str, list[Rule]]]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_init_verify_show_and_remove(host: Host, backend: str) -> None:
     done = run(host, "init", "--backend", backend, "--verify")
+    assert NO_SIDECAR in done.stdout
     assert f"in force ({backend})" in done.stdout
     assert "ipv4: captured" in done.stdout
     assert "ipv6: captured" in done.stdout
     assert in_force(host) == [backend]
 
     assert "nothing changed" in run(host, "init", "--backend", backend).stdout
-    assert "as planned" in run(host, "rules", "verify").stdout
+    verified = run(host, "rules", "verify").stdout
+    assert "as planned" in verified
+    assert NO_SIDECAR in verified
     shown = run(host, "rules", "show").stdout
     assert f"backend {backend}" in shown
     redirects = [line.split() for line in shown.splitlines() if "redirect to :15101" in line]
@@ -56,7 +60,9 @@ def test_init_verify_show_and_remove(host: Host, backend: str) -> None:
     assert in_force(host) == []
     assert "no rules are installed" in run(host, "init", "remove").stdout
     assert "no rules are installed" in run(host, "rules", "show").stdout
-    assert "no rules are installed" in run(host, "rules", "verify", code=1).stdout
+    nothing = run(host, "rules", "verify", code=1).stdout
+    assert "no rules are installed" in nothing
+    assert nothing.endswith("fix: sudo meshnet up, or without a sidecar: sudo meshnet init\n")
 
 
 def test_a_dry_run_prints_what_the_tools_take_and_changes_nothing(host: Host) -> None:
@@ -121,6 +127,7 @@ def test_every_flag_reaches_the_rules(host: Host) -> None:
         (["--inbound-ports", "http"], 2, "is not a port"),
         (["--outbound-cidrs", "10.0.0.1/8"], 2, "write 10.0.0.0/8"),
         (["--mark", "0"], 2, "is not a mark"),
+        (["--mark", "abc"], 2, "'abc' is not a number; write 4096 or 0x1000"),
         (["--backend", "ipfw"], 2, "nft"),
         (["--inbound-port", "15101"], 78, "give each its own port"),
         (["--config", "/nowhere.toml"], 78, "/nowhere.toml"),
@@ -138,8 +145,17 @@ def test_a_wrong_variable_is_named(host: Host) -> None:
     assert "MESHNET_CAPTURE__GID" in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["init"], ["init", "remove"], ["rules", "show"], ["rules", "verify"]])
-def test_without_rights_three_lines_and_code_5(host: Host, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "to"),
+    [
+        (["init"], "change"),
+        (["init", "--backend", "iptables"], "change"),
+        (["init", "remove"], "change"),
+        (["rules", "show"], "read"),
+        (["rules", "verify"], "read"),
+    ],
+)
+def test_without_rights_three_lines_and_code_5(host: Host, arguments: list[str], to: str) -> None:
     done = host.run(
         *("setpriv", "--bounding-set=-all", "--inh-caps=-all", "meshnet", *arguments),
         check=False,
@@ -147,6 +163,7 @@ def test_without_rights_three_lines_and_code_5(host: Host, arguments: list[str])
 
     assert done.returncode == 5
     assert [line.partition(":")[0] for line in done.stderr.splitlines()] == ["error", "why", "fix"]
+    assert done.stderr.startswith(f"error: not allowed to {to} the kernel's rules\n")
     assert "sudo" in done.stderr
 
 

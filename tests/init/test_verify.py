@@ -6,11 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import msgspec
 import pytest
 
 from meshnet.errors import ConnectionFailed
+from meshnet.model.admin import CertificateStatus, ConfigStatus, RelayStatus, Status
 from meshnet.model.canary import CANARY_GREETING
-from meshnet.model.settings import Settings
+from meshnet.model.settings import ProxySection, Settings
 from meshnet.net.original import original_destination
 from meshnet_init.apply import installed_rules
 from meshnet_init.plan import drain_set
@@ -22,9 +24,30 @@ from tests.world import Host, World
 pytestmark = pytest.mark.netns
 
 
-def verified(host: Host, settings: Settings) -> Verification:
+RUNS = Status(
+    node="app",
+    version="1",
+    pid=42,
+    uptime_seconds=1.0,
+    ready=True,
+    not_ready_because=(),
+    draining=False,
+    listeners={"outbound": "127.0.0.1:15101, [::1]:15101", "inbound": "0.0.0.0:15106, [::]:15106"},
+    open_connections=0,
+    opened_total=0,
+    failed_total=0,
+    certificate=CertificateStatus(),
+    config=ConfigStatus(version=1, directory="/", services=0, policies=0, age_seconds=0.0),
+    relay=RelayStatus(in_use=("python",)),
+    mark=0x1000,
+    gid=15137,
+)
+RUNS_ELSEWHERE = msgspec.structs.replace(RUNS, listeners={**RUNS.listeners, "outbound": "127.0.0.1:16101, [::1]:16101"})
+
+
+def verified(host: Host, settings: Settings, sidecar: Status | None = None) -> Verification:
     with host.entered():
-        return verify(settings)
+        return verify(settings, sidecar)
 
 
 def statuses(result: Verification) -> list[str]:
@@ -62,10 +85,53 @@ def test_somebody_else_on_the_proxys_port_is_no_proof(lab: Lab) -> None:
     assert statuses(result) == ["not captured", "not captured"]
 
 
+def test_a_sidecar_that_runs_elsewhere_is_not_stood_in_for(lab: Lab) -> None:
+    lab.install()
+
+    result = verified(lab.app, capture(), RUNS_ELSEWHERE)
+
+    assert not result.ok
+    assert result.sidecar == "differs"
+    assert "to port 15101, the sidecar takes them at 127.0.0.1:16101" in result.misfits[0]
+    assert statuses(result) == ["not captured", "not captured"]
+    assert {canary.detail for canary in result.canaries} == {"nobody listens on port 15101, where the rules lead"}
+    assert "sudo meshnet down && sudo meshnet up" in result.fix
+
+
+def test_a_sidecar_that_fits_answers_for_itself(lab: Lab) -> None:
+    lab.install()
+
+    with answering(lab.app, CANARY_GREETING):
+        result = verified(lab.app, capture(), RUNS)
+
+    assert result.ok
+    assert (result.sidecar, result.misfits, result.fix) == ("fits", (), "")
+    assert {canary.detail for canary in result.canaries} == {"the proxy answered"}
+
+
+def test_settings_that_changed_under_rules_and_sidecar_are_told_from_capture(lab: Lab) -> None:
+    lab.install()
+    changed = msgspec.structs.replace(capture(), proxy=ProxySection(outbound_port=16101))
+
+    with answering(lab.app, CANARY_GREETING):
+        result = verified(lab.app, changed, RUNS)
+
+    assert not result.ok
+    assert any("16101" in line for line in result.differences)
+    assert result.sidecar == "fits"
+    assert statuses(result) == ["captured", "captured"]
+    assert "sudo meshnet down && sudo meshnet up" in result.fix
+
+
 def test_nothing_installed_is_told_and_no_canary_sent(lab: Lab) -> None:
     result = verified(lab.app, capture())
 
-    assert result == Verification(ok=False, backend="", differences=("no rules are installed",))
+    assert result == Verification(
+        ok=False,
+        backend="",
+        differences=("no rules are installed",),
+        fix="sudo meshnet up, or without a sidecar: sudo meshnet init",
+    )
 
 
 def test_rules_lost_behind_our_back_lose_the_canary(lab: Lab) -> None:

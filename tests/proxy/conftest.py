@@ -14,9 +14,8 @@ from meshnet.model.resource import (
     TrafficPolicy,
     TrafficPolicySpec,
 )
-from meshnet_init.apply import apply
 from tests.proxy.peer import Peer, credentials, issue
-from tests.world import Host, Mesh, Sidecar, World, wait_for
+from tests.world import Host, Mesh, Sidecar, World, into_the_mesh, still_alive, wait_for
 
 API, API6, PAIR, SELF, PLAIN = "10.96.0.10", "fd96::10", "10.96.0.20", "10.96.0.30", "10.96.0.40"
 
@@ -84,13 +83,7 @@ def _hosts() -> Iterator[Hosts]:
         web, api, twin, outside = (world.host(name) for name in ("web", "api", "twin", "outside"))
         hosts = Hosts(world, Mesh(world), web, api, twin, outside)
         hosts.mesh.write(*hosts.resources)
-        sidecars = [hosts.mesh.sidecar(host, start=False) for host in (hosts.web, hosts.api, hosts.twin)]
-        for sidecar in sidecars:
-            sidecar.spawn()
-        for sidecar in sidecars:
-            sidecar.wait_until_ready()
-            with sidecar.host.entered():
-                apply(sidecar.settings)
+        into_the_mesh(hosts.mesh, (web, api, twin))
         yield hosts
 
 
@@ -101,10 +94,7 @@ def hosts(_hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Hosts]:
         _hosts.write()
         _hosts.writes = 0
     yield _hosts
-    for sidecar in _hosts.mesh.sidecars.values():
-        if sidecar.process is not None:
-            request.node.add_report_section("teardown", sidecar.host.name, sidecar.process.output[-4000:])
-            assert sidecar.process.alive, f"the sidecar of {sidecar.host.name} did not live to the end of the test"
+    still_alive(_hosts.mesh, request)
 
 
 @pytest.fixture

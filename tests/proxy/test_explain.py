@@ -73,6 +73,17 @@ def test_a_pass_through_and_a_connection_that_is_still_open_are_told_as_such() -
     )
 
 
+def test_the_canary_of_rules_verify_is_told_as_one() -> None:
+    with outbound() as record:
+        record.original = Address("192.0.2.2", 15122)
+        record.end(Reason.OK, EndedBy.PROXY, "capture canary")
+    assert trace(record) == (
+        "capture: outbound from 10.0.0.1:1234 to 192.0.2.2:15122",
+        "service: none; a canary of `meshnet rules verify` or `up`, answered here and carried nowhere",
+        "end: ok by proxy in phase accept: capture canary",
+    )
+
+
 def test_a_connection_that_was_never_redirected_has_no_destination() -> None:
     with registry().life(Direction.OUTBOUND, SOURCE, None) as record:
         raise ConnectionFailed(Reason.NOT_REDIRECTED)

@@ -35,8 +35,8 @@ def registry(observed: Observed, logged: list[Record]) -> Registry:
     return Registry(keep=3, observer=observed, log=logged.append)
 
 
-def begin(registry: Registry, connection_id: str) -> Record:
-    return registry.life(Direction.OUTBOUND, SOURCE, None, connection_id).__enter__()
+def begin(registry: Registry, connection_id: str, direction: Direction = Direction.OUTBOUND) -> Record:
+    return registry.life(direction, SOURCE, None, connection_id).__enter__()
 
 
 def end(record: Record, reason: Reason = Reason.OK) -> None:
@@ -78,6 +78,18 @@ def test_the_newest_of_those_with_one_id_is_found(registry: Registry) -> None:
     assert ids(registry) == ["same", "same"]
     assert registry.find("same") is second
     end(second)
+    assert registry.find("same") is first
+
+
+def test_a_peer_that_gives_one_of_its_own_our_id_does_not_hide_ours(registry: Registry) -> None:
+    ours = begin(registry, "same")
+    first, second = (begin(registry, "same", Direction.INBOUND) for _ in range(2))
+    assert registry.find("same") is ours
+    end(ours)
+    assert registry.find("same") is ours
+    end(second)
+    for name in "abc":
+        end(begin(registry, name))
     assert registry.find("same") is first
 
 

@@ -26,9 +26,8 @@ from meshnet.model.resource import (
     TrafficPolicySpec,
 )
 from meshnet.model.service import Action, Rule, Source, Target
-from meshnet_init.apply import apply
 from tests.traffic.app import App
-from tests.world import Host, Mesh, Sidecar, World, wait_for
+from tests.world import Host, Mesh, Sidecar, World, into_the_mesh, still_alive, wait_for
 
 
 @dataclass(frozen=True)
@@ -131,13 +130,7 @@ def _hosts() -> Iterator[Hosts]:
         web, cron, outside, *apis = (world.host(name) for name in ("web", "cron", "outside", "api-1", "api-2", "api-3"))
         hosts = Hosts(world, Mesh(world), web, cron, outside, apis)
         hosts.mesh.write()
-        sidecars = [hosts.mesh.sidecar(host, start=False) for host in (web, cron, *apis)]
-        for sidecar in sidecars:
-            sidecar.spawn()
-        for sidecar in sidecars:
-            sidecar.wait_until_ready()
-            with sidecar.host.entered():
-                apply(sidecar.settings)
+        into_the_mesh(hosts.mesh, (web, cron, *apis))
         yield hosts
 
 
@@ -145,10 +138,7 @@ def _hosts() -> Iterator[Hosts]:
 def hosts(_hosts: Hosts, request: pytest.FixtureRequest) -> Iterator[Hosts]:
     """When the test fails, its report shows the end of the sidecars' logs."""
     yield _hosts
-    for sidecar in _hosts.mesh.sidecars.values():
-        assert sidecar.process is not None
-        request.node.add_report_section("teardown", sidecar.host.name, sidecar.process.output[-3000:])
-        assert sidecar.process.alive, f"the sidecar of {sidecar.host.name} did not live to the end of the test"
+    still_alive(_hosts.mesh, request)
 
 
 @pytest.fixture

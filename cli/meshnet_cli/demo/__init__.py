@@ -2,6 +2,7 @@
 
 sandbox    this process in namespaces of its own, so that the host is never touched
 world      hosts on a switch, and the programs that run on them
+folder     where its files are, and what becomes of those of a run that was killed
 mesh       meshnet on those hosts
 stage      the hosts of the demonstration; programs.py is what runs on them
 wire       what passes between the hosts

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import click
 import msgspec
@@ -56,13 +57,17 @@ def command(stay: bool, as_json: bool) -> None:
     begun = time.monotonic()
     say = Teller(silent=as_json)
     _check_programs()
-    sandbox.enter_sandbox()
-    # A polite end is an end like Ctrl-C: the world is taken down on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with World() as world:
-        proofs = tuple(_play(world, say, stay))
-        held = len(proofs) == len(PROOFS) + 2 and all(proof.held for proof in proofs)
-        world.keep = not held
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _stop)
+        sandbox.enter_sandbox()
+        with World() as world:
+            proofs = tuple(_play(world, say, stay))
+            held = len(proofs) == len(PROOFS) + 2 and all(proof.held for proof in proofs)
+            world.keep = not held
+    except Stopped as stopped:
+        click.echo("Stopped before the end. Nothing is left of it.", err=True)
+        raise click.exceptions.Exit(stopped.status) from None
     report = Report(
         held=held,
         seconds=round(time.monotonic() - begun, 1),
@@ -78,8 +83,23 @@ def command(stay: bool, as_json: bool) -> None:
     raise click.exceptions.Exit(0 if held else 1)
 
 
+class Stopped(BaseException):
+    """Ctrl-C, or a polite `kill`: the world is taken down on the way out."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__()
+        self.status = status
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    # Once is enough: a second Ctrl-C would interrupt the taking down.
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    raise Stopped(128 + number)
+
+
 class Teller:
-    """Says what happens while it happens; on a terminal also what is being tried."""
+    """Says what happens while it happens; on a terminal also what is being tried. `silent`: stdout is not for it."""
 
     def __init__(self, *, silent: bool) -> None:
         self._silent = silent
@@ -88,6 +108,10 @@ class Teller:
     def __call__(self, text: str) -> None:
         if not self._silent:
             click.echo(text)
+
+    def invite(self, text: str) -> None:
+        """What a person must read to go on."""
+        click.echo(text, err=self._silent)
 
     def trying(self, name: str) -> None:
         if self._live:
@@ -137,7 +161,7 @@ def _tried(name: str, step: Callable[[], str], say: Teller) -> Proof:
         held, evidence = True, step()
     except (NotHeld, ProgramFailed, CommandError, OSError, TimeoutError) as error:
         held, evidence = False, str(error)
-    except KeyboardInterrupt:
+    except Stopped:
         say("")
         raise
     proof = Proof(name=name, held=held, evidence=evidence, seconds=round(time.monotonic() - begun, 2))
@@ -166,9 +190,9 @@ def _stay(stage: Stage, say: Teller) -> None:
         sidecar = stage.sidecar(host)
         _write_door(doors / host.name, sidecar.process.pid if sidecar.process else 0, sidecar.settings.admin.socket)
     web = ("sudo " if "SUDO_USER" in os.environ else "") + shlex.quote(str(doors / "web"))
-    say(f"""The mesh stays up until Ctrl-C. From another terminal, a command on one of the hosts, here web:
+    say.invite(f"""The mesh stays up until Ctrl-C. From another terminal, a command on one of the hosts, here web:
 
-    {web} curl -s http://{API_ADDRESS}:8080/
+    {web} {fetch(f"http://{API_ADDRESS}:8080/", sandbox.search_path())}
     {web} meshnet conns -f
     {web} meshnet endpoints
     {web} meshnet status
@@ -180,8 +204,16 @@ Resources: edit {stage.mesh.directory}/mesh.yaml, and the sidecars follow""")
     try:
         while True:
             time.sleep(0.2)  # noqa: TID251 - waits for a person
-    except KeyboardInterrupt:
+    except Stopped:
         say("")
+
+
+def fetch(url: str, path: str) -> str:
+    """A shell's words to print what `url` gives, with the programs found in `path` (as in $PATH)."""
+    if shutil.which("curl", path=path):
+        return f"curl -s {url}"
+    code = f'import urllib.request as r; print(r.urlopen("{url}").read().decode())'
+    return f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
 
 
 def _write_door(path: Path, pid: int, admin: str) -> None:

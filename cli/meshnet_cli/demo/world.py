@@ -12,12 +12,10 @@ packets to service addresses leave too; those that no rule catches are answered 
 import ipaddress
 import itertools
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,6 +26,7 @@ from typing import Self, TypeVar
 
 from meshnet.errors import CommandError
 from meshnet_cli.demo import sandbox
+from meshnet_cli.demo.folder import Folder
 
 NETWORK = ipaddress.IPv4Network("10.77.0.0/24")
 NETWORK6 = ipaddress.IPv6Network("fd77::/64")
@@ -46,9 +45,14 @@ class World:
         self.hosts: dict[str, Host] = {}
         self.keep = False
         self.ipv6 = Path("/proc/net/if_inet6").exists()  # some kernels are started without it
-        self.directory = Path(tempfile.mkdtemp(prefix="meshnet-world-"))
+        self._folder = Folder()
+        self.directory = self._folder.path
         self._numbers = itertools.count(2)
-        self.switch = self._switch()
+        try:
+            self.switch = self._switch()
+        except BaseException:
+            self._folder.close(keep=False)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -85,8 +89,7 @@ class World:
     def close(self) -> None:
         for host in (*self.hosts.values(), self.switch):
             host.close()
-        if not self.keep:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        self._folder.close(keep=self.keep)
 
     def _switch(self) -> "Host":
         switch = Host("switch", str(NETWORK[1]), str(NETWORK6[1]), self.directory / "switch")

@@ -5,11 +5,12 @@ A backend writes plans and reads rules. It knows nothing of settings, and never 
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
 from meshnet.errors import CommandError
+from meshnet_init.host import may_change_rules
 from meshnet_init.plan import Plan, Rule
 from meshnet_init.render import nft_rule
 
@@ -89,9 +90,15 @@ def plain(rule: Rule) -> Rule:
     return msgspec.structs.replace(rule, why="")
 
 
-def not_permitted() -> CommandError:
+def need_right_to_change() -> None:
+    """For what reads rules in order to change them. Raises CommandError."""
+    if not may_change_rules():
+        raise not_permitted("change")
+
+
+def not_permitted(to: Literal["read", "change"]) -> CommandError:
     return CommandError(
-        "not allowed to change the kernel's rules",
+        f"not allowed to {to} the kernel's rules",
         why="this needs the capability NET_ADMIN in the network namespace",
         fix="run it with sudo; in a container, add the capability NET_ADMIN",
         code=5,

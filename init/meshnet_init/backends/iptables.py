@@ -19,6 +19,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed, not_permitted
 from meshnet_init.backends.nft import drop_empty_iptables_nat, nft_chains
+from meshnet_init.host import may_change_rules
 from meshnet_init.plan import CHAINS, Chain, Plan, Rule, drain_set
 from meshnet_init.render import HOOKS, insert_jump, iptables_text, jump, read_iptables_rule
 
@@ -29,7 +30,6 @@ _VERSION = re.compile(r"v(\d+)\.(\d+)(?:\.(\d+))?(?: \((nf_tables|legacy)\))?")
 _WAIT_SINCE = (1, 6, 2)  # the first iptables-legacy-restore that knows --wait
 _LOCK_WAIT = "30"  # seconds
 _INCOMPATIBLE = "is incompatible, use 'nft' tool"
-_CAP_NET_ADMIN = 12  # linux/capability.h
 _SAVED_RULE = re.compile(r"\[(\d+):(\d+)\] -A (\S+) (.*)")
 
 
@@ -243,20 +243,14 @@ class _Table:
         if done.returncode == 0:
             return done.stdout
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        if not _has_net_admin() or "Permission denied" in said or "Operation not permitted" in said:
-            raise not_permitted()
+        # iptables-legacy says the same of a missing right as of a missing kernel module.
+        if not may_change_rules() or "Permission denied" in said or "Operation not permitted" in said:
+            raise not_permitted("change" if text else "read")
         raise CommandError(
             f"{program} refused the {self.family} rules; what was in force still is" if text else f"{program} failed",
             why=said,
             fix="see what is there: iptables-save -t nat; or use --backend nft",
         )
-
-
-def _has_net_admin() -> bool:
-    """iptables-legacy says the same of a missing right as of a missing kernel module."""
-    status = Path("/proc/self/status").read_text()
-    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective.split()[1], 16) >> _CAP_NET_ADMIN & 1)
 
 
 def _commit(lines: Iterable[str]) -> str:

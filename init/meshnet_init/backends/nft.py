@@ -60,7 +60,7 @@ class NftBackend:
             _commit([*_make_table(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)])
         except OSError as error:
             if error.errno == errno.EPERM:
-                raise not_permitted() from error
+                raise not_permitted("change") from error
             return f"the kernel does not take nftables nat rules: {error.strerror}"
         return ""
 
@@ -99,7 +99,7 @@ class NftBackend:
             _commit([*head, *(_make_table(NFT_TABLE, plan) if plan else ())])
         except OSError as error:
             if error.errno == errno.EPERM:
-                raise not_permitted() from error
+                raise not_permitted("change") from error
             raise CommandError(
                 "the kernel refused the nftables rules; what was in force still is",
                 why=str(error.strerror),
@@ -215,10 +215,14 @@ def _dump(shape: type[Any], kind: int, family: int, attributes: list[tuple[str, 
             return list(netlink.request_get(query, kind))
     except NetlinkError as error:
         if error.code == errno.EPERM:
-            raise not_permitted() from error
+            raise not_permitted("read") from error
         if error.code in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):  # no such table, or a kernel without nftables
             return []
-        raise CommandError("cannot read the kernel's nftables rules", why=os.strerror(error.code)) from error
+        raise CommandError(
+            "cannot read the kernel's nftables rules",
+            why=os.strerror(error.code),
+            fix="try it by hand: nft list ruleset",
+        ) from error
     except OSError as error:
         if error.errno == errno.EPROTONOSUPPORT:  # a kernel without nfnetlink holds no rules
             return []

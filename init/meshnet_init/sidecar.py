@@ -1,0 +1,65 @@
+"""Whether rules and the sidecar that runs fit together: settings may have changed under one of them. Pure."""
+
+from collections.abc import Collection, Iterator
+
+from meshnet.model.admin import Status
+from meshnet_init.plan import CHAIN_IN, CHAIN_OUT, Rule
+
+
+def misfits(rules: Collection[Rule], sidecar: Status) -> tuple[str, ...]:
+    """What does not fit, in words; empty when all does. Rules that turn nothing to a sidecar fit any."""
+    return (*_redirects(rules, sidecar), *_own_ports(rules, sidecar), *_own_connections(rules, sidecar))
+
+
+def _redirects(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
+    for name, chain in (("outbound", CHAIN_OUT), ("inbound", CHAIN_IN)):
+        taken = sidecar.listeners.get(name, "")
+        turned_to = {rule.redirect for rule in rules if rule.chain == chain and rule.redirect}
+        for port in sorted(turned_to - _ports(taken)):
+            yield f"the rules turn {name} connections to port {port}, the sidecar takes them at {taken or 'no port'}"
+
+
+def _own_ports(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
+    for name in ("tunnel", "health"):
+        for port in sorted(_ports(sidecar.listeners.get(name, ""))):
+            if _captured_inbound(rules, port):
+                yield f"the rules capture what comes in for port {port}, which is the sidecar's own ({name})"
+
+
+def _own_connections(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
+    """A sidecar that the rules do not know captures each connection it makes, which makes it connect again."""
+    outbound = [rule for rule in rules if rule.chain == CHAIN_OUT]
+    if sidecar.mark is None or not any(rule.redirect for rule in outbound):
+        return
+    marks = {rule.mark for rule in outbound if rule.mark}
+    by_group = sidecar.gid is not None and sidecar.gid in {rule.gid for rule in outbound}
+    if sidecar.mark in marks or (not sidecar.mark and by_group):
+        return
+    passing = ", ".join(f"{mark:#x}" for mark in sorted(marks)) or "none"
+    marked = f"marks its own connections {sidecar.mark:#x}" if sidecar.mark else "may not mark its own connections"
+    so = (
+        f"only its group {sidecar.gid} keeps them from being captured"
+        if by_group
+        else "it captures them itself, again and again, until it runs out of descriptors"
+    )
+    yield f"the rules let connections with mark {passing} pass, but the sidecar {marked}: {so}"
+
+
+def _captured_inbound(rules: Collection[Rule], port: int) -> bool:
+    """Whether a connection from elsewhere to this host's `port` would be redirected, in either family."""
+    for family in ("ipv4", "ipv6"):
+        for rule in rules:
+            if rule.chain != CHAIN_IN or rule.family not in ("any", family):
+                continue
+            if rule.loopback or rule.mark or rule.source or rule.local is False or rule.hold:
+                continue
+            if rule.ports is None or port in rule.ports:
+                if rule.redirect:
+                    return True
+                break
+    return False
+
+
+def _ports(addresses: str) -> set[int]:
+    """Of a status's listeners: `127.0.0.1:15101, [::1]:15101`."""
+    return {int(address.rpartition(":")[2]) for address in addresses.split(", ") if address}

@@ -1,0 +1,50 @@
+"""Files that are replaced whole: a reader, or who looks after a crash, finds all of the old one or all of the new."""
+
+import errno
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = True) -> None:
+    """All of `files`, by name, mode 0600 from their first moment, in order and each at once, and lasting (fsync).
+
+    All are complete on disk before the first is seen. The directory is made if it is not there, for its owner only.
+    Raises OSError, FileExistsError among them: a file is there already, unless `replace`.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, "not a directory", str(directory)) from error
+    drafts: dict[str, Path] = {}
+    try:
+        for name, content in files.items():
+            descriptor, draft = tempfile.mkstemp(dir=directory, prefix=f".{name}.")  # mode 0600
+            drafts[name] = Path(draft)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(descriptor)
+        if not replace:
+            for name in files:
+                if os.path.lexists(directory / name):
+                    raise FileExistsError(f"{directory / name} is already there")
+        for name, path in drafts.items():
+            if replace:
+                path.replace(directory / name)
+            else:
+                os.link(path, directory / name)  # unlike a rename it fails if somebody was faster
+    finally:
+        for path in drafts.values():
+            path.unlink(missing_ok=True)
+    _sync(directory)
+
+
+def _sync(directory: Path) -> None:
+    """Makes the names in it last, too."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,92 @@
+"""`meshnet rules verify` and `meshnet init --verify` where a sidecar runs, whose settings are changed under it."""
+
+import json
+from collections.abc import Iterator
+
+import click
+import pytest
+
+from meshnet_cli.main import ENTRIES
+from meshnet_cli.rules import command
+from tests.cli.machine import Machine
+from tests.world import World
+
+pytestmark = pytest.mark.netns
+
+
+@pytest.fixture
+def machine(world: World) -> Iterator[Machine]:
+    machine = Machine(world, "web")
+    yield machine
+    machine.close()
+
+
+def test_the_list_of_commands_names_each_part_of_this_one() -> None:
+    assert isinstance(command, click.Group)
+    assert set(command.commands) == {"plan", "show", "verify"}
+    for name in command.commands:
+        assert name in ENTRIES["rules"].help
+
+
+def test_a_sidecar_that_fits_is_told(machine: Machine) -> None:
+    status = machine.up()
+    assert (status.mark, status.gid is None) == (0x1000, False)
+    done = machine.meshnet("rules", "verify")
+    assert done.returncode == 0, done.stdout
+    assert f"sidecar: pid {status.pid}, which the rules fit\n" in done.stdout
+    assert "the proxy answered" in done.stdout
+    assert "fix" not in done.stdout
+    assert json.loads(machine.meshnet("rules", "verify", "-o", "json").stdout)["sidecar"] == "fits"
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("outbound_port = 16101", "! the rules turn outbound connections to port 16101, the sidecar takes them at 127"),
+        ("inbound_port = 16106", "! the rules turn inbound connections to port 16106, the sidecar takes them at 0.0.0"),
+        (
+            "tunnel_port = 16108",
+            "! the rules capture what comes in for port 15108, which is the sidecar's own (tunnel)",
+        ),
+        (
+            "mark = 0x2000",
+            "! the rules let connections with mark 0x2000 pass, but the sidecar marks its own connections",
+        ),
+    ],
+)
+def test_rules_that_do_not_fit_the_sidecar_are_no_capture(machine: Machine, setting: str, told: str) -> None:
+    pid = machine.up().pid
+    machine.configure(f"[proxy]\n{setting}\n")
+    assert machine.meshnet("init", "--config", str(machine.config)).returncode == 0
+    done = machine.meshnet("rules", "verify")
+    assert done.returncode == 1
+    assert "rules (nft): as planned\n" in done.stdout
+    assert f"sidecar: pid {pid}, which the rules do not fit\n" in done.stdout
+    assert told in done.stdout
+    assert done.stdout.endswith(
+        "fix: start the sidecar again with these settings: sudo meshnet down && sudo meshnet up\n"
+    )
+    result = json.loads(machine.meshnet("rules", "verify", "-o", "json").stdout)
+    assert (result["ok"], result["sidecar"], len(result["misfits"])) == (False, "differs", 1)
+
+
+def test_what_is_to_be_typed_mends_it(machine: Machine) -> None:
+    pid = machine.up().pid
+    machine.configure("[proxy]\noutbound_port = 16101\nmark = 0x2000\n")
+    assert machine.meshnet("rules", "verify").returncode == 1
+    assert machine.meshnet("down").returncode == 0
+    assert machine.up().pid != pid
+    done = machine.meshnet("rules", "verify")
+    assert done.returncode == 0, done.stdout
+
+
+def test_init_verify_does_not_put_in_rules_that_the_running_sidecar_does_not_fit(machine: Machine) -> None:
+    machine.up()
+    rules = machine.rules()
+    done = machine.meshnet("init", "--config", str(machine.config), "--verify", "--outbound-port", "16101")
+    assert done.returncode == 1
+    assert "none was changed" in done.stderr
+    assert "port 16101" in done.stderr
+    assert "fix: start it again with these settings: sudo meshnet down && sudo meshnet up\n" in done.stderr
+    assert machine.rules() == rules
+    assert machine.meshnet("init", "--config", str(machine.config), "--verify").returncode == 0
