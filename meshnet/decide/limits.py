@@ -12,7 +12,6 @@ from meshnet.model.service import Limits
 class Ticket:
     """A place in the queue; a ticket is equal to itself alone. `admitted`: its turn has come."""
 
-    deadline: float
     admitted: bool = False
 
 
@@ -64,9 +63,9 @@ class Limiter:
             return _ADMITTED
         if settings.max_pending and len(self._queue) >= settings.max_pending:
             return _REJECTED
-        ticket = Ticket(now + settings.queue_timeout if settings.queue_timeout else float("inf"))
+        ticket = Ticket()
         self._queue[ticket] = None
-        return Queued(ticket, ticket.deadline)
+        return Queued(ticket, now + settings.queue_timeout if settings.queue_timeout else float("inf"))
 
     def leave(self, now: float) -> list[Ticket]:
         """Whoever was admitted leaves exactly once. Raises RuntimeError if nobody is in."""
@@ -82,13 +81,6 @@ class Limiter:
             return self.leave(now)
         self._queue.pop(ticket, None)
         return []
-
-    def expired(self, now: float) -> list[Ticket]:
-        """Takes out of the queue, and returns, the tickets whose deadline has come."""
-        gone = [ticket for ticket in self._queue if ticket.deadline <= now]
-        for ticket in gone:
-            del self._queue[ticket]
-        return gone
 
     def changed(self, now: float) -> list[Ticket]:
         """After new settings: a raised limit admits more at once; a lowered one ends nothing."""

@@ -1,4 +1,4 @@
-"""Whether to try once more to connect, when, and for how long."""
+"""Whether to try once more to connect, and when."""
 
 import math
 from dataclasses import dataclass
@@ -13,9 +13,7 @@ _BACKOFF = (0.025, 0.250)  # seconds, when every endpoint has been tried: drawn 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """Pick an endpoint that has not been tried yet and connect; give it until `deadline`."""
-
-    deadline: float
+    """Pick an endpoint that has not been tried yet and connect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +73,19 @@ class Dial:
     nowhere else: its endpoint is the one candidate.
     """
 
-    __slots__ = ("_settings", "_tried", "_until", "_waited")
+    __slots__ = ("_attempts", "_tried", "_until", "_waited")
 
     def __init__(self, settings: ConnectSettings, started: float) -> None:
-        self._settings = settings
+        self._attempts = settings.attempts
         self._until = started + settings.total_timeout
         self._tried = 0
         self._waited = False
 
     def next(
-        self,
-        now: float,
-        candidates_left: bool,
-        last: Reason | None,
-        budget: RetryBudget,
-        dice: Dice,
-        *,
-        bytes_sent_up: bool = False,
+        self, now: float, candidates_left: bool, last: Reason | None, budget: RetryBudget, dice: Dice
     ) -> Try | Wait | GiveUp:
-        """`candidates_left`: there is an endpoint to try that has not been tried. `last`: how the last attempt ended.
-
-        `bytes_sent_up`: bytes of the client have gone to an endpoint and cannot be sent again to another.
-        """
-        if last is not None and (bytes_sent_up or not is_retryable(last) or self._tried >= self._settings.attempts):
+        """`candidates_left`: there is an endpoint that has not been tried. `last`: how the last attempt ended."""
+        if last is not None and (not is_retryable(last) or self._tried >= self._attempts):
             return GiveUp(last)
         if now >= self._until:
             return GiveUp(last or Reason.CONNECT_TIMEOUT)
@@ -109,7 +97,7 @@ class Dial:
             budget.dialled(now)
         self._tried += 1
         self._waited = False
-        return Try(min(now + self._settings.attempt_timeout, self._until))
+        return _TRY
 
     def _pause(self, now: float, last: Reason | None, dice: Dice) -> Wait | GiveUp:
         if last is None:
@@ -120,6 +108,9 @@ class Dial:
             return GiveUp(last)
         self._waited = True
         return Wait(seconds)
+
+
+_TRY = Try()
 
 
 def is_retryable(reason: Reason) -> bool:

@@ -67,7 +67,8 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
             if tunnel.good_until < time.time():
                 raise ConnectionFailed(Reason.TLS_EXPIRED, f"the certificate of {tunnel.identity} has expired")
             admit(tunnel.identity, target, record, state, tunnelled=True)
-            leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
+            timeout = min(_APP_CONNECT_TIMEOUT, request.deadline / 1000 or _APP_CONNECT_TIMEOUT)
+            leg = await reach_address(target, record, state, timeout, local=True)
             if record.abort_reason is not None:
                 leg.abandon()
                 record.go_on()

@@ -21,7 +21,8 @@ class Wire(Protocol):
 
     def fin(self) -> bytes: ...
 
-    def reset(self, reason: str) -> bytes: ...
+    def reset(self, reason: str) -> bytes:
+        """Also after `fin`, until `lease_over`."""
 
     def receive(self, data: memoryview) -> Sequence[Frame]:
         """The frames that `data` completes; payloads are views, valid until the next call. Raises TunnelError."""

@@ -6,17 +6,20 @@ application. There are no windows and no stream ids; who reads slowly is waited 
 
 A lease is two halves, what the client sends and what the server sends, and each half goes through the table `_STEPS`:
 
-    client's half   OPEN  (DATA)*  then FIN or RESET
-    server's half   OPENED  (DATA)*  then FIN or RESET;  or only REFUSED;  or only RESET, in answer to a RESET
+    client's half   OPEN  (DATA)*  then FIN, RESET, or FIN and RESET
+    server's half   OPENED  (DATA)*  then FIN, RESET, or FIN and RESET;  or only REFUSED
 
-- A half ends exactly once. When both have ended the lease is over and the client may OPEN the next one.
+- FIN, RESET and REFUSED end a half. When both halves have ended the lease is over and the client may OPEN the next one.
 - OPENED is sent when access was granted and the application has accepted. The client need not wait for it: DATA, FIN
   and RESET may follow OPEN at once.
 - REFUSED ends both halves. What the client sent before it read that is passed over by the server, up to the client's
   next OPEN or PING; once it has read REFUSED, the client sends no more in that lease.
 - RESET says: I read no more and I send no more. Whatever of the peer's is on its way is passed over, until the peer
-  ends its half too, which it must do at once. It may answer a RESET with RESET before it ever said OPENED.
-- FIN says: I send no more, but I still read. It cannot be taken back: who wants to abort after it closes the tunnel.
+  ends its half too, which it must do at once. A server that has not answered yet still says OPENED or REFUSED first.
+- FIN says: I send no more, but I still read. As long as the peer's end has not come, RESET may follow: nor do I read.
+- A RESET behind FIN may cross the peer's end. Then its lease is over where it arrives, and it is passed over. The
+  client's comes before its next OPEN or PING. The server's may find the client asking for the next lease already, but
+  comes before the answer to that; and an answer is OPENED or REFUSED, never RESET, so it cannot be taken for one.
 
 Between leases the client may PING and the server owes a PONG; that may come late, when the next lease has begun.
 GOAWAY may be said by either side at any time, also inside a lease, and again. The client opens no lease once either
@@ -46,23 +49,27 @@ class Half(enum.Enum):
     """What one side may still send in a lease."""
 
     ASKED = "asked"  # the server owes an answer to OPEN
+    ASKED_NEXT = "asked-next"  # the same, and a late RESET of the last lease may come: only the client sees its peer so
     OPEN = "open"
+    FINISHED = "finished"  # by FIN: a RESET may follow
     REFUSED = "refused"  # over, but the client may not know yet: only the server sees its peer so
     RESET = "reset"
-    ENDED = "ended"  # by FIN or REFUSED, or no lease was ever opened
+    ENDED = "ended"  # by REFUSED, or no lease was ever opened
 
 
 _STEPS: dict[Half, dict[Kind, Half]] = {
-    Half.ASKED: {Kind.OPENED: Half.OPEN, Kind.REFUSED: Half.ENDED, Kind.RESET: Half.RESET},
-    Half.OPEN: {Kind.DATA: Half.OPEN, Kind.FIN: Half.ENDED, Kind.RESET: Half.RESET},
-    Half.REFUSED: {Kind.DATA: Half.REFUSED, Kind.FIN: Half.ENDED, Kind.RESET: Half.ENDED},
+    Half.ASKED: {Kind.OPENED: Half.OPEN, Kind.REFUSED: Half.ENDED},
+    Half.ASKED_NEXT: {Kind.OPENED: Half.OPEN, Kind.REFUSED: Half.ENDED, Kind.RESET: Half.ASKED},
+    Half.OPEN: {Kind.DATA: Half.OPEN, Kind.FIN: Half.FINISHED, Kind.RESET: Half.RESET},
+    Half.FINISHED: {Kind.RESET: Half.RESET},
+    Half.REFUSED: {Kind.DATA: Half.REFUSED, Kind.FIN: Half.FINISHED, Kind.RESET: Half.RESET},
     Half.RESET: {},
     Half.ENDED: {},
 }
-# What else looks at both halves: OPEN begins them, REFUSED ends them, and RESET is an answer in ASKED only to a RESET.
+# What else looks at both halves: OPEN begins them, REFUSED ends them, and nobody sends in a lease that is over.
 
 _OPEN, _RESET = Half.OPEN, Half.RESET  # looked up for every message, which costs more on the enum
-_STILL_SENDING = frozenset({Half.ASKED, Half.OPEN})
+_STILL_SENDING = frozenset({Half.ASKED, Half.ASKED_NEXT, Half.OPEN})
 _CROSSED = (Opened, Refused, Data)  # what a side that has sent RESET no longer wants to hear
 
 
@@ -104,12 +111,12 @@ class Tunnel:
 
     @property
     def sent_end(self) -> bool:
-        """We may send no more in this lease."""
+        """We may send no more in this lease, but for a RESET behind our FIN."""
         return self._mine not in _STILL_SENDING
 
     @property
     def received_end(self) -> bool:
-        """The peer may send no more in this lease."""
+        """The peer may send no more in this lease, but for a RESET behind its FIN."""
         return self._theirs not in _STILL_SENDING
 
     @property
@@ -128,7 +135,8 @@ class Tunnel:
         if self._role is not Role.CLIENT or not self.idle:
             raise LocalError(f"OPEN is not allowed on {self!r}")
         encoded = frames.encode(asked)
-        self._mine, self._theirs = Half.OPEN, Half.ASKED
+        self._mine = Half.OPEN
+        self._theirs = Half.ASKED_NEXT if self._theirs is Half.FINISHED else Half.ASKED
         return encoded
 
     def opened(self) -> bytes:
@@ -154,7 +162,10 @@ class Tunnel:
         return _FIN
 
     def reset(self, reason: str) -> bytes:
-        """Ends our half, and with it all interest in the peer's. Raises ValueError if `reason` is not a code."""
+        """Ends our half, and with it all interest in the peer's; also after `fin`, until the lease is over.
+
+        Raises ValueError if `reason` is not a code.
+        """
         encoded = frames.encode(Reset(reason=reason))
         self._send(Kind.RESET)
         return encoded
@@ -177,7 +188,7 @@ class Tunnel:
         return _GOAWAY
 
     def receive(self, data: bytes | bytearray | memoryview) -> list[Frame]:
-        """The frames that `data` completes, without those that only crossed our RESET or REFUSED.
+        """The frames that `data` completes, without those that only crossed the end of our half.
 
         Payloads may be views into `data`. Raises TunnelError, and again ever after; what came in the same piece as the
         offence is lost with it.
@@ -221,27 +232,21 @@ class Tunnel:
 
     def _take_step(self, frame: Frame) -> bool:
         kind = frames.KINDS[type(frame)]
-        after = _next(self._theirs, kind, other=self._mine)
+        after = _STEPS[self._theirs].get(kind)
         if after is None:
             raise TunnelError(f"{kind.name} is not allowed on {self!r}")
-        crossed = self._theirs is Half.REFUSED or (self._mine is Half.RESET and isinstance(frame, _CROSSED))
+        late = self.lease_over or after is Half.ASKED  # where only a RESET of the lease before leads
+        crossed = self._mine is Half.RESET and isinstance(frame, _CROSSED)
         self._theirs = after
         if kind is Kind.REFUSED:
             self._mine = Half.ENDED
-        return not crossed
+        return not (late or crossed)
 
     def _send(self, kind: Kind) -> None:
-        after = _next(self._mine, kind, other=self._theirs)
+        after = None if self.lease_over else _STEPS[self._mine].get(kind)
         if after is None:
             raise LocalError(f"{kind.name} is not allowed on {self!r}")
         self._mine = after
-
-
-def _next(half: Half, kind: Kind, *, other: Half) -> Half | None:
-    """Where `kind` takes the half of the side that sends it; None: it may not."""
-    if half is Half.ASKED and kind is Kind.RESET and other is not Half.RESET:
-        return None
-    return _STEPS[half].get(kind)
 
 
 _OPENED, _FIN, _PING, _PONG, _GOAWAY = (frames.encode(frame) for frame in (Opened(), Fin(), Ping(), Pong(), GoAway()))

@@ -8,6 +8,7 @@ import socket
 import ssl
 import struct
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,7 +19,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from meshnet.codec.frames import Data, Frame, Open
+from meshnet.codec.frames import Data, Frame, Open, Opened
+from meshnet.errors import EndedBy
 from meshnet.relay import Link, Outcome, PlainLeg, Relay, Tally, TunnelLeg
 from meshnet.tunnel.protocol import Role, Tunnel
 
@@ -81,12 +83,13 @@ class TunnelPair:
     client: TunnelLeg
     server: TunnelLeg
 
-    def open_lease(self) -> None:
-        """OPEN and OPENED, as bytes that never touch the wire: relays get leases that are up."""
-        assert isinstance(self.client.wire, Tunnel)
-        assert isinstance(self.server.wire, Tunnel)
-        self.server.wire.receive(self.client.wire.open(OPEN))
-        self.client.wire.receive(self.server.wire.opened())
+    async def open_lease(self) -> None:
+        """Relays get leases that are up."""
+        client, server = Peer(self.client), Peer(self.server)
+        await client.send(client.wire.open(OPEN))
+        assert await server.frame() == OPEN
+        await server.send(server.wire.opened())
+        assert await client.frame() == Opened()
 
     def close(self) -> None:
         self.client.sock.close()
@@ -215,7 +218,7 @@ async def mesh_rig(
     client, near = tcp_pair(buffer)
     server, far = tcp_pair(buffer)
     both = tunnel or await tunnel_pair(buffer)
-    both.open_lease()
+    await both.open_lease()
     runs = [Run(Link(PlainLeg(near), both.client)), Run(Link(both.server, PlainLeg(far)))]
     it = Rig(stream(client), stream(server), runs)
     prepare(it)
@@ -245,6 +248,33 @@ class HalfRig:
     def own_sock(self) -> ssl.SSLSocket:
         return self.own.sock
 
+    @property
+    def own_plain(self) -> socket.socket:
+        """The relay's end of its connection with the application."""
+        leg = self.run.link.client if self.is_outbound else self.run.link.endpoint
+        assert isinstance(leg, PlainLeg)
+        return leg.sock
+
+    @property
+    def is_outbound(self) -> bool:
+        return self.own is self.run.link.endpoint
+
+    @property
+    def who(self) -> EndedBy:
+        """Who the application is."""
+        return EndedBy.CLIENT if self.is_outbound else EndedBy.SERVER
+
+    @property
+    def far(self) -> EndedBy:
+        """Who is behind the peer sidecar."""
+        return EndedBy.SERVER if self.is_outbound else EndedBy.CLIENT
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Bytes from the application into the tunnel, and the other way."""
+        sent, received = self.run.tally.sent, self.run.tally.received
+        return (sent, received) if self.is_outbound else (received, sent)
+
 
 @contextlib.asynccontextmanager
 async def outbound_rig(
@@ -253,7 +283,7 @@ async def outbound_rig(
     """app - relay = peer"""
     app, near = tcp_pair(buffer)
     both = await tunnel_pair(buffer)
-    both.open_lease()
+    await both.open_lease()
     it = HalfRig(stream(app), Peer(both.server), both.client, Run(Link(PlainLeg(near), both.client)))
     prepare(it)
     try:
@@ -271,7 +301,7 @@ async def inbound_rig(
     """peer = relay - app"""
     app, far = tcp_pair(buffer)
     both = await tunnel_pair(buffer)
-    both.open_lease()
+    await both.open_lease()
     it = HalfRig(stream(app), Peer(both.client), both.server, Run(Link(both.server, PlainLeg(far))))
     prepare(it)
     try:
@@ -307,6 +337,13 @@ async def read_exactly(app: trio.SocketStream, size: int) -> bytes:
         assert piece, f"FIN after {len(data)} of {size} bytes"
         data += piece
     return bytes(data)
+
+
+async def cpu_share() -> float:
+    """Of one processor, by this process, over a fifth of a second in which the test itself does nothing."""
+    cpu, wall = time.process_time(), time.monotonic()
+    await trio.sleep(0.2)
+    return (time.process_time() - cpu) / (time.monotonic() - wall)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from meshnet.relay.python import PythonRelay
 from meshnet.relay.python.young import YOUNG_EVENTS
 from tests.relay.contract import RelayContract
 from tests.relay.lease_contract import LeaseContract, TunnelContract
+from tests.relay.reset_contract import ResetContract
 
 
 @pytest.fixture(params=[YOUNG_EVENTS, 2, 0], ids=["young", "growing-up", "grown-up"])
@@ -23,6 +24,10 @@ class TestPythonRelay(RelayContract):
 
 
 class TestPythonRelayOnALease(LeaseContract):
+    pass
+
+
+class TestPythonRelayWithResets(ResetContract):
     pass
 
 

@@ -24,8 +24,9 @@ from meshnet.codec.frames import (
 from meshnet.errors import TunnelError
 from meshnet.tunnel.protocol import Role, Tunnel
 
+OPEN = Open(host="10.0.0.1", port=80, service="web:80", id="c-1")
 ALL: list[Frame] = [
-    Open(host="10.0.0.1", port=80, service="web:80", id="c-1"),
+    OPEN,
     Opened(),
     Refused(reason="authz.denied", policy="lockdown", detail="nobody may"),
     Data(memoryview(b"hello")),
@@ -39,8 +40,9 @@ ALL: list[Frame] = [
 ENCODED = [frames.encode(frame) for frame in ALL]
 GOOD_FOR_A_SERVER = b"".join(
     frames.encode(frame)
-    for frame in (Ping(), ALL[0], Data(memoryview(b"early")), Data(memoryview(b"more")), Reset(reason="drain"))
+    for frame in (Ping(), OPEN, Data(memoryview(b"early")), Data(memoryview(b"more")), Reset(reason="drain"))
 )
+STATES = ["fresh", "asked", "opened", "reset", "refused", "finished", "finished and reset", "over", "asked again"]
 
 anything = st.binary(max_size=300)
 plausible = st.lists(st.sampled_from(ENCODED), max_size=6).map(b"".join)
@@ -63,15 +65,25 @@ def tunnel_in(role: Role, state: str) -> Tunnel:
     if role is Role.SERVER:
         tunnel.receive(ENCODED[0])
     else:
-        tunnel.open(ALL[0])  # type: ignore[arg-type]  # the first is an Open
-    if state in ("opened", "reset") and role is Role.SERVER:
-        tunnel.opened()
-    elif state in ("opened", "reset"):
-        tunnel.receive(frames.encode(Opened()))
-    if state == "reset":
-        tunnel.reset("drain")
+        tunnel.open(OPEN)
     if state == "refused" and role is Role.SERVER:
         tunnel.refused(Refused(reason="authz.denied"))
+    if state in ("asked", "refused"):
+        return tunnel
+    if role is Role.SERVER:
+        tunnel.opened()
+    else:
+        tunnel.receive(frames.encode(Opened()))
+    if state in ("finished", "finished and reset", "over", "asked again"):
+        tunnel.fin()
+    if state in ("reset", "finished and reset"):
+        tunnel.reset("drain")
+    if state in ("over", "asked again"):
+        tunnel.receive(frames.encode(Fin()))
+    if state == "asked again" and role is Role.CLIENT:
+        tunnel.open(OPEN)
+    elif state == "asked again":
+        tunnel.receive(ENCODED[0])
     return tunnel
 
 
@@ -94,7 +106,7 @@ def hear(tunnel: Tunnel, pieces: Iterable[bytes]) -> tuple[list[Frame | bytes], 
 @settings(deadline=None, max_examples=250)
 @given(
     role=st.sampled_from(Role),
-    state=st.sampled_from(["fresh", "asked", "opened", "reset", "refused"]),
+    state=st.sampled_from(STATES),
     stream=st.one_of(anything, plausible, mutated()),
 )
 def test_hostile_bytes_give_frames_or_one_tunnel_error(role: Role, state: str, stream: bytes) -> None:

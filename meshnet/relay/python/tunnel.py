@@ -32,7 +32,6 @@ class TunnelSide(Side):
         "_crossed",
         "_ended",
         "_error",
-        "_finned",
         "_outbox",
         "_pending",
         "_receive",
@@ -53,7 +52,7 @@ class TunnelSide(Side):
         # Frames not yet sent, each with its count of application bytes. OpenSSL has begun the first one: whatever
         # happens, it must be offered again with the same bytes (SSL_write(3)).
         self._outbox: deque[tuple[bytes, int]] = deque()
-        self._finned = self._ended = False  # our FIN, or our FIN or RESET, is sent or in the outbox
+        self._ended = False  # our FIN or RESET is sent or in the outbox
         self._crossed = 0  # OpenSSL wants to read in order to write, or the other way round: then only this event
         self._broken = False
         self._error = 0  # errno of the socket
@@ -78,7 +77,7 @@ class TunnelSide(Side):
             self.pull()
         elif mask & _TROUBLE and not self.reading and not self.over:
             self._lose()
-        if crossed and not self.pair.over:
+        if crossed and not self.over:
             self.watch()
 
     def pull(self) -> None:
@@ -113,7 +112,7 @@ class TunnelSide(Side):
                 if not self.peer.over:
                     self.peer.write(frame.payload)
             elif self.over:
-                self.late.append(frame)
+                self.late.append(_kept(frame))
             elif isinstance(frame, Fin):
                 self._end_in()
                 self.pair.on_fin(self)
@@ -162,7 +161,7 @@ class TunnelSide(Side):
         self._flush()
 
     def finish(self) -> None:
-        self._finned = self._ended = True
+        self._ended = True
         self._outbox.append((self._wire.fin(), 0))
         if not self.writing:
             self._flush()
@@ -170,12 +169,11 @@ class TunnelSide(Side):
     def abort(self, reason: Reason) -> None:
         if self.over:
             return
-        if self._finned and not self.in_done:
-            self._kill()  # a FIN cannot be taken back; that the tunnel dies says it too
-        elif not self._ended:
+        # Over already: our FIN is still to go out, or the peer's end is in what is being accepted just now.
+        if not self._wire.lease_over:
             while len(self._outbox) > 1:
                 self._outbox.pop()
-            self._ended = True
+            self._ended, self.out_done = True, False  # a FIN that went out before is not the last word now
             self._outbox.append((self._wire.reset(str(reason)), 0))
             self._flush()
         if not self.over:
@@ -191,9 +189,7 @@ class TunnelSide(Side):
         self.unwatch()
 
     def resume(self) -> None:
-        # Also after the peer's FIN: until ours has gone out nothing of the next lease can come, but the end of the
-        # tunnel can.
-        if not self.reading:
+        if not self.reading and not self.over:
             self.reading = True
             self.watch()
             if self.pending:
@@ -234,7 +230,8 @@ class TunnelSide(Side):
             self.watch()
         if self._ended:
             self.out_done = True
-            self.over = self.over or self.in_done
+            if self.in_done:
+                self._end()
             self.pair.settle()
         else:
             self.peer.resume()
@@ -247,7 +244,15 @@ class TunnelSide(Side):
 
     def _end_in(self) -> None:
         self.in_done = True
-        self.over = self.over or self.out_done
+        if self.out_done:
+            self._end()
+        else:
+            self.resume()  # however slow the application: only a RESET can come now, or the end of the tunnel
+
+    def _end(self) -> None:
+        """The lease is over. What the tunnel brings now is not for this pair, which may live on for its other leg."""
+        self.over = True
+        self.close()
 
     def _kill(self) -> None:
         # When its owner closes the socket, the peer shall get RST: a FIN would wait behind bytes that nobody reads.
@@ -271,3 +276,8 @@ class TunnelSide(Side):
     def _break(self, reason: Reason, detail: str) -> None:
         self._kill()
         self.pair.fail(reason, EndedBy.PEER_PROXY, detail)
+
+
+def _kept(frame: Frame) -> Frame:
+    """A payload is a view into a buffer that all links share."""
+    return Data(memoryview(bytes(frame.payload))) if isinstance(frame, Data) else frame
