@@ -1,14 +1,23 @@
 #!/bin/sh
 # Makes a fresh Debian or Ubuntu machine ready for meshnet from the checkout in /vagrant. Run as root; again is fine.
+#
+#   MESHNET_ROOT=DIR   another checkout
 set -eu
-root=${MESHNET_ROOT:-/vagrant}
+root=$(cd "${MESHNET_ROOT:-/vagrant}" && pwd)
 target=/opt/meshnet
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
 apt-get install -y -qq --no-install-recommends python3 python3-venv iproute2 nftables util-linux curl
 
+# pip builds in the folder that it is given: in the checkout it would leave files of root, and find its own old ones.
+source=$(mktemp -d)
+trap 'rm -rf "$source"' EXIT
+cd "$source"
+tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build --exclude='./*.egg-info' -cf checkout.tar .
+mkdir checkout && tar -C checkout --no-same-owner -xf checkout.tar
+
 python3 -m venv "$target"
-"$target/bin/python" -m pip install --quiet --disable-pip-version-check -c "$root/scripts/constraints.txt" "$root"
+"$target/bin/python" -m pip install --quiet --disable-pip-version-check -c checkout/scripts/constraints.txt ./checkout
 ln -sf "$target/bin/meshnet" "$target/bin/meshnet-init" /usr/local/bin/
 meshnet --version
