@@ -25,8 +25,8 @@ def command(config: str | None, drain: float) -> None:
     """Take this host out of the mesh, in three phases.
 
     New connections go direct at once; those that went through the sidecar are waited for; then the rules are deleted
-    and the sidecar ends. Nothing is cut unless it outlives --drain. When nothing is up, nothing is done. It works with
-    a meshnet.toml that is wrong, too.
+    and the sidecar ends. Nothing is cut unless it outlives --drain: such connections are reset. When nothing is up,
+    nothing is done. It works with a meshnet.toml that is wrong, too.
     """
     mistake: ConfigError | None = None
     try:
@@ -37,11 +37,17 @@ def command(config: str | None, drain: float) -> None:
         warn(f"the settings are wrong: {error}")
     from meshnet_init.remove import remove
 
-    removed = remove(drain=drain, waiting=lambda left: click.echo(f"  waiting for {left} open connections"))
+    stopped = False
+
+    def cut() -> None:
+        nonlocal stopped
+        stopped = supervise.cut(settings)
+
+    removed = remove(drain=drain, waiting=lambda left: click.echo(f"  waiting for {left} open connections"), cut=cut)
     click.echo(f"✓ rules      {'removed' if removed.backends else 'there were none'}")
     if removed.cut:
         click.echo(f"! {removed.cut} connections were still open after {drain:g} s and are cut", err=True)
-    stopped = supervise.stop(settings, drain=0.0 if removed.cut else drain)
+    stopped = supervise.stop(settings, drain=0.0 if removed.cut else drain) or stopped
     click.echo(f"✓ proxy      {'stopped' if stopped else 'there was none'}")
     if mistake is not None and not stopped:
         raise CommandError(

@@ -11,7 +11,7 @@ from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli.configuration import config_option, read_settings
 from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable
-from meshnet_cli.rules import sidecar_line
+from meshnet_cli.rules import sidecar_lines
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.apply import Applied
@@ -41,6 +41,18 @@ def _listed(check: Callable[[tuple[str, ...], str], object]) -> Callable[[str], 
     return parse
 
 
+def _to_exclude(parse: Callable[[str], tuple[str, ...]]) -> Callable[[str], tuple[str, ...]]:
+    """To leave everything alone is to have no rules."""
+
+    def some(text: str) -> tuple[str, ...]:
+        parts = parse(text)
+        if "*" in parts:
+            raise ValueError("'*' would leave all alone: name some, or put no rules in")
+        return parts
+
+    return some
+
+
 def _ports(text: str) -> tuple[str, ...]:
     from meshnet_init.values import parse_ports
 
@@ -66,20 +78,22 @@ def _mark(text: str) -> int:
 _PORT = click.IntRange(1, 65535)
 _PORTS = Parsed("ports", _ports)
 _CIDRS = Parsed("cidrs", _cidrs)
+_SOME_PORTS = Parsed("ports", _to_exclude(_ports))
+_SOME_CIDRS = Parsed("cidrs", _to_exclude(_cidrs))
 
 # Each flag is a setting: section, key, type, help.
 _FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("proxy", "inbound_port", _PORT, "Where the proxy takes inbound connections."),
     ("proxy", "outbound_port", _PORT, "Where the proxy takes outbound connections."),
     ("capture", "inbound_ports", _PORTS, "Inbound ports to capture: 80,8000-8100 or *."),
-    ("capture", "exclude_inbound_ports", _PORTS, "Inbound ports to leave alone."),
-    ("capture", "exclude_inbound_cidrs", _CIDRS, "Clients to leave alone."),
+    ("capture", "exclude_inbound_ports", _SOME_PORTS, "Inbound ports to leave alone."),
+    ("capture", "exclude_inbound_cidrs", _SOME_CIDRS, "Clients to leave alone."),
     ("capture", "outbound_ports", _PORTS, "Outbound ports to capture."),
-    ("capture", "exclude_outbound_ports", _PORTS, "Outbound ports to leave alone."),
+    ("capture", "exclude_outbound_ports", _SOME_PORTS, "Outbound ports to leave alone."),
     ("capture", "outbound_cidrs", _CIDRS, "Destinations to capture: 10.0.0.0/8,fd00::/8 or *."),
-    ("capture", "exclude_outbound_cidrs", _CIDRS, "Destinations to leave alone."),
+    ("capture", "exclude_outbound_cidrs", _SOME_CIDRS, "Destinations to leave alone."),
     ("proxy", "mark", Parsed("mark", _mark), "The mark on the proxy's own packets."),
-    ("capture", "gid", click.IntRange(0, 2**32 - 2), "The proxy's primary group; its connections are left alone."),
+    ("capture", "gid", click.IntRange(1, 2**32 - 2), "The proxy's primary group; its connections are left alone."),
     ("capture", "ipv6", click.Choice(("auto", "on", "off")), "Capture IPv6; auto: where this host has it."),
     ("capture", "backend", click.Choice(("auto", "nft", "iptables")), "What writes the rules."),
 )
@@ -97,12 +111,19 @@ def capture_flags(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
-    """The settings with every given flag in the place of what file and environment say."""
+    """The settings with every given flag in the place of what file and environment say. Raises ConfigError."""
     for name, value in flags.items():
         if value is not None:
             section, _, key = name.partition("__")
             changed = msgspec.structs.replace(getattr(settings, section), **{key: value})
             settings = msgspec.structs.replace(settings, **{section: changed})
+    if len(settings.own_ports()) < 4:
+        proxy = settings.proxy
+        ports = f"{proxy.outbound_port}, {proxy.inbound_port}, {proxy.tunnel_port}, {settings.admin.health_port}"
+        raise ConfigError(
+            f"two of the sidecar's ports (outbound, inbound, tunnel, health) are the same: {ports}",
+            suggestion="give each its own port",
+        )
     return settings
 
 
@@ -157,7 +178,8 @@ def command(
             f"older rules of {older} capture nothing new; `meshnet init` again when their connections have ended"
         )
     if view.verification is not None:
-        click.echo(sidecar_line(settings, sidecar, view.verification))
+        for line in sidecar_lines(settings, sidecar, view.verification):
+            click.echo(line)
         for canary in view.verification.canaries:
             click.echo(printable(f"{canary.family}: {canary.status}: {canary.detail}"))
 

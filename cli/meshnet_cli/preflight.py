@@ -1,8 +1,10 @@
 """What has to be true of a host before `meshnet up` touches it. Every finding says what, why and what to type."""
 
 import errno
+import ipaddress
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,13 +93,13 @@ def listeners(settings: Settings) -> list[Listener]:
     excluded = parse_ports(settings.capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
     included = parse_ports(settings.capture.inbound_ports, "capture.inbound_ports")
     reachable: dict[int, bool] = {}
-    for name, loopback in (("tcp", "0100007F"), ("tcp6", "00000000000000000000000001000000")):
+    for name in ("tcp", "tcp6"):
         table = Path("/proc/thread-self/net") / name
         for line in table.read_text().splitlines()[1:] if table.exists() else ():
             _, local, _, state, _ = line.split(maxsplit=4)
             address, _, port = local.rpartition(":")
             if state == "0A":
-                reachable[int(port, 16)] = reachable.get(int(port, 16), False) or address != loopback
+                reachable[int(port, 16)] = reachable.get(int(port, 16), False) or not _is_loopback(address)
     found = []
     for number in sorted(reachable.keys() - settings.own_ports()):
         if not reachable[number]:
@@ -107,6 +109,14 @@ def listeners(settings: Settings) -> list[Listener]:
         else:
             found.append(Listener(number, ""))
     return found
+
+
+def _is_loopback(address: str) -> bool:
+    """Of an address as /proc/net/tcp and tcp6 write it: 32 bits at a time, each as a number of this machine."""
+    words = (int(address[at : at + 8], 16) for at in range(0, len(address), 8))
+    found = ipaddress.ip_address(b"".join(word.to_bytes(4, sys.byteorder) for word in words))
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return (mapped or found).is_loopback
 
 
 def _need_free(port: int) -> None:

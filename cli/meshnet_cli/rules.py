@@ -1,6 +1,6 @@
 """`meshnet rules`: the kernel's redirect rules as planned, as they are, and whether they work."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -108,7 +108,7 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
     """Whether the kernel holds the plan, whether it fits the sidecar that runs, and whether connections are captured.
 
     A canary is sent in each family; where no sidecar answers at admin.socket, this command catches it in its place.
-    Exit code 1 if anything is amiss.
+    Exit code 1 if anything is amiss with the rules; that no sidecar runs yet is not.
     """
     from meshnet_cli import supervise
     from meshnet_init.verify import verify
@@ -120,7 +120,8 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
         click.echo(f"rules ({result.backend or 'none'}): {'as planned' if not result.differences else 'differ'}")
         for line in result.differences:
             click.echo(f"! {line}")
-        click.echo(sidecar_line(settings, sidecar, result))
+        for line in sidecar_lines(settings, sidecar, result):
+            click.echo(line)
         for line in result.misfits:
             click.echo(f"! {printable(line)}")
         print_table(
@@ -134,11 +135,14 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
         ctx.exit(1)
 
 
-def sidecar_line(settings: Settings, sidecar: Status | None, result: "Verification") -> str:
-    """Against whom the rules were verified."""
+def sidecar_lines(settings: Settings, sidecar: Status | None, result: "Verification") -> Iterator[str]:
+    """Against whom the rules were verified, and what it means if there is nobody."""
     if sidecar is None:
-        return f"sidecar: none answers at {settings.admin.socket}; nothing was compared with one"
-    return f"sidecar: pid {sidecar.pid}, which the rules {'fit' if result.sidecar == 'fits' else 'do not fit'}"
+        yield f"sidecar: none answers at {settings.admin.socket}; nothing was compared with one"
+    else:
+        yield f"sidecar: pid {sidecar.pid}, which the rules {'fit' if result.sidecar == 'fits' else 'do not fit'}"
+    if result.for_nobody():
+        yield "! new connections that the rules capture are refused until a sidecar runs"
 
 
 def _rule_view(rule: "Rule", why: str = "", hits: int | None = None) -> RuleView:

@@ -1,10 +1,12 @@
 """`meshnet status`: how this host's sidecar is. Exit code 0 if it is ready, 1 if not, 4 if there is none."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import click
 
 from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status
+from meshnet_cli import lock
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.output import age, output_options, print_as, printable
 
@@ -24,7 +26,10 @@ def command(*, output: str, socket_path: str, timeout: float) -> None:
     status = ask(socket_path, GetStatus(), Status, timeout=timeout)
 
     def table() -> None:
-        for label, text in _rows(status):
+        rows = [*_rows(status)]
+        if lock.is_orphaned(Path(socket_path).parent):
+            rows.insert(1, ("problem", lock.ORPHANED))
+        for label, text in rows:
             click.echo(_painted(printable(f"{label:<{_LABEL_WIDTH}} {text}"), label))
 
     print_as(output, status, [status], name=lambda status: status.node, table=table)

@@ -4,7 +4,7 @@
 rules stay where they are, so without a sidecar nothing of the host works, and a mistake in meshnet.toml can be mended.
 """
 
-import fcntl
+import grp
 import logging
 import os
 import re
@@ -18,17 +18,16 @@ import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 from meshnet.errors import CommandError, ConfigError
-from meshnet.model.admin import Accepted, Drain, GetStatus, Status
+from meshnet.model.admin import GROUP, Accepted, Drain, GetStatus, Status
 from meshnet.model.settings import Settings
+from meshnet_cli import lock
 from meshnet_cli.client import EXIT_UNREACHABLE, ask
 from meshnet_cli.configuration import DEFAULT_CONFIG, read_settings
 from meshnet_cli.main import EXIT_CONFIG
 
 LOG_SIZE, LOG_FILES = 10_000_000, 3
-LOCK = "supervise.lock"  # held by the supervisor, whose pid is in it
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds before a sidecar that died is started again
 _LOOK_EVERY = 0.5  # seconds between looks at meshnet.toml meanwhile
 _END_TIMEOUT = 10.0  # seconds beyond the drain
@@ -57,47 +56,40 @@ def start(settings: Settings, config: str | None) -> None:
     folder = Path(settings.admin.socket).parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder)
+        held = lock.take(folder)
     except OSError as error:
         raise CommandError(
             f"cannot write to {folder}, where the admin socket and the sidecar's log are to be",
             why=error.strerror or str(error),
             fix="name another folder: admin.socket in meshnet.toml",
         ) from error
-    if lock is None:
+    if held is None:
         raise CommandError(
             "a sidecar is already being looked after here",
-            why=f"{folder}/{LOCK} is held",
+            why=f"{folder}/{lock.NAME} is held",
             fix="meshnet status, or: sudo meshnet down",
         )
-    with lock:
+    with held:
         supervisor = subprocess.Popen(
             [sys.executable, "-m", "meshnet_cli.supervise", *([config] if config else [])],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            pass_fds=[lock.fileno()],  # it holds the lock from its first moment to its last
+            pass_fds=[held.fileno()],  # it holds the lock from its first moment to its last
             start_new_session=True,
         )
-        lock.truncate(0)
-        lock.write(b"%d\n" % supervisor.pid)
+        held.truncate(0)
+        held.write(b"%d\n" % supervisor.pid)
 
 
 def is_supervised(settings: Settings) -> bool:
     """Whether somebody looks after a sidecar here."""
-    folder = Path(settings.admin.socket).parent
-    if not (folder / LOCK).exists():
-        return False
-    lock = _lock(folder)
-    if lock is None:
-        return True
-    lock.close()
-    return False
+    return lock.is_held(Path(settings.admin.socket).parent)
 
 
 def try_again(settings: Settings) -> None:
     """Has the supervisor start a sidecar now that it would start after a pause."""
-    _signal(_supervisor_pid(settings), signal.SIGUSR1)
+    _signal_supervisor(settings, signal.SIGUSR1)
 
 
 class Output:
@@ -138,21 +130,34 @@ def stop(settings: Settings, *, drain: float) -> bool:
     except CommandError as error:
         if error.code != EXIT_UNREACHABLE:
             raise
-        return _stop_supervisor(settings)
+        stopped = _stop_supervisor(settings)
+        _remove_what_is_left(settings)
+        return stopped
     deadline = time.monotonic() + drain + _END_TIMEOUT
     while Path(settings.admin.socket).exists() or is_supervised(settings):
         if time.monotonic() > deadline:
             raise CommandError("the sidecar did not end", why="it still drains", fix="meshnet conns, meshnet status")
         time.sleep(0.05)  # noqa: TID251 - the end of a process that is not our child is polled; nothing tells us
+    _remove_what_is_left(settings)
     return True
+
+
+def cut(settings: Settings) -> bool:
+    """Has the sidecar reset what is open, and end, while the rules still translate its packets. Whether there was one.
+
+    What goes wrong does not keep the rules in: a `stop` afterwards says it.
+    """
+    try:
+        return stop(settings, drain=0.0)
+    except CommandError:
+        return False
 
 
 def _stop_supervisor(settings: Settings) -> bool:
     """Between two lives of a sidecar that does not stay up there is only its supervisor, about to start it again."""
     if not is_supervised(settings):
         return False
-    pid = _supervisor_pid(settings)
-    _signal(pid, signal.SIGTERM)
+    pid = _signal_supervisor(settings, signal.SIGTERM)
     deadline = time.monotonic() + _END_TIMEOUT
     while is_supervised(settings):
         if time.monotonic() > deadline:
@@ -161,24 +166,59 @@ def _stop_supervisor(settings: Settings) -> bool:
     return True
 
 
-def _supervisor_pid(settings: Settings) -> int:
-    return int((Path(settings.admin.socket).parent / LOCK).read_text())
+def _signal_supervisor(settings: Settings, number: signal.Signals) -> int:
+    """Its process id; 0 if it is just about to end."""
+    pid = lock.holder(Path(settings.admin.socket).parent)
+    if pid:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            pass  # it has just ended
+    return pid
 
 
-def _signal(pid: int, number: signal.Signals) -> None:
+def _remove_what_is_left(settings: Settings) -> None:
+    """Of those that were killed: a socket at which nobody listens. And the lock, which nobody holds any more."""
+    path = Path(settings.admin.socket)
+    if not (path.is_socket() or (path.parent / lock.NAME).exists()):
+        return
     try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # it has just ended
+        held = lock.take(path.parent)
+        if held is None:  # another sidecar is being started
+            return
+        with held:
+            if path.is_socket() and _is_dead(path):
+                path.unlink()
+            (path.parent / lock.NAME).unlink()
+    except OSError:
+        pass  # it is in nobody's way: a new sidecar takes both over
+
+
+def _is_dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+    return False
 
 
 def sidecar_command(settings: Settings, config: str | None) -> list[str]:
-    """The sidecar with the proxy's group, which the rules let pass, and no right but NET_ADMIN (for SO_MARK)."""
+    """The sidecar with the proxy's group, which the rules let pass, and no right but NET_ADMIN (for SO_MARK).
+
+    In the group that may look at it, too, where there is one: a process without rights gives files to its own groups.
+    """
     command = [sys.executable, "-m", "meshnet_cli.main", "proxy", *(["--config", config] if config else [])]
     from meshnet_init.host import host_facts
 
-    group = [f"--regid={settings.capture.gid}", "--clear-groups"]
-    if not any(settings.capture.gid in gids for gids in host_facts().gids):
+    mapped = host_facts().gids
+    try:
+        looking = grp.getgrnam(GROUP).gr_gid
+        groups = f"--groups={looking}" if any(looking in gids for gids in mapped) else "--clear-groups"
+    except KeyError:
+        groups = "--clear-groups"
+    group = [f"--regid={settings.capture.gid}", groups]
+    if not any(settings.capture.gid in gids for gids in mapped):
         group = []  # a user namespace without that group: the mark alone keeps us out
     limits = ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_admin"]
     return ["setpriv", *group, *limits, "--", *command]
@@ -188,7 +228,9 @@ class Supervisor:
     def __init__(self, settings: Settings, config: str | None) -> None:
         self._command = sidecar_command(settings, config)
         self._config = Path(config or DEFAULT_CONFIG)
+        self._umask = os.umask(0o077)  # who connects to whom is told to those who may ask; the sidecar has its own
         handler = RotatingFileHandler(log_file(settings), maxBytes=LOG_SIZE, backupCount=LOG_FILES)
+        log_file(settings).chmod(0o600)
         handler.setFormatter(logging.Formatter("%(message)s"))
         self._log = logging.getLogger("sidecar")
         self._log.addHandler(handler)
@@ -229,7 +271,9 @@ class Supervisor:
 
     def _run_once(self) -> int:
         try:
-            self._child = subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self._child = subprocess.Popen(
+                self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, umask=self._umask
+            )
         except OSError as error:
             self._log.error("cannot run %s: %s", self._command[0], error.strerror)
             return _CANNOT_RUN
@@ -267,24 +311,15 @@ def _version(file: Path) -> object:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _lock(folder: Path) -> IO[bytes] | None:
-    """The lock of one supervisor per folder, or None if another holds it. It is held until the last copy is closed."""
-    file = (folder / LOCK).open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
 def main() -> int:
     config = sys.argv[1] if len(sys.argv) > 1 else None
     try:
         settings = read_settings(config)
     except ConfigError:
         return EXIT_CONFIG
-    return Supervisor(settings, config).run()
+    code = Supervisor(settings, config).run()
+    lock.disown(Path(settings.admin.socket).parent)
+    return code
 
 
 if __name__ == "__main__":

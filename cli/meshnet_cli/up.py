@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +13,11 @@ import click
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
-from meshnet.model.settings import Settings
-from meshnet_cli import preflight, supervise
+from meshnet.model.settings import IdentitySection, Settings
+from meshnet_cli import lock, preflight, supervise
 from meshnet_cli.configuration import config_option, read_settings
 from meshnet_cli.main import EXIT_CONFIG
+from meshnet_cli.output import warn
 
 if TYPE_CHECKING:
     from meshnet.model.snapshot import Snapshot
@@ -56,6 +58,8 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
         snapshot = _mesh(settings)
         there = "a sidecar runs already" if status else "a sidecar is to come up again" if kept else ""
         say(f"rules by {backend}, {there or 'ports and group are free'}")
+    if status is not None and lock.is_orphaned(Path(settings.admin.socket).parent):
+        warn(f"nobody looks after the sidecar (pid {status.pid}): {lock.ORPHANED}")
     with _phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
@@ -110,13 +114,12 @@ def _prepare(settings: Settings, trust_domain: str, snapshot: "Snapshot | None")
 def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> str:
     certificate = Path(settings.identity.certificate)
     if certificate.exists():
+        _need_valid(settings.identity)
         return f"{certificate} as it is"
-    from datetime import UTC, datetime
-
     from meshnet.control import authority
     from meshnet.model.identity import spiffe_id, trust_domain
 
-    home = certificate.parent.parent / "ca"
+    home = _home(certificate)
     services = snapshot.services if snapshot else ()
     named = {trust_domain(endpoint.identity) for service in services for endpoint in service.endpoints} - {"", domain}
     if named and not (home / authority.CA_CERTIFICATE).exists():
@@ -142,6 +145,37 @@ def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> s
     return f"{identity} by {whose} authority in {home}"
 
 
+def _need_valid(settings: IdentitySection) -> None:
+    """Raises CommandError for an identity with which the sidecar could do nothing."""
+    from meshnet.control.authority import CA_CERTIFICATE
+    from meshnet.proxy.identity import Identity
+
+    identity = Identity(settings)
+    identity.refresh()
+    status, home, out = identity.status(), _home(Path(settings.certificate)), Path(settings.certificate).parent
+    if (home / CA_CERTIFICATE).exists():
+        fix = f"sudo meshnet ca issue --identity {status.identity or 'SPIFFE_ID'} --dir {home} --out {out}"
+    else:
+        fix = f"where the authority is: meshnet ca issue --identity {status.identity or 'SPIFFE_ID'} --out DIR;"
+        fix += f" copy DIR/* to {out}/"
+    if identity.credentials is None:
+        raise CommandError(f"the identity in {out} is of no use", why=status.problem, fix=fix)
+    if status.expires_in_seconds <= 0:
+        raise CommandError("the certificate of this host has expired", why=f"it ended at {status.not_after}", fix=fix)
+    if identity.credentials.not_before > time.time():
+        clock = f"here it is {datetime.now(UTC).isoformat(timespec='seconds').replace('+00:00', 'Z')}"
+        raise CommandError(
+            "the certificate of this host is not valid yet",
+            why=f"it begins at {status.not_before}, and {clock}",
+            fix=f"set the clock: timedatectl; or {fix}",
+        )
+
+
+def _home(certificate: Path) -> Path:
+    """Where this host's own authority is, if it has one."""
+    return certificate.parent.parent / "ca"
+
+
 def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
     from meshnet_init.apply import apply, installed_rules
     from meshnet_init.rollback import put_back
@@ -151,7 +185,8 @@ def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
         before = installed_rules()
         applied = apply(settings)
         if applied.changed:
-            undo.append(lambda: put_back(before, _ROLLBACK_DRAIN))
+            cut = (lambda: supervise.cut(settings)) if undo else (lambda: None)  # only a sidecar that we started
+            undo.append(lambda: put_back(before, _ROLLBACK_DRAIN, cut))
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
     with _phase("verify") as say:
         result = verify(settings, status)

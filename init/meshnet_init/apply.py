@@ -74,6 +74,12 @@ def choose(name: str) -> Backend:
         if not reason:
             return backend
         reasons.append(f"{backend.name}: {reason}")
+    if not reasons and name == "iptables":
+        raise CommandError(
+            "iptables is not installed",
+            why="the settings want the rules put in by it: capture.backend, or --backend",
+            fix='apt-get install iptables; or leave the choice to meshnet: capture.backend = "auto"',
+        )
     if not reasons:
         raise CommandError(f"no backend {name!r}", fix=f"use one of {', '.join(BACKENDS)}", code=2)
     raise CommandError(

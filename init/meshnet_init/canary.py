@@ -35,12 +35,16 @@ _CANARY = {"ipv4": CANARY_V4, "ipv6": CANARY_V6}
 
 
 class Canary(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one family's canary. Only `not captured` is a failure: without a route nothing can leak."""
+    """What became of one family's canary. Only `not captured` is a failure: without a route nothing can leak.
+
+    `by_us`: captured, and we were there in the place of a proxy that is not.
+    """
 
     family: Family
     status: Status
     destination: str = ""
     detail: str = ""
+    by_us: bool = False
 
 
 class _NoRoute(Exception):
@@ -105,7 +109,9 @@ def _ask_the_kernel(plan: Plan, family: Family, listener: socket.socket) -> Cana
             continue
         except OSError as error:
             return Canary(family=family, status="not captured", destination=str(target), detail=_why(error))
-        return Canary(family=family, status="captured", destination=str(target), detail="it came back to us")
+        return Canary(
+            family=family, status="captured", destination=str(target), detail="it came back to us", by_us=True
+        )
     return Canary(family=family, status="no route", destination=str(targets[0]), detail="nothing can leave")
 
 

@@ -2,7 +2,8 @@
 
 1. A drain set takes the rules' place: nothing new is captured, address translation goes on for what was.
 2. Wait until no connection on the redirect ports is left.
-3. Delete.
+3. Cut those that are: a reset reaches its client only as long as it is translated.
+4. Delete.
 """
 
 import time
@@ -26,11 +27,16 @@ class Removed(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     cut: int = 0
 
 
-def remove(drain: float = 30.0, waiting: Callable[[int], object] = lambda _: None) -> Removed:
+def remove(
+    drain: float = 30.0,
+    waiting: Callable[[int], object] = lambda _: None,
+    cut: Callable[[], object] = lambda: None,
+) -> Removed:
     """Removes whatever is installed here, by whichever backend, after at most `drain` seconds.
 
-    Calls `waiting` with the number of connections still open, at first and whenever it changes; connections that
-    outlive the wait are cut. Safe to run again after a crash at any point. Raises CommandError.
+    Calls `waiting` with the number of connections still open, at first and whenever it changes. Calls `cut` if some
+    outlive the wait: it has the sidecar reset them. A client of one that nobody resets does not learn of its end
+    before it sends something. Safe to run again after a crash at any point. Raises CommandError.
     """
     need_right_to_change()
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
@@ -51,6 +57,10 @@ def remove(drain: float = 30.0, waiting: Callable[[int], object] = lambda _: Non
             left = now
             waiting(left)
 
-    for backend, _ in found:
-        backend.delete()
+    try:
+        if left:
+            cut()
+    finally:
+        for backend, _ in found:
+            backend.delete()
     return Removed(backends=tuple(backend.name for backend, _ in found), waited_for=first, cut=left)

@@ -1,19 +1,21 @@
 """Back to the rules that were in force before."""
 
+from collections.abc import Callable
+
 from meshnet_init.apply import apply_plan, every_backend
 from meshnet_init.backends import Installed
 from meshnet_init.plan import Plan
 from meshnet_init.remove import remove
 
 
-def put_back(before: tuple[Installed, ...], drain: float = 5.0) -> None:
+def put_back(before: tuple[Installed, ...], drain: float = 5.0, cut: Callable[[], object] = lambda: None) -> None:
     """Makes the kernel hold what `installed_rules` returned earlier; nothing, after `drain` seconds, if that was empty.
 
-    Open connections live on as with `apply` and `remove`. Raises CommandError.
+    Open connections live on as with `apply` and `remove`, which may have to call `cut`. Raises CommandError.
     """
     in_force = next((installed for installed in before if not installed.draining()), None)
     if in_force is None:
-        remove(drain)
+        remove(drain, cut=cut)
         return
     plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6)
     apply_plan(plan, next(backend for backend in every_backend() if backend.name == in_force.backend))

@@ -19,7 +19,8 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     """`backend` is empty when nothing is installed. `ok`: nothing differs, all fits, and no canary went astray.
 
     `differences` are those of the kernel from the plan; `misfits` those of the kernel from the sidecar that runs.
-    `fix` is what to type, empty when `ok`.
+    `fix` is what to type, empty when all is well. Rules that capture for nobody are `ok`: a pod's init container puts
+    them in before its sidecar starts.
     """
 
     ok: bool
@@ -29,6 +30,10 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     misfits: tuple[str, ...] = ()
     canaries: tuple[Canary, ...] = ()
     fix: str = ""
+
+    def for_nobody(self) -> bool:
+        """Whether new connections are refused: captured, for a sidecar that is not there."""
+        return any(canary.by_us for canary in self.canaries)
 
 
 def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
@@ -57,7 +62,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         fly(plan, family, port, settings.capture.gid, proxy_runs=sidecar is not None) for family in ("ipv4", "ipv6")
     )
     ok = not lines and not unfit and all(canary.status != "not captured" for canary in canaries)
-    return Verification(
+    result = Verification(
         ok=ok,
         backend=backend.name,
         differences=tuple(lines),
@@ -66,6 +71,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         canaries=canaries,
         fix="" if ok else _fix(lines, unfit, plan, sidecar),
     )
+    return msgspec.structs.replace(result, fix="sudo meshnet up") if ok and result.for_nobody() else result
 
 
 def _fix(lines: Sequence[str], unfit: Sequence[str], plan: Plan, sidecar: Status | None) -> str:

@@ -4,6 +4,8 @@ import msgspec
 
 from meshnet.model.connection import Connection, Shape
 
+GROUP = "meshnet"  # the group whose members may ask a sidecar how it is, and nothing else
+
 
 class ListConnections(Shape, frozen=True, tag="conns"):
     """Open ones, those that ended badly in the last `recent` seconds; `all`: also every ended one still kept."""

@@ -1,7 +1,12 @@
-"""The admin socket: a UNIX socket, one JSON line a request. What can be asked is in meshnet.model.admin."""
+"""The admin socket: a UNIX socket, one JSON line a request. What can be asked is in meshnet.model.admin.
+
+Whoever may open it may look; what changes something is for root and our own user.
+"""
 
 import grp
+import logging
 import os
+import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from datetime import UTC, datetime
@@ -10,6 +15,7 @@ import msgspec
 import trio
 
 from meshnet.model.admin import (
+    GROUP,
     Accepted,
     ConnectionList,
     ConnectionListMetadata,
@@ -29,8 +35,9 @@ from meshnet.proxy.explain import trace
 from meshnet.proxy.registry import Follower
 from meshnet.proxy.state import ProxyState
 
+_log = logging.getLogger("meshnet.admin")
+
 _MAX_REQUEST = 65536
-_GROUP = "meshnet"  # its members may look without sudo
 
 
 class AdminServer:
@@ -65,6 +72,9 @@ class AdminServer:
                 await _send(stream, status.status(self._state, self._listeners))
             case ListEndpoints(service=service):
                 await _send(stream, status.endpoints(self._state, service))
+            case Drain() if not _may_change(stream):
+                only = "only root and the sidecar's own user may end it"
+                await _send(stream, Refused(error=only, fix="sudo meshnet down"))
             case Drain(timeout=timeout):
                 self._drain(timeout)
                 await _send(stream, Accepted(message=f"draining {len(self._state.registry.open)} connections"))
@@ -109,7 +119,7 @@ class AdminServer:
 
 @asynccontextmanager
 async def admin_listener(path: str) -> AsyncIterator[trio.SocketListener]:
-    """Listens at `path`, readable by the group meshnet where there is one. Raises OSError if another proxy does."""
+    """Listens at `path`, open to the group meshnet where there is one. Raises OSError if another proxy does."""
     where = trio.Path(path)
     await where.parent.mkdir(parents=True, exist_ok=True)
     if await where.is_socket() and not await _somebody_listens(path):
@@ -121,16 +131,25 @@ async def admin_listener(path: str) -> AsyncIterator[trio.SocketListener]:
     finally:
         os.umask(before)
     try:
-        os.chown(path, -1, grp.getgrnam(_GROUP).gr_gid)
+        os.chown(path, -1, grp.getgrnam(GROUP).gr_gid)
         await where.chmod(0o660)
-    except (KeyError, PermissionError):
+    except KeyError:
         pass  # without the group only our own user and root may look
+    except OSError as error:  # giving it to a group takes being in it
+        _log.warning("the group %s cannot be given %s: %s", GROUP, path, error.strerror)
     sock.listen(16)
     try:
         yield trio.SocketListener(sock)
     finally:
         sock.close()
         os.unlink(path)
+
+
+def _may_change(stream: trio.SocketStream) -> bool:
+    """SO_PEERCRED (man unix): who the other side was when it connected, whatever it has become since."""
+    credentials = stream.socket.getsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_PEERCRED, struct.calcsize("iII"))
+    _, user, _ = struct.unpack("iII", credentials)
+    return user in (0, os.geteuid())
 
 
 async def _somebody_listens(path: str) -> bool:

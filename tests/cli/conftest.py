@@ -1,12 +1,15 @@
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from meshnet_cli.main import main
+from tests.cli.machine import Machine
 from tests.cli.sidecar import Sidecar
+from tests.world import Host, World
 
 
 @pytest.fixture
@@ -31,3 +34,25 @@ def meshnet(sidecar: Sidecar, monkeypatch: pytest.MonkeyPatch) -> Meshnet:
         return CliRunner().invoke(main, list(args), prog_name="meshnet", catch_exceptions=False)
 
     return run
+
+
+@pytest.fixture
+def new_machine(world: World) -> Iterator[Callable[[str], Machine]]:
+    with ExitStack() as stack:
+
+        def make(name: str) -> Machine:
+            machine = Machine(world, name)
+            stack.callback(machine.close)
+            return machine
+
+        yield make
+
+
+@pytest.fixture
+def machine(new_machine: Callable[[str], Machine]) -> Machine:
+    return new_machine("web")
+
+
+@pytest.fixture
+def peer(world: World) -> Host:
+    return world.host("peer")

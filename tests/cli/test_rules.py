@@ -1,7 +1,6 @@
 """`meshnet rules verify` and `meshnet init --verify` where a sidecar runs, whose settings are changed under it."""
 
 import json
-from collections.abc import Iterator
 
 import click
 import pytest
@@ -9,16 +8,8 @@ import pytest
 from meshnet_cli.main import ENTRIES
 from meshnet_cli.rules import command
 from tests.cli.machine import Machine
-from tests.world import World
 
 pytestmark = pytest.mark.netns
-
-
-@pytest.fixture
-def machine(world: World) -> Iterator[Machine]:
-    machine = Machine(world, "web")
-    yield machine
-    machine.close()
 
 
 def test_the_list_of_commands_names_each_part_of_this_one() -> None:

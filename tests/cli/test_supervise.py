@@ -11,7 +11,7 @@ import pytest
 
 from meshnet.errors import CommandError
 from meshnet.model.settings import AdminSection, Settings
-from meshnet_cli import supervise
+from meshnet_cli import lock, supervise
 from tests.cli.sidecar import ROOT, clean_environment
 from tests.world import wait_for
 
@@ -186,7 +186,7 @@ def test_bytes_that_are_no_text_do_not_stop_it(run: Run, settings: Settings) -> 
 
 
 def test_two_for_one_admin_socket_are_refused(settings: Settings) -> None:
-    held = supervise._lock(Path(settings.admin.socket).parent)
+    held = lock.take(Path(settings.admin.socket).parent)
     assert held is not None
     with held:
         assert supervise.is_supervised(settings)

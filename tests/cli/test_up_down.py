@@ -1,24 +1,25 @@
 """`meshnet up` and `meshnet down` on a host that knows nothing of meshnet yet."""
 
-import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+import stat
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from meshnet.control.authority import Authority, save_issued
+from meshnet.model.admin import GROUP
 from meshnet.model.connection import Direction
 from meshnet.model.settings import AdminSection, CaptureSection, Settings
-from meshnet_cli import supervise
+from meshnet_cli import preflight, supervise
 from meshnet_init.host import host_facts
 from tests.cli.machine import Machine, talk
 from tests.proxy.programs import accept, ended_by_rst, listen
-from tests.world import Host, World, wait_for
+from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -41,27 +42,11 @@ spec:
 
 GID = CaptureSection().gid
 
+# One canary never gets an answer, so that the proof takes a while before it fails.
+SILENCE = "table inet stranger { chain c { type filter hook output priority -300; ip daddr 192.0.2.2 drop; }; }"
 
-@pytest.fixture
-def new_machine(world: World) -> Iterator[Callable[[str], Machine]]:
-    with ExitStack() as stack:
-
-        def make(name: str) -> Machine:
-            machine = Machine(world, name)
-            stack.callback(machine.close)
-            return machine
-
-        yield make
-
-
-@pytest.fixture
-def machine(new_machine: Callable[[str], Machine]) -> Machine:
-    return new_machine("web")
-
-
-@pytest.fixture
-def peer(world: World) -> Host:
-    return world.host("peer")
+# Runs a command where /etc/group is another file.
+OTHER_GROUPS = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" /etc/group && exec "$@"')
 
 
 class Nothing:
@@ -114,7 +99,7 @@ def test_down_leaves_nothing_and_a_second_down_has_nothing_to_do(machine: Machin
     assert re.findall(r"✓ (\w+) +(.+)", done.stdout) == [("rules", "removed"), ("proxy", "stopped")]
     assert machine.rules() == rules
     wait_for(lambda: not machine.programs(), what="the end of every process")
-    assert not machine.admin.exists()
+    assert {file.name for file in machine.admin.parent.iterdir()} == {"sidecar.log"}
     assert machine.meshnet("status").returncode == 4
     again = machine.meshnet("down")
     assert again.returncode == 0
@@ -165,14 +150,24 @@ def test_open_connections_live_through_up_and_down_which_waits_for_those_it_capt
         assert all(talk(client, app) for client, app in (*direct, *late))
 
 
-def test_what_outlives_the_drain_is_cut_and_counted(machine: Machine, peer: Host) -> None:
+def test_what_outlives_the_drain_is_cut_at_both_ends_and_counted(machine: Machine, peer: Host) -> None:
+    rules = machine.rules()
     machine.up()
-    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
-        assert talk(client, app)
+    with ExitStack() as stack:
+        ends = []
+        for caller, called in ((machine.host, peer), (peer, machine.host)):
+            server = stack.enter_context(listen(called, 8080))
+            client = stack.enter_context(caller.connect(called.address, 8080))
+            app = stack.enter_context(accept(server))
+            assert talk(client, app)
+            ends += [client, app]
         done = machine.meshnet("down", "--drain", "300ms")
         assert done.returncode == 0, done.stderr
-        assert "1 connections were still open after 0.3 s and are cut" in done.stderr
-        assert ended_by_rst(app)
+        assert "2 connections were still open after 0.3 s and are cut" in done.stderr
+        assert re.findall(r"✓ (\w+) +(.+)", done.stdout) == [("rules", "removed"), ("proxy", "stopped")]
+        for end in ends:  # an idle client is told, too, by who it thinks it speaks with
+            assert ended_by_rst(end)
+    assert machine.rules() == rules
     wait_for(lambda: not machine.programs(), what="the end of every process")
 
 
@@ -189,11 +184,26 @@ def test_when_the_proof_fails_everything_is_put_back(machine: Machine) -> None:
     assert not machine.admin.exists()
 
 
+def test_what_was_captured_before_a_failed_proof_is_cut_at_both_ends(machine: Machine, peer: Host) -> None:
+    machine.host.run("nft", "-f", "-", stdin=SILENCE)
+    rules = machine.rules()
+    with listen(peer, 8080) as server:
+        up = machine.start("up")
+        wait_for(lambda: "redirect to :15101" in machine.rules(), what="the rules")
+        with machine.host.connect(peer.address, 8080) as client, accept(server) as app:
+            assert talk(client, app)
+            assert up.popen.wait(20) == 7
+            assert ended_by_rst(app)
+            assert ended_by_rst(client)
+    assert machine.rules() == rules
+    wait_for(lambda: not machine.programs(), what="the end of every process")
+
+
 def test_an_interrupted_up_leaves_no_sidecar(machine: Machine) -> None:
     rules = machine.rules()
-    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
-    expired = Authority.create("local", now=long_ago).issue("spiffe://local/ns/default/sa/web", now=long_ago)
-    save_issued(expired, machine.identity)
+    now = datetime.now(UTC)
+    save_issued(Authority.create("local", now=now).issue("spiffe://local/ns/default/sa/web", now=now), machine.identity)
+    (machine.identity / "key.pem").chmod(0)  # who has the right to all files may read it, the sidecar has not
     machine.mesh.mkdir()
     (machine.mesh / "api.yaml").write_text(MESHED)
     up = machine.start("up")
@@ -294,6 +304,73 @@ def test_an_identity_that_is_there_is_used_as_it_is(machine: Machine) -> None:
     assert not (machine.home / "ca").exists()
 
 
+@pytest.mark.parametrize(
+    ("issued", "what", "mend"),
+    [
+        (timedelta(days=-30), "the certificate of this host has expired\n", ""),
+        (timedelta(days=30), "the certificate of this host is not valid yet\n", "set the clock: timedatectl; or "),
+    ],
+    ids=["expired", "not yet valid"],
+)
+def test_a_certificate_of_another_time_is_refused_at_once(
+    machine: Machine, issued: timedelta, what: str, mend: str
+) -> None:
+    then = datetime.now(UTC) + issued
+    name = "spiffe://local/ns/default/sa/web"
+    save_issued(Authority.create("local", now=then).issue(name, now=then), machine.identity)
+    before = Nothing(machine)
+    done = machine.meshnet("up")
+    assert done.returncode == 1
+    assert "✗ identity" in done.stderr
+    assert f"error: {what}" in done.stderr
+    assert re.search(r"^why: it (ended|begins) at \d{4}-", done.stderr, re.MULTILINE)
+    assert (
+        f"fix: {mend}where the authority is: meshnet ca issue --identity {name} --out DIR;"
+        f" copy DIR/* to {machine.identity}/\n"
+    ) in done.stderr
+    assert not before.changed()
+
+
+def test_an_identity_that_cannot_be_read_is_refused_at_once_with_a_line_that_mends_it(machine: Machine) -> None:
+    machine.up()
+    assert machine.meshnet("down").returncode == 0
+    (machine.identity / "key.pem").write_text("no key")
+    done = machine.meshnet("up")
+    assert done.returncode == 1
+    assert f"error: the identity in {machine.identity} is of no use\n" in done.stderr
+    fix = re.search(r"^fix: sudo meshnet (.+)$", done.stderr, re.MULTILINE)
+    assert fix is not None
+    issue = fix[1].replace("SPIFFE_ID", "spiffe://local/ns/default/sa/web").split()
+    assert machine.meshnet(*issue).returncode == 0
+    machine.up()
+
+
+def test_what_the_sidecar_logs_is_not_for_everybody(machine: Machine) -> None:
+    log = machine.home / "run" / "sidecar.log"
+    log.parent.mkdir()
+    log.touch(0o644)
+    pid = machine.up().pid
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    assert umask("self") == umask(pid)  # what else it writes is as its administrator wants it
+
+
+def test_the_group_meshnet_gets_the_admin_socket_and_nobody_else(machine: Machine) -> None:
+    if not is_mapped(GID):
+        return  # there is no group but ours
+    groups = machine.home / "group"
+    groups.write_text("root:x:0:\n")
+    assert machine.meshnet("up", by=(*OTHER_GROUPS, str(groups))).returncode == 0
+    assert stat.S_IMODE(machine.admin.stat().st_mode) == 0o600
+    assert machine.meshnet("down").returncode == 0
+    groups.write_text(f"root:x:0:\n{GROUP}:x:4321:\n")
+    done = machine.meshnet("up", by=(*OTHER_GROUPS, str(groups)))
+    assert done.returncode == 0, done.stderr
+    found = machine.admin.stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o660, 0, 4321)
+    log = (machine.home / "run" / "sidecar.log").read_text()
+    assert "cannot be given" not in log
+
+
 def test_the_sidecar_has_its_group_and_one_right(machine: Machine) -> None:
     pid = machine.up().pid
     status = dict(
@@ -308,58 +385,23 @@ def test_the_sidecar_has_its_group_and_one_right(machine: Machine) -> None:
         assert status["Groups"].split() == []
 
 
-def test_a_killed_sidecar_is_started_again_and_traffic_goes_on(machine: Machine, peer: Host) -> None:
-    pid = machine.up().pid
-    os.kill(pid, signal.SIGKILL)
-    again = wait_for(lambda: (status := machine.ready()) and status.pid != pid and status, what="another sidecar")
-    assert again.pid in machine.programs()
-    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
-        assert talk(client, app)
-    assert len(machine.connections()) == 1
-    assert "the sidecar ended with -9" in (machine.home / "run" / "sidecar.log").read_text()
-
-
-def test_up_does_not_wait_for_a_sidecar_that_does_not_stay_up(machine: Machine) -> None:
-    rules = machine.rules()
-    up = machine.start("up", MESHNET_ADMIN__HEALTH_ADDRESS="192.0.2.9")  # which is not an address of this host
-    assert up.popen.wait(15) == 7
-    log = machine.home / "run" / "sidecar.log"
-    assert log.read_text().count("the sidecar ended with 1; again") == 3
-    assert "error: the sidecar does not stay up: it ended with exit code 1\n" in up.output
-    assert "why: no address to listen on for health\n" in up.output
-    assert f"fix: ip addr; or less {log}\n" in up.output
-    wait_for(lambda: not machine.programs(), what="the end of every process")
-    assert machine.rules() == rules
-
-
-def test_a_sidecar_restarted_with_bad_settings_comes_back_when_they_are_mended(machine: Machine, peer: Host) -> None:
-    with bad_settings_at_a_restart(machine), listen(peer, 8080):
-        with pytest.raises(ConnectionRefusedError):  # closed, not around the mesh
-            machine.host.connect(peer.address, 8080)
-        log = (machine.home / "run" / "sidecar.log").read_text()
-        assert f"it is in {machine.config}:11" in log
-        assert f"sooner if {machine.config} changes" in log
-        assert "sudo meshnet down" in log
-        told = machine.meshnet("up")
-        assert told.returncode == 78
-        assert f"{machine.config}:11" in told.stderr
-    wait_for(machine.ready, what="a sidecar with the mended settings")
-    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
-        assert talk(client, app)
-
-
-@pytest.mark.parametrize("mistake", ["[proxy]\noutbound_prt = 1\n", "[proxy\n"], ids=["unknown key", "no TOML"])
-def test_down_works_with_bad_settings(machine: Machine, peer: Host, mistake: str) -> None:
-    rules = machine.rules()
-    with bad_settings_at_a_restart(machine, mistake):
-        done = machine.meshnet("down")
-        assert done.returncode == 0, done.stderr
-        assert "the settings are wrong" in done.stderr
-        assert re.findall(r"✓ (\w+) +(.+)", done.stdout) == [("rules", "removed"), ("proxy", "stopped")]
-        assert machine.rules() == rules
-        assert not machine.programs()
-    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
-        assert talk(client, app)
+@pytest.mark.parametrize(
+    ("family", "address", "why_not"),
+    [
+        (socket.AF_INET, "127.0.0.1", "loopback only"),
+        (socket.AF_INET, "127.0.0.53", "loopback only"),
+        (socket.AF_INET6, "::1", "loopback only"),
+        (socket.AF_INET6, "::ffff:127.0.0.54", "loopback only"),
+        (socket.AF_INET, "0.0.0.0", ""),
+        (socket.AF_INET6, "::", ""),
+    ],
+)
+def test_who_listens_on_loopback_only_is_not_captured(peer: Host, family: int, address: str, why_not: str) -> None:
+    with peer.open_socket(family) as server:
+        server.bind((address, 53))
+        server.listen()
+        with peer.entered():
+            assert preflight.listeners(Settings()) == [preflight.Listener(53, why_not)]
 
 
 def test_down_takes_the_rules_out_even_if_nothing_says_where_the_sidecar_is(machine: Machine) -> None:
@@ -371,22 +413,6 @@ def test_down_takes_the_rules_out_even_if_nothing_says_where_the_sidecar_is(mach
     assert done.returncode == 78
     assert machine.rules() == rules
     assert "fix: mend them, then again: sudo meshnet down\n" in done.stderr
-
-
-def test_up_has_a_sidecar_that_is_looked_after_tried_again(machine: Machine) -> None:
-    machine.up()
-    log = machine.home / "run" / "sidecar.log"
-    with port_taken_from_the_sidecar(machine):
-        wait_for(lambda: "again in 1.6 s" in log.read_text(), what="starts in vain")
-        done = machine.meshnet("up")
-        assert done.returncode == 1
-        assert "cannot listen on port 15106" in done.stderr
-        assert "put back" not in done.stderr
-        wait_for(lambda: "again in 6.4 s" in log.read_text(), what="more starts in vain")
-        (supervisor,) = machine.programs()
-    again = machine.meshnet("up")
-    assert again.returncode == 0, again.stderr
-    assert supervisor in machine.programs()
 
 
 def test_up_with_other_settings_than_the_sidecars_says_which(machine: Machine) -> None:
@@ -409,64 +435,9 @@ def test_a_folder_that_cannot_be_written_is_told(machine: Machine) -> None:
     assert "fix: name another folder: admin.socket" in done.stderr
 
 
-def test_down_ends_a_sidecar_that_does_not_stay_up(machine: Machine) -> None:
-    rules = machine.rules()
-    machine.up()
-    with port_taken_from_the_sidecar(machine):
-        log = machine.home / "run" / "sidecar.log"
-        wait_for(lambda: "cannot listen on port 15106" in log.read_text(), what="a start in vain")
-        done = machine.meshnet("down")
-        assert done.returncode == 0, done.stderr
-        assert re.findall(r"✓ (\w+) +(.+)", done.stdout) == [("rules", "removed"), ("proxy", "stopped")]
-        wait_for(lambda: not machine.programs(), what="the end of every process")
-    assert machine.rules() == rules
-
-
-def test_without_a_sidecar_rules_refuse_and_up_mends_it(machine: Machine, peer: Host) -> None:
-    machine.up()
-    rules = machine.rules()
-    machine.close()
-    wait_for(lambda: not machine.host.listens(15101))  # its threads may outlive it for a moment
-    with listen(peer, 8080) as server:
-        with pytest.raises(ConnectionRefusedError):
-            machine.host.connect(peer.address, 8080)
-        machine.up()
-        assert machine.rules() == rules
-        with machine.host.connect(peer.address, 8080) as client, accept(server) as app:
-            assert talk(client, app)
-
-
-def port_taken_from_the_sidecar(machine: Machine) -> socket.socket:
-    """The port is taken in the moment in which the sidecar has died and is not back yet."""
-
-    def take() -> socket.socket:
-        if status := machine.ready():
-            os.kill(status.pid, signal.SIGKILL)
-        sock = machine.host.open_socket()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("0.0.0.0", 15106))
-            sock.listen()
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    return wait_for(take)
-
-
-@contextmanager
-def bad_settings_at_a_restart(machine: Machine, mistake: str = "[proxy]\noutbound_prt = 1\n") -> Iterator[None]:
-    """The sidecar that was up dies and finds settings that somebody has broken; in the end they are mended."""
-    pid = machine.up().pid
-    rules = machine.rules()
-    machine.configure(mistake)
-    os.kill(pid, signal.SIGKILL)
-    log = machine.home / "run" / "sidecar.log"
-    wait_for(lambda: "the sidecar ended with 78" in log.read_text(), what="a restart in vain")
-    assert machine.rules() == rules
-    yield
-    machine.configure()
+def umask(pid: int | str) -> str:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(line for line in lines if line.startswith("Umask:"))
 
 
 def is_mapped(gid: int) -> bool:

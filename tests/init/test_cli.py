@@ -14,7 +14,10 @@ from tests.world import Host, World
 pytestmark = pytest.mark.netns
 
 BACKENDS = ("nft", "iptables")
-NO_SIDECAR = "sidecar: none answers at /run/meshnet/admin.sock; nothing was compared with one\n"
+NO_SIDECAR = (
+    "sidecar: none answers at /run/meshnet/admin.sock; nothing was compared with one\n"
+    "! new connections that the rules capture are refused until a sidecar runs\n"
+)
 
 
 @pytest.fixture
@@ -50,6 +53,7 @@ def test_init_verify_show_and_remove(host: Host, backend: str) -> None:
     verified = run(host, "rules", "verify").stdout
     assert "as planned" in verified
     assert NO_SIDECAR in verified
+    assert verified.endswith("fix: sudo meshnet up\n")
     shown = run(host, "rules", "show").stdout
     assert f"backend {backend}" in shown
     redirects = [line.split() for line in shown.splitlines() if "redirect to :15101" in line]
@@ -97,7 +101,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file(host: Host) -> None:
     assert "dport 3333" in from_flag
 
 
-def test_every_flag_reaches_the_rules(host: Host) -> None:
+def test_every_flag_reaches_the_rules(host: Host, real_root: bool) -> None:
     text = run(
         host,
         *("init", "--dry-run", "--inbound-port", "16106", "--outbound-port", "16101", "--inbound-ports", "81"),
@@ -110,12 +114,13 @@ def test_every_flag_reaches_the_rules(host: Host) -> None:
             "83",
         ),
         *("--exclude-outbound-ports", "84", "--outbound-cidrs", "10.2.0.0/16", "--exclude-outbound-cidrs", "10.2.3.4"),
-        *("--mark", "0x1234", "--gid", "0", "--ipv6", "off"),
+        *("--mark", "0x1234", "--gid", "4321", "--ipv6", "off"),
     ).stdout
 
     for part in (
         *("redirect to :16106", "redirect to :16101", "dport 81 ", "dport 82 ", "saddr 10.1.0.0/16", "dport 83 "),
-        *("dport 84 ", "daddr 10.2.0.0/16", "daddr 10.2.3.4 ", "meta mark 0x00001234", "skgid 0 ", "nfproto ipv6"),
+        *("dport 84 ", "daddr 10.2.0.0/16", "daddr 10.2.3.4 ", "meta mark 0x00001234", "nfproto ipv6"),
+        *(("skgid 4321 ",) if real_root else ()),
     ):
         assert part in text
     assert "fd01" not in text
@@ -129,7 +134,14 @@ def test_every_flag_reaches_the_rules(host: Host) -> None:
         (["--mark", "0"], 2, "is not a mark"),
         (["--mark", "abc"], 2, "'abc' is not a number; write 4096 or 0x1000"),
         (["--backend", "ipfw"], 2, "nft"),
+        (["--gid", "0"], 2, "0 is not in the range 1<=x<=4294967294"),
+        (["--exclude-inbound-ports", "*"], 2, "'*' would leave all alone"),
+        (["--exclude-outbound-ports", "22,*"], 2, "'*' would leave all alone"),
+        (["--exclude-inbound-cidrs", "*"], 2, "'*' would leave all alone"),
+        (["--exclude-outbound-cidrs", "10.0.0.0/8,*"], 2, "'*' would leave all alone"),
         (["--inbound-port", "15101"], 78, "give each its own port"),
+        (["--inbound-port", "15108"], 78, "give each its own port"),
+        (["--outbound-port", "15120"], 78, "give each its own port"),
         (["--config", "/nowhere.toml"], 78, "/nowhere.toml"),
         (["remove", "--drain", "soon"], 2, "duration"),
     ],
@@ -137,6 +149,15 @@ def test_every_flag_reaches_the_rules(host: Host) -> None:
 def test_what_is_wrong_is_said_with_its_exit_code(host: Host, arguments: list[str], code: int, said: str) -> None:
     assert said in run(host, "init", *arguments, code=code).stderr
     assert in_force(host) == []
+
+
+def test_a_backend_that_is_not_installed_is_told_with_what_to_type(host: Host) -> None:
+    bare = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /usr/sbin && exec "$@"', "sh")
+    done = host.run(*bare, "meshnet", "init", "--backend", "iptables", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: iptables is not installed\nwhy: ")
+    assert "fix: apt-get install iptables; or " in done.stderr
+    assert host.run(*bare, "meshnet", "init").stdout.endswith("in force (nft)\n")
 
 
 def test_a_wrong_variable_is_named(host: Host) -> None:

@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 
+from meshnet.errors import CommandError
+from meshnet.net.sockets import reset
 from meshnet_init.apply import every_backend
 from meshnet_init.remove import Removed, remove
 from tests.init.kernel import (
@@ -152,6 +154,46 @@ def test_what_outlives_the_wait_is_told(lab: Lab, crowd: Crowd) -> None:
     assert crowd.all_work()
     for connection in cut:
         connection.close()
+
+
+def test_what_outlives_the_wait_can_be_reset_while_it_is_still_translated(lab: Lab, crowd: Crowd) -> None:
+    lab.install()
+    crowd.open_captured()
+    captured, crowd.captured = crowd.captured, []
+
+    def cut() -> None:
+        for connection in captured:
+            reset(connection.server)
+
+    with lab.app.entered():
+        remove(0.0, cut=cut)
+
+    for connection in captured:
+        with pytest.raises(ConnectionResetError):
+            connection.client.recv(1)
+        connection.close()
+    assert crowd.all_work()
+
+
+def test_a_failure_to_cut_does_not_keep_the_rules_in(lab: Lab, crowd: Crowd) -> None:
+    lab.install()
+    crowd.open_captured()
+
+    def cut() -> None:
+        raise CommandError("the sidecar does not answer")
+
+    with lab.app.entered():
+        with pytest.raises(CommandError):
+            remove(0.0, cut=cut)
+        assert lab.backend.installed() is None
+
+
+def test_nothing_is_cut_where_nothing_is_left(lab: Lab) -> None:
+    lab.install()
+    calls: list[None] = []
+    with lab.app.entered():
+        remove(0.0, cut=lambda: calls.append(None))
+    assert calls == []
 
 
 def test_a_removal_that_was_interrupted_can_be_finished(lab: Lab, crowd: Crowd) -> None:

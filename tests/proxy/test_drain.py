@@ -3,6 +3,7 @@
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -119,6 +120,36 @@ def test_the_admin_socket_can_ask_for_a_drain(restarted: Hosts) -> None:
         client.sendall(b'{"type":"drain","timeout":5}\n')
         assert b"draining 0 connections" in client.makefile("rb").readline()
     assert process.popen.wait(5) == 0
+
+
+# Whoever may open it may be anybody; what it is let in by is the mode of the file.
+AS_NOBODY = """
+import os, socket, sys
+os.chdir(sys.argv[1])
+os.chmod("admin.sock", 0o666)
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as client:
+    client.connect("admin.sock")
+    answers = client.makefile("rb")
+    for request in sys.argv[2:]:
+        client.sendall(request.encode() + b"\\n")
+        print(answers.readline().decode(), end="")
+"""
+
+
+def test_who_is_neither_root_nor_its_user_may_look_and_not_end_it(restarted: Hosts) -> None:
+    if int(Path("/proc/self/uid_map").read_text().split()[2]) == 1:
+        return  # there is nobody but us
+    sidecar = restarted.sidecar(restarted.web)
+    folder = str(Path(sidecar.settings.admin.socket).parent)
+    said = restarted.web.python(AS_NOBODY, folder, '{"type":"drain","timeout":0}', '{"type":"status"}')
+    refused, status = said.splitlines()
+    assert '"kind":"Error"' in refused
+    assert "only root" in refused
+    assert '"draining":false' in status
+    assert sidecar.status().ready
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT])
