@@ -186,6 +186,11 @@ class Reader:
         except (ValueError, RecursionError) as error:  # JSON nested too deep is a RecursionError
             raise TunnelError(f"malformed frame: {error}") from error
 
+    def give_away(self) -> bytes:
+        """The bytes of the incomplete frame, which it then holds no more."""
+        held, self._held = bytes(self._held), bytearray()
+        return held
+
     def _take_apart(self, view: memoryview) -> list[Frame]:
         frames: list[Frame] = []
         while view:
@@ -253,6 +258,7 @@ def _printable(text: str) -> str:
     return _UNPRINTABLE_TEXT.sub(" ", text)[:MAX_DETAIL]
 
 
+decode_reset = msgspec.json.Decoder(Reset).decode
 _open_from_json = msgspec.json.Decoder(Open).decode
 
 
@@ -275,7 +281,7 @@ _SHAPES = (
     _Shape(Kind.OPENED, 0, 0, _always(Opened())),
     _Shape(Kind.REFUSED, 0, MAX_CONTROL, msgspec.json.Decoder(Refused).decode),
     _Shape(Kind.FIN, 0, 0, _always(Fin())),
-    _Shape(Kind.RESET, 0, MAX_CONTROL, msgspec.json.Decoder(Reset).decode),
+    _Shape(Kind.RESET, 0, MAX_CONTROL, decode_reset),
     _Shape(Kind.PING, 0, 0, _always(Ping())),
     _Shape(Kind.PONG, 0, 0, _always(Pong())),
     _Shape(Kind.GOAWAY, 0, 0, _always(GoAway())),

@@ -72,15 +72,20 @@ def _parse(text: str, file: str) -> Table:
         raise ConfigError(f"not valid TOML: {problem}", file=file, line=line, suggestion=hint) from None
 
 
+_SHORT_FORMS = {"MESHNET_RELAY": ("proxy", "relay")}
+
+
 def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[str, str], object]]:
     """Variable, (section, key) and value. Without the double underscore a variable is no setting, such as
-    MESHNET_CONFIG or what Kubernetes sets for a service called meshnet, unless it spells one almost.
+    MESHNET_CONFIG or what Kubernetes sets for a service called meshnet, unless it is a short form or almost a setting.
     """
     almost = {f"MESHNET_{section}_{key}".upper(): (section, key) for section, keys in _KEYS.items() for key in keys}
     for variable, text in sorted(environ.items()):
         section, double, key = variable.removeprefix("MESHNET_").lower().partition("__")
         if variable.startswith("MESHNET_") and double:
             yield variable, (section, key), _typed(text, _KEYS.get(section, {}).get(key))
+        elif variable in _SHORT_FORMS:
+            yield variable, _SHORT_FORMS[variable], text
         elif variable in almost:
             section, key = almost[variable]
             meant = f"MESHNET_{section}__{key}".upper()

@@ -16,7 +16,8 @@ class ProxySection(Section, frozen=True):
     # SO_MARK on every socket the proxy opens; the rules let it pass. A bit that kube-proxy (0x4000, 0x8000), Calico
     # (upper 16), Cilium (0x0f00), Tailscale (0xff0000) and Istio (low 12) leave alone.
     mark: int = 0x1000
-    relay_threads: int = 1
+    relay: Literal["auto", "native", "python"] = "auto"  # auto: the fastest that is there
+    relay_threads: int = 1  # of the Python relay
     drain_timeout: str = "30s"
 
 

@@ -1,40 +1,43 @@
-"""Deadlines for waits on sockets, without a cancel scope each: a scope costs as much as all else that a wait does."""
+"""Deadlines for waits on peers, without a cancel scope each: a scope costs as much as all else that a wait does."""
 
 import heapq
 import itertools
 import math
-import socket
+from collections.abc import Callable
 
 import trio
 
 
 class Deadline:
-    """`done` takes it back. `passed`: it came first, and the socket was shut down."""
+    """`done` takes it back. `passed`: it came first, and `shut` was called."""
 
-    __slots__ = ("_sock", "passed")
+    __slots__ = ("_shut", "passed")
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock: socket.socket | None = sock
+    def __init__(self, shut: Callable[[], None]) -> None:
+        self._shut: Callable[[], None] | None = shut
         self.passed = False
 
-    def done(self) -> None:
-        self._sock = None
+    @property
+    def is_done(self) -> bool:
+        return self._shut is None
 
-    def _pass(self) -> None:
-        sock, self._sock = self._sock, None
-        if sock is not None:
+    def done(self) -> None:
+        self._shut = None
+
+    def come(self) -> None:
+        shut, self._shut = self._shut, None
+        if shut is not None:
             self.passed = True
             try:
-                # Not sock.shutdown: that of an SSLSocket forgets its TLS, which somebody is about to use.
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+                shut()
             except OSError:
                 pass  # the peer was faster
 
 
 class Deadlines:
-    """Shuts down TCP sockets whose deadline passes: whoever waits for one wakes up and finds an end of file.
+    """Shuts down connections whose deadline passes: whoever waits for one wakes up and finds an end of file.
 
-    For waits after whose failure the socket is of no use. Belongs to one trio run; a system task of it runs while
+    For waits after whose failure the connection is of no use. Belongs to one trio run; a system task of it runs while
     there is a deadline to wait for.
     """
 
@@ -45,9 +48,9 @@ class Deadlines:
         self._next = math.inf
         self._earlier = trio.Event()
 
-    def set(self, sock: socket.socket, seconds: float) -> Deadline:
+    def set(self, shut: Callable[[], None], seconds: float) -> Deadline:
         at = trio.current_time() + seconds
-        deadline = Deadline(sock)
+        deadline = Deadline(shut)
         heapq.heappush(self._heap, (at, next(self._sequence), deadline))
         if not self._runs:
             self._runs = True
@@ -68,5 +71,5 @@ class Deadlines:
             self._runs = False
 
     def _pass_until(self, now: float) -> None:
-        while self._heap and (self._heap[0][0] <= now or self._heap[0][2]._sock is None):
-            heapq.heappop(self._heap)[2]._pass()
+        while self._heap and (self._heap[0][0] <= now or self._heap[0][2].is_done):
+            heapq.heappop(self._heap)[2].come()

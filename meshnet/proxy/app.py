@@ -28,8 +28,7 @@ from meshnet.proxy.log import AccessLog, access_format
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.state import ProxyState
-from meshnet.relay import Relays
-from meshnet.relay.python import PythonRelay
+from meshnet.relay.ladder import best_relay
 from meshnet.tunnel.pool import Pool
 
 _log = logging.getLogger("meshnet.proxy")
@@ -52,28 +51,29 @@ async def run(settings: Settings) -> None:
     sys.setswitchinterval(_SWITCH_INTERVAL)
     form = access_format(settings.log.access)
     metrics = Metrics()
-    identity = Identity(settings.identity)
-    identity.refresh()
     mark = settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
     if not mark:
         _log.warning("SO_MARK is not permitted: only the group %d keeps our traffic out", settings.capture.gid)
-    pool = Pool(
-        lambda: identity.credentials,
-        mark=mark,
-        idle_timeout=parse_duration(settings.pool.idle_timeout),
-        max_idle=settings.pool.max_idle,
-    )
-    pool.on_handshake = metrics.handshake
     with ExitStack() as stack:
         log = stack.enter_context(AccessLog(form)) if form != "off" else None
-        async with PythonRelay(settings.proxy.relay_threads) as relay:
+        async with best_relay(settings.proxy.relay, settings.proxy.relay_threads) as relays:
+            identity = Identity(settings.identity, relays.tls)
+            identity.refresh()
+            pool = Pool(
+                lambda: identity.credentials,
+                relays.tls,
+                mark=mark,
+                idle_timeout=parse_duration(settings.pool.idle_timeout),
+                max_idle=settings.pool.max_idle,
+            )
+            pool.on_handshake = metrics.handshake
             state = ProxyState(
                 settings,
                 Snapshot(version=0),
                 identity=identity,
                 metrics=metrics,
                 registry=Registry(keep=settings.admin.recent, observer=metrics, log=log),
-                relays=Relays([relay], missing={"native": "not built into this version"}),
+                relays=relays,
                 pool=pool,
                 addresses=stack.enter_context(LocalAddresses()),
                 mark=mark,

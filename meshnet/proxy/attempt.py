@@ -134,11 +134,11 @@ async def _through_tunnel(
         record.security = Security.MTLS
         record.source_identity = state.identity.name
         record.destination_identity = endpoint.identity
-        record.tls_version, record.cipher = tunnel.version, tunnel.cipher
+        record.tls_version, record.cipher = tunnel.channel.version, tunnel.channel.cipher
         if tunnel.is_fresh:
-            record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.resumed
+            record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.channel.resumed
         record.tally.sent = len(early)
-        return EndpointLeg(TunnelLeg(tunnel.sock, tunnel.wire), tunnel=tunnel, early_frames=frames)
+        return EndpointLeg(TunnelLeg(tunnel.channel, tunnel.wire), tunnel=tunnel, early_frames=frames)
 
 
 def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, record: Record) -> Open:

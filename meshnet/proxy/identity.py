@@ -2,7 +2,6 @@
 
 import logging
 import os
-import ssl
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -24,7 +23,8 @@ _Stamp = tuple[tuple[int, int, int] | None, ...]
 class Identity:
     """`credentials` is None until there is a pair that fits; a bad renewal leaves the good one in force."""
 
-    def __init__(self, settings: IdentitySection) -> None:
+    def __init__(self, settings: IdentitySection, secure: tls.Tls) -> None:
+        self._secure = secure
         self._files = (settings.certificate, settings.key, settings.bundle)
         self._stamp: _Stamp | None = None
         self.credentials: tls.Credentials | None = None
@@ -41,8 +41,8 @@ class Identity:
         if stamp == self._stamp:
             return False
         try:
-            credentials = tls.load_credentials(*self._files)
-        except (OSError, ValueError, ssl.SSLError) as error:
+            credentials = tls.load_credentials(*self._files, self._secure)
+        except (OSError, ValueError) as error:
             # Three files cannot be replaced in one step: a mismatch is looked at again until it fits.
             missing = next((file for file in self._files if _stamp(file) is None), "")
             self.problem = f"there is no {missing}" if missing else str(error)

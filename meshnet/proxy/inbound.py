@@ -1,7 +1,6 @@
 """An inbound connection's life: from another host to an application here, through a tunnel or in plain text."""
 
 import socket
-import ssl
 import time
 from collections.abc import Sequence
 
@@ -23,7 +22,6 @@ from meshnet.tunnel.protocol import Role, Tunnel
 
 _APP_CONNECT_TIMEOUT = 1.0  # seconds; the application is on this host
 _HANDSHAKE_TIMEOUT = 5.0
-_RECEIVE_SIZE = 32768  # more than one record
 
 
 async def carry_plain(client: socket.socket, source: Address, state: ProxyState) -> None:
@@ -51,7 +49,7 @@ async def serve_tunnel(sock: socket.socket, source: Address, state: ProxyState) 
                 tunnel.go_away()
     finally:
         state.tunnels.discard(tunnel)
-        tunnel.sock.close()
+        tunnel.channel.close()
 
 
 async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState) -> None:
@@ -61,7 +59,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
         record.security = Security.MTLS
         record.source_identity = tunnel.identity
         record.destination_identity = state.identity.name
-        record.tls_version, record.cipher = tunnel.version, tunnel.cipher
+        record.tls_version, record.cipher = tunnel.channel.version, tunnel.channel.cipher
         target = record.original = Address(request.host, request.port)
         try:
             if tunnel.good_until < time.time():
@@ -83,7 +81,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
             if not isinstance(error, OSError):
                 raise
             raise ConnectionFailed(Reason.TUNNEL_LOST, str(error), ended_by=EndedBy.PEER_PROXY) from error
-        outcome = await relay(TunnelLeg(tunnel.sock, tunnel.wire), leg, record, state, early)
+        outcome = await relay(TunnelLeg(tunnel.channel, tunnel.wire), leg, record, state, early)
         tunnel.reusable = outcome.reusable
         tunnel.late = outcome.late
 
@@ -91,14 +89,11 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
 class ServedTunnel:
     """The accepting end of a tunnel, with the identity that was proven when it came up."""
 
-    def __init__(self, sock: ssl.SSLSocket, source: Address, identity: str, good_until: float) -> None:
-        self.sock = sock
+    def __init__(self, channel: tls.Channel, source: Address) -> None:
+        self.channel = channel
         self.source = source
-        self.identity = identity
-        self.good_until = good_until
-        self.version = sock.version() or ""
-        cipher = sock.cipher()
-        self.cipher = cipher[0] if cipher else ""
+        self.identity = channel.identity
+        self.good_until = channel.good_until
         self.wire = Tunnel(Role.SERVER)
         self.reusable = True
         self.late: Sequence[Frame] = ()  # that came in one piece with the end of the last lease
@@ -110,23 +105,18 @@ class ServedTunnel:
         credentials = state.identity.credentials
         if credentials is None:
             raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
-        sock = tls.wrap(credentials.server, plain, server_side=True)
         try:
             with trio.fail_after(_HANDSHAKE_TIMEOUT):
-                await tls.handshake(sock)
-            identity, good_until = tls.peer_identity(sock)
-            domain = state.snapshot.trust_domain or trust_domain(credentials.identity)
-            if trust_domain(identity) != domain:
-                raise ConnectionFailed(Reason.TLS_PEER_IDENTITY, f"{identity} is not of trust domain {domain}")
+                channel = await state.relays.tls.accept(plain, credentials.server)
         except trio.TooSlowError:
-            sock.close()
             raise ConnectionFailed(
                 Reason.TLS_HANDSHAKE, f"no TLS handshake within {_HANDSHAKE_TIMEOUT:g} s", ended_by=EndedBy.CLIENT
             ) from None
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock, source, identity, good_until)
+        domain = state.snapshot.trust_domain or trust_domain(credentials.identity)
+        if trust_domain(channel.identity) != domain:
+            channel.close()
+            raise ConnectionFailed(Reason.TLS_PEER_IDENTITY, f"{channel.identity} is not of trust domain {domain}")
+        return cls(channel, source)
 
     def source_of(self, request: Open) -> Address:
         """The application's own address as the peer tells it, believed as far as it is on the peer's host."""
@@ -146,22 +136,21 @@ class ServedTunnel:
                             self._early = frames[position + 1 :]
                             return frame
                         case Ping():
-                            await tls.send_all(self.sock, self.wire.pong())
+                            await self.channel.send_all(self.wire.pong())
                         case GoAway():
                             return None
                         case _:
                             pass  # what a lease that is over has left behind
-                await trio.lowlevel.wait_readable(self.sock)  # most often the peer has nothing to ask yet
-                data = await tls.receive_some(self.sock, _RECEIVE_SIZE)
+                data = await self.channel.receive()
                 if not data:
                     return None
                 frames = self.wire.receive(memoryview(data))
-        except (OSError, TunnelError):
+        except (OSError, ConnectionFailed, TunnelError):
             return None
 
     async def opened(self) -> Sequence[Frame]:
         """Says OPENED; the frames that came right behind OPEN. Raises OSError."""
-        await tls.send_all(self.sock, self.wire.opened())
+        await self.channel.send_all(self.wire.opened())
         early, self._early = self._early, []
         return early
 
@@ -169,7 +158,7 @@ class ServedTunnel:
         """Says why not. Whether the tunnel can go on."""
         frame = Refused(reason=str(failure.reason), policy=failure.policy, detail=failure.detail)
         try:
-            await tls.send_all(self.sock, self.wire.refused(frame))
+            await self.channel.send_all(self.wire.refused(frame))
         except OSError:
             return False
         return True
@@ -178,6 +167,6 @@ class ServedTunnel:
         """Asks the peer to open no more leases here; best effort, for the tunnel may be in a relay's hands."""
         if self.reusable and self.wire.idle:
             try:
-                self.sock.send(self.wire.goaway())
+                self.channel.send_now(self.wire.goaway())
             except OSError:
                 pass

@@ -162,6 +162,7 @@ class Metrics(Collector):
         cell = self._cells.get(key)
         if cell is None:
             cell = self._cells[key] = Cell()
+        record.tally.refresh()
         sent, received = record.tally.sent, record.tally.received
         cell.sent += sent - record.flushed_sent
         cell.received += received - record.flushed_received

@@ -206,6 +206,7 @@ class Record:
         now = time.monotonic()
         until = self.ended or now
         tally = self.tally
+        tally.refresh()
         return Connection(
             id=self.id,
             direction=self.direction,

@@ -4,13 +4,13 @@ A relay is anything with `name`, `fits` and `run`; tests/relay/contract.py says 
 """
 
 import socket
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from meshnet.codec.frames import Frame
 from meshnet.errors import EndedBy, Reason
+from meshnet.net.tls import Channel, Tls
 
 
 class Wire(Protocol):
@@ -27,6 +27,12 @@ class Wire(Protocol):
     def receive(self, data: memoryview) -> Sequence[Frame]:
         """The frames that `data` completes; payloads are views, valid until the next call. Raises TunnelError."""
 
+    def hand_over(self) -> bytes:
+        """Gives away what has come and is no whole frame yet: somebody else takes frames apart from here on."""
+
+    def take_back(self, sent: str, received: str) -> None:
+        """The lease was ended elsewhere: `sent` and `received` are "FIN" or "RESET", or nothing."""
+
     @property
     def lease_over(self) -> bool:
         """Both sides have said FIN or RESET: the tunnel is free again."""
@@ -41,9 +47,9 @@ class PlainLeg:
 
 @dataclass(slots=True)
 class TunnelLeg:
-    """A lease on a tunnel. The socket stays its owner's; the relay borrows it for the length of `run`."""
+    """A lease on a tunnel. The channel stays its owner's; the relay borrows it for the length of `run`."""
 
-    sock: ssl.SSLSocket
+    channel: Channel
     wire: Wire
 
 
@@ -73,7 +79,8 @@ class Tally:
     """Grows while the relay runs, exact when it ends, however it ends. Bytes of the application only.
 
     `sent` went from client to endpoint, `received` the other way: counted when handed to the next socket.
-    `moved_at` is time.monotonic() of the last byte.
+    `moved_at` is time.monotonic() of the last byte. Where another thread counts, `live` asks it, in the order of the
+    fields: whoever reads a tally that may still grow calls `refresh` first.
     """
 
     sent: int = 0
@@ -81,6 +88,11 @@ class Tally:
     client_done: bool = False
     endpoint_done: bool = False
     moved_at: float = 0.0
+    live: Callable[[], tuple[int, int, bool, bool, float]] | None = None
+
+    def refresh(self) -> None:
+        if self.live is not None:
+            self.sent, self.received, self.client_done, self.endpoint_done, self.moved_at = self.live()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +115,10 @@ class Relay(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def tls(self) -> Tls:
+        """Whose channels it takes."""
+
     def fits(self, link: Link) -> bool: ...
 
     async def run(self, link: Link, tally: Tally) -> Outcome:
@@ -119,6 +135,11 @@ class Relays:
 
     available: list[Relay]
     missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tls(self) -> Tls:
+        """Whose channels the fastest one takes."""
+        return self.available[0].tls
 
     def choose(self, link: Link) -> Relay:
         return next(relay for relay in self.available if relay.fits(link))

@@ -1,6 +1,5 @@
 """A tunnel seen from the side that dialled it: how it comes up, and how it asks for a lease."""
 
-import ssl
 import time
 from dataclasses import dataclass
 
@@ -13,7 +12,6 @@ from meshnet.net import sockets, tls
 from meshnet.net.deadline import Deadline, Deadlines
 from meshnet.tunnel.protocol import Role, Tunnel
 
-RECEIVE_SIZE = 32768  # more than one record
 _RETIRE_BEFORE_EXPIRY = 60.0  # seconds
 _SESSION_LIFETIME = 3600.0  # seconds; RFC 8446 allows a week, a renewed certificate should be seen sooner
 
@@ -26,13 +24,10 @@ class ClientTunnel:
     """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones."""
 
     key: Key
-    sock: ssl.SSLSocket
+    channel: tls.Channel
     wire: Tunnel
     good_until: float
     handshake_ms: float
-    resumed: bool
-    version: str
-    cipher: str
     deadlines: Deadlines
     leases: int = 0
     idle_since: float = 0.0
@@ -48,15 +43,14 @@ class ClientTunnel:
 
         Raises ConnectionFailed: what the peer refused with, tunnel.lost, tunnel.protocol or connect.timeout.
         """
-        wire, sock = self.wire, self.sock
+        wire, channel = self.wire, self.channel
         opening = wire.open(request)
         if early:
             opening += wire.data(len(early)) + early
-        deadline = self.deadlines.set(sock, timeout)
+        deadline = self.deadlines.set(channel.shut, timeout)
         try:
-            await tls.send_all(sock, opening)
-            await trio.lowlevel.wait_readable(sock)  # the peer cannot have answered yet
-            while data := await tls.receive_some(sock, RECEIVE_SIZE):
+            await channel.send_all(opening)
+            while data := await channel.receive():
                 frames = wire.receive(memoryview(data))
                 for position, frame in enumerate(frames):
                     if isinstance(frame, Opened):
@@ -67,9 +61,6 @@ class ClientTunnel:
             raise _lost(deadline, timeout, "the peer sidecar closed the tunnel")
         except TunnelError as error:
             raise ConnectionFailed(Reason.TUNNEL_PROTOCOL, str(error), ended_by=EndedBy.PEER_PROXY) from error
-        except ssl.SSLError as error:
-            # In TLS 1.3 a peer that refuses our certificate says so only after our handshake is over.
-            raise tls.tls_failure(error) from error
         except OSError as error:
             raise _lost(deadline, timeout, error.strerror or str(error)) from error
         finally:
@@ -79,13 +70,14 @@ class ClientTunnel:
 async def connect(
     key: Key,
     credentials: tls.Credentials | None,
-    resumable: tuple[ssl.SSLContext, ssl.SSLSession] | None,
+    resumable: tuple[object, tls.Ticket] | None,
     *,
+    secure: tls.Tls,
     deadlines: Deadlines,
     mark: int,
     timeout: float,
 ) -> ClientTunnel:
-    """A new tunnel to `key`. `resumable` is a session of an earlier one, with the context it was made in.
+    """A new tunnel to `key`. `resumable` is a ticket from an earlier one, with the context it was made in.
 
     `timeout` seconds are for the connect, and again for the handshake.
 
@@ -98,34 +90,25 @@ async def connect(
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
     plain = await sockets.connect(address, mark=mark, timeout=timeout)
     started = time.monotonic()
-    context, session = resumable or (None, None)
-    if context is not credentials.client or session is None or session.time + _SESSION_LIFETIME < time.time():
-        session = None
-    sock = tls.wrap(credentials.client, plain, session=session)
+    context, ticket = resumable or (None, None)
+    if context is not credentials.client or ticket is None or ticket.time + _SESSION_LIFETIME < time.time():
+        ticket = None
     try:
         with trio.fail_after(timeout):
-            await tls.handshake(sock)
-        found, not_after = tls.peer_identity(sock)
-        if found != identity:
-            raise ConnectionFailed(
-                Reason.TLS_PEER_IDENTITY, f"{address} is {found}; the mesh says it must be {identity}"
-            )
+            channel = await secure.connect(plain, credentials.client, ticket)
     except trio.TooSlowError:
-        sock.close()
         raise ConnectionFailed(Reason.TLS_HANDSHAKE, f"no TLS handshake with {address} within {timeout:g} s") from None
-    except BaseException:
-        sock.close()
-        raise
-    cipher = sock.cipher()
+    if channel.identity != identity:
+        channel.close()
+        raise ConnectionFailed(
+            Reason.TLS_PEER_IDENTITY, f"{address} is {channel.identity}; the mesh says it must be {identity}"
+        )
     return ClientTunnel(
         key=key,
-        sock=sock,
+        channel=channel,
         wire=Tunnel(Role.CLIENT),
-        good_until=min(not_after, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,
+        good_until=min(channel.good_until, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,
         handshake_ms=(time.monotonic() - started) * 1000,
-        resumed=bool(sock.session_reused),
-        version=sock.version() or "",
-        cipher=cipher[0] if cipher else "",
         deadlines=deadlines,
     )
 

@@ -5,7 +5,6 @@ idle tunnel: `reap` finds the dead ones in time, and who leases one before that 
 that is not fresh, which says nothing about the endpoint.
 """
 
-import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from meshnet.errors import ConnectionFailed, Reason, TunnelError
 from meshnet.model.address import Address
 from meshnet.net import tls
 from meshnet.net.deadline import Deadlines
-from meshnet.tunnel.client import RECEIVE_SIZE, ClientTunnel, Key, connect
+from meshnet.tunnel.client import ClientTunnel, Key, connect
 
 _HANDSHAKES_AT_ONCE = 32  # a burst to a cold peer queues here instead of starving the tunnels that already stand
 _PING_AFTER = 30.0  # seconds idle; an answer is expected by the next reaping
@@ -35,16 +34,23 @@ class Pool:
     """All tunnels to all peers. `credentials` is asked at each handshake, so a renewed certificate is used at once."""
 
     def __init__(
-        self, credentials: Callable[[], tls.Credentials | None], *, mark: int, idle_timeout: float, max_idle: int
+        self,
+        credentials: Callable[[], tls.Credentials | None],
+        secure: tls.Tls,
+        *,
+        mark: int,
+        idle_timeout: float,
+        max_idle: int,
     ) -> None:
         self._credentials = credentials
+        self._secure = secure
         self._deadlines = Deadlines()
         self._mark = mark
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle
         self._idle: dict[Key, deque[ClientTunnel]] = {}
         self._leased: dict[Key, int] = {}
-        self._sessions: dict[Key, tuple[ssl.SSLContext, ssl.SSLSession]] = {}
+        self._tickets: dict[Key, tuple[object, tls.Ticket]] = {}
         self._turns = _HANDSHAKES_AT_ONCE
         self._waiting: dict[_Waiter, None] = {}  # in the order they came
         self.on_handshake: Callable[[float, bool], None] = lambda ms, resumed: None
@@ -64,13 +70,18 @@ class Pool:
         if tunnel is None:
             try:
                 credentials = self._credentials()
-                session = self._sessions.get(key)
                 tunnel = await connect(
-                    key, credentials, session, deadlines=self._deadlines, mark=self._mark, timeout=timeout
+                    key,
+                    credentials,
+                    self._tickets.get(key),
+                    secure=self._secure,
+                    deadlines=self._deadlines,
+                    mark=self._mark,
+                    timeout=timeout,
                 )
             finally:
                 self._end_turn()
-            self.on_handshake(tunnel.handshake_ms, tunnel.resumed)
+            self.on_handshake(tunnel.handshake_ms, tunnel.channel.resumed)
         return self._lent(tunnel)
 
     def lease_idle(self, address: Address, identity: str) -> ClientTunnel | None:
@@ -83,7 +94,7 @@ class Pool:
         idle = self._idle.get((address, identity), deque())
         for tunnel in [tunnel for tunnel in idle if not self._stands(tunnel)]:
             idle.remove(tunnel)
-            _close(tunnel)
+            tunnel.channel.close()
 
     def give_back(self, tunnel: ClientTunnel, *, reusable: bool) -> None:
         """Ends a lease. What cannot be used again is closed."""
@@ -94,10 +105,10 @@ class Pool:
             del self._leased[tunnel.key]
         idle = self._idle.setdefault(tunnel.key, deque())
         if not reusable or not tunnel.wire.idle or len(idle) >= self._max_idle or self._is_old(tunnel):
-            _close(tunnel)
+            tunnel.channel.close()
             return
-        if tunnel.leases == 1 and tunnel.sock.session is not None:
-            self._sessions[tunnel.key] = (tunnel.sock.context, tunnel.sock.session)
+        if tunnel.leases == 1 and (ticket := tunnel.channel.ticket) is not None:
+            self._tickets[tunnel.key] = (tunnel.channel.context, ticket)
         tunnel.idle_since = time.monotonic()
         tunnel.pinged = False  # a whole lease is an answer too, and may have overtaken the PONG
         if not self._hand_over(tunnel):
@@ -114,7 +125,7 @@ class Pool:
             for tunnel in list(idle):
                 if not self._is_worth_keeping(tunnel, now - tunnel.idle_since):
                     idle.remove(tunnel)
-                    _close(tunnel)
+                    tunnel.channel.close()
             if not idle:
                 del self._idle[key]
 
@@ -122,9 +133,9 @@ class Pool:
         """Closes every idle tunnel; leased ones are closed as they come back if their credentials are old."""
         for idle in self._idle.values():
             for tunnel in idle:
-                _close(tunnel)
+                tunnel.channel.close()
         self._idle.clear()
-        self._sessions.clear()
+        self._tickets.clear()
 
     async def _turn(self, key: Key, patience: float) -> ClientTunnel | None:
         """Waits for leave to make a handshake (None; owes one `_end_turn`), or for a tunnel that somebody gave back."""
@@ -179,7 +190,7 @@ class Pool:
             tunnel = idle.pop()  # the one used last: the others can grow old and be reaped
             if not self._is_old(tunnel):
                 return tunnel
-            _close(tunnel)
+            tunnel.channel.close()
         return None
 
     def _is_worth_keeping(self, tunnel: ClientTunnel, idle: float) -> bool:
@@ -189,33 +200,28 @@ class Pool:
 
     def _is_old(self, tunnel: ClientTunnel) -> bool:
         credentials = self._credentials()
-        return credentials is None or tunnel.sock.context is not credentials.client or tunnel.good_until < time.time()
+        return (
+            credentials is None or tunnel.channel.context is not credentials.client or tunnel.good_until < time.time()
+        )
 
     def _stands(self, tunnel: ClientTunnel) -> bool:
         try:
-            while True:
-                data = tunnel.sock.recv(RECEIVE_SIZE)
+            while (data := tunnel.channel.receive_now()) is not None:
                 if not data:
                     return False
                 for frame in tunnel.wire.receive(memoryview(data)):
                     if isinstance(frame, Pong):
                         tunnel.pinged = False
-        except ssl.SSLWantReadError:
-            return tunnel.wire.idle
         except (OSError, TunnelError):
             return False
+        return tunnel.wire.idle
 
     def _ping(self, tunnel: ClientTunnel) -> bool:
         if tunnel.pinged:
             return False
         try:
-            tunnel.sock.send(tunnel.wire.ping())
+            tunnel.channel.send_now(tunnel.wire.ping())
         except OSError:
             return False
         tunnel.pinged = True
         return True
-
-
-def _close(tunnel: ClientTunnel) -> None:
-    # No close_notify: meshnet/1 ends leases with FIN frames, so a bare TCP close truncates nothing.
-    tunnel.sock.close()

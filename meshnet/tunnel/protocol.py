@@ -69,6 +69,7 @@ _STEPS: dict[Half, dict[Kind, Half]] = {
 # What else looks at both halves: OPEN begins them, REFUSED ends them, and nobody sends in a lease that is over.
 
 _OPEN, _RESET = Half.OPEN, Half.RESET  # looked up for every message, which costs more on the enum
+_ENDS = {"FIN": Half.FINISHED, "RESET": Half.RESET}
 _STILL_SENDING = frozenset({Half.ASKED, Half.ASKED_NEXT, Half.OPEN})
 _CROSSED = (Opened, Refused, Data)  # what a side that has sent RESET no longer wants to hear
 
@@ -203,6 +204,14 @@ class Tunnel:
         except TunnelError as error:
             self._broken = str(error)
             raise
+
+    def hand_over(self) -> bytes:
+        """Within a lease that is up: what has come of a frame that is not whole. See meshnet.relay.Wire."""
+        return self._reader.give_away()
+
+    def take_back(self, sent: str, received: str) -> None:
+        """How a lease that was handed over has ended."""
+        self._mine, self._theirs = _ENDS.get(sent, self._mine), _ENDS.get(received, self._theirs)
 
     def _take(self, frame: Frame) -> bool:
         """Does what `frame` says; whether the caller should see it. Raises TunnelError."""

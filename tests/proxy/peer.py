@@ -10,6 +10,7 @@ from typing import Self
 from meshnet.codec.frames import Data, Frame, Open
 from meshnet.control.authority import BUNDLE, CERTIFICATE, KEY, Issued, save_issued
 from meshnet.net import tls
+from meshnet.net.python_tls import PythonTls
 from meshnet.tunnel.protocol import Role, Tunnel
 from tests.proxy.programs import TIMEOUT
 from tests.world import Host, Mesh
@@ -26,7 +27,7 @@ def credentials(issued: Issued, bundle: bytes = b"") -> tls.Credentials:
     with tempfile.TemporaryDirectory() as directory:
         home = Path(directory)
         save_issued(Issued(issued.certificate, issued.key, bundle or issued.bundle), home)
-        return tls.load_credentials(str(home / CERTIFICATE), str(home / KEY), str(home / BUNDLE))
+        return tls.load_credentials(str(home / CERTIFICATE), str(home / KEY), str(home / BUNDLE), PythonTls())
 
 
 class Peer:

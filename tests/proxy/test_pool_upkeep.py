@@ -2,6 +2,7 @@
 
 import os
 import signal
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
@@ -13,6 +14,7 @@ from meshnet.codec.frames import Open
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.address import Address
 from meshnet.model.settings import ProxySection
+from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.tunnel.client import ClientTunnel
 from meshnet.tunnel.pool import Pool
 from tests.proxy.conftest import Hosts
@@ -32,7 +34,7 @@ def with_pool(hosts: Hosts, body: Body, *, ttl: timedelta = timedelta(hours=1)) 
     address, identity = Address(hosts.api.address, TUNNEL_PORT), hosts.mesh.identity("api")
 
     async def run() -> None:
-        pool = Pool(lambda: held, mark=ProxySection().mark, idle_timeout=IDLE_TIMEOUT, max_idle=MAX_IDLE)
+        pool = Pool(lambda: held, PythonTls(), mark=ProxySection().mark, idle_timeout=IDLE_TIMEOUT, max_idle=MAX_IDLE)
         try:
             await body(pool, address, identity)
         finally:
@@ -49,6 +51,11 @@ async def used(pool: Pool, address: Address, identity: str, port: int = 4) -> Cl
         await tunnel.open(Open(host=address.host, port=port), b"", 5.0)
     pool.give_back(tunnel, reusable=tunnel.wire.idle)
     return tunnel
+
+
+def python_socket(tunnel: ClientTunnel) -> ssl.SSLSocket:
+    assert isinstance(tunnel.channel, PythonChannel)
+    return tunnel.channel.sock
 
 
 def idle(pool: Pool) -> int:
@@ -73,7 +80,7 @@ def test_a_tunnel_that_answers_its_ping_is_kept(hosts: Hosts) -> None:
             pool.reap(tunnel.idle_since + seconds)
             assert idle(pool) == 1
             with trio.fail_after(5):
-                await trio.lowlevel.wait_readable(tunnel.sock)  # the PONG
+                await trio.lowlevel.wait_readable(python_socket(tunnel))  # the PONG
 
     with_pool(hosts, body)
 

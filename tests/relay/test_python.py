@@ -2,28 +2,34 @@
 
 import contextlib
 import select
+import socket
 
 import pytest
 import trio
 
-from meshnet.codec.frames import Frame
+from meshnet.codec.frames import Fin, Frame
 from meshnet.errors import EndedBy, Reason
+from meshnet.net.python_tls import PythonChannel
 from meshnet.relay import Link, PlainLeg
 from meshnet.relay.python import PythonRelay
 from meshnet.relay.python.pair import Pair
 from meshnet.tunnel.protocol import Tunnel
+from tests.relay.lease_contract import SMALL
 from tests.relay.rig import (
     HalfRig,
     Rig,
+    fall_silent,
     mesh_rig,
     no_descriptors_leaked,
     outbound_rig,
     plain_rig,
     read_all,
     read_exactly,
+    reset,
     tcp_pair,
     tunnel_pair,
 )
+from tests.world import eventually
 
 
 class _Faulty(Tunnel):
@@ -52,7 +58,7 @@ async def test_a_bug_ends_its_own_link_and_is_logged(caplog: pytest.LogCaptureFi
 
 async def test_a_socket_that_somebody_closed_is_a_bug_too(caplog: pytest.LogCaptureFixture) -> None:
     def prepare(it: HalfRig) -> None:
-        it.own_sock.close()
+        it.own.channel.close()
 
     async with PythonRelay() as relay, outbound_rig(relay, prepare=prepare) as it:
         assert (await it.run.result()).reason is Reason.INTERNAL
@@ -85,9 +91,9 @@ async def test_a_relay_that_was_not_started_says_so() -> None:
 
 
 async def test_it_fits_where_one_leg_is_plain() -> None:
-    tunnel = await tunnel_pair()
-    near, app = tcp_pair()
     relay = PythonRelay()
+    tunnel = await tunnel_pair(relay.tls, relay.tls)
+    near, app = tcp_pair()
     plain = PlainLeg(near)
     assert relay.fits(Link(plain, plain))
     assert relay.fits(Link(plain, tunnel.client))
@@ -157,3 +163,40 @@ async def test_an_abort_that_comes_when_all_is_over_leaves_nothing_behind() -> N
         await it.server.send_eof()
         assert (await it.first.result()).reason is Reason.OK
         assert [len(thread.pairs) for thread in relay._threads] == [0]
+
+
+async def test_bytes_that_openssl_already_holds_are_not_forgotten() -> None:
+    def prepare(it: HalfRig) -> None:
+        # One record with two frames, of which the trio side has read a part: the kernel has nothing left.
+        it.peer.sock.send(it.peer.wire.data(5) + b"hello" + it.peer.wire.data(6) + b" again")
+        assert isinstance(it.own.channel, PythonChannel)
+        sock = it.own.channel.sock
+        sock.setblocking(True)
+        it.run.link.early_frames = it.own_wire.receive(sock.recv(7))
+        sock.setblocking(False)
+        assert sock.pending() > 0
+
+    async with PythonRelay() as relay, outbound_rig(relay, prepare=prepare) as it:
+        assert await read_exactly(it.app, 11) == b"hello again"
+
+
+async def test_a_reset_behind_our_fin_that_cannot_go_out_kills_the_tunnel() -> None:
+    async with PythonRelay() as relay, outbound_rig(relay, buffer=SMALL) as it:
+        await it.app.send_eof()
+        assert await it.peer.read() == Fin()
+        fall_silent(it.peer.sock)  # or its FIN would bring ACKs along that make room
+        await eventually(lambda: not _stuff(it.own_sock))
+        reset(it.app)
+        await eventually(lambda: "mine reset" in repr(it.own_wire))
+        await it.peer.send(it.peer.wire.fin())
+        outcome = await it.run.result()
+        assert (outcome.reason, outcome.reusable) == (Reason.PEER_RST, False)
+
+
+def _stuff(sock: socket.socket) -> int:
+    """Fills the connection under a tunnel with bytes that mean nothing; how many it took."""
+    taken = 0
+    with socket.fromfd(sock.fileno(), sock.family, sock.type) as raw, contextlib.suppress(BlockingIOError):
+        while True:
+            taken += raw.send(bytes(SMALL))
+    return taken

@@ -5,31 +5,38 @@ from collections.abc import AsyncIterator
 import pytest
 
 from meshnet.relay import Relay
+from meshnet.relay.native import NativeRelay
 from meshnet.relay.python import PythonRelay
 from meshnet.relay.python.young import YOUNG_EVENTS
 from tests.relay.contract import RelayContract
 from tests.relay.lease_contract import LeaseContract, TunnelContract
 from tests.relay.reset_contract import ResetContract
 
+# The Python relay: in trio's thread for as long as usual, moved in the middle of things, in a thread from the start.
+_PYTHON = {"young": YOUNG_EVENTS, "growing-up": 2, "grown-up": 0}
 
-@pytest.fixture(params=[YOUNG_EVENTS, 2, 0], ids=["young", "growing-up", "grown-up"])
+
+@pytest.fixture(params=["native", *_PYTHON])
 async def relay(request: pytest.FixtureRequest) -> AsyncIterator[Relay]:
-    """In trio's thread for as long as usual, moved in the middle of things, and in a relay thread from the start."""
-    async with PythonRelay(threads=1, young_events=request.param) as relay:
-        yield relay
+    if request.param == "native":
+        async with NativeRelay() as native:
+            yield native
+    else:
+        async with PythonRelay(threads=1, young_events=_PYTHON[request.param]) as python:
+            yield python
 
 
-class TestPythonRelay(RelayContract):
+class TestARelay(RelayContract):
     pass
 
 
-class TestPythonRelayOnALease(LeaseContract):
+class TestARelayOnALease(LeaseContract):
     pass
 
 
-class TestPythonRelayWithResets(ResetContract):
+class TestARelayWithResets(ResetContract):
     pass
 
 
-class TestPythonRelayOnATunnel(TunnelContract):
+class TestARelayOnATunnel(TunnelContract):
     pass

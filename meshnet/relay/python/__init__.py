@@ -9,6 +9,7 @@ from typing import Self
 
 import trio
 
+from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.relay import Link, Outcome, PlainLeg, Tally
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.thread import RelayThread
@@ -21,6 +22,7 @@ class PythonRelay:
     name = "python"
 
     def __init__(self, threads: int = 1, *, young_events: int = YOUNG_EVENTS) -> None:
+        self.tls = PythonTls()
         self._count = threads
         self._young_events = young_events
         self._threads: list[RelayThread] = []
@@ -60,7 +62,9 @@ class PythonRelay:
         self.close()
 
     def fits(self, link: Link) -> bool:
-        return isinstance(link.client, PlainLeg) or isinstance(link.endpoint, PlainLeg)
+        legs = (link.client, link.endpoint)
+        tunnels = [leg for leg in legs if not isinstance(leg, PlainLeg)]
+        return len(tunnels) < 2 and all(isinstance(leg.channel, PythonChannel) for leg in tunnels)
 
     async def run(self, link: Link, tally: Tally) -> Outcome:
         """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""

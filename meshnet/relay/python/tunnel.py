@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.codec.frames import HEADER_SIZE, MAX_DATA, MAX_RECORD, Data, Fin, Frame, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
+from meshnet.net.python_tls import PythonChannel
 from meshnet.relay import TunnelLeg
 from meshnet.relay.python.side import RESET_ON_CLOSE, Side
 
@@ -42,13 +43,15 @@ class TunnelSide(Side):
     )
 
     def __init__(self, loop: "RelayLoop", pair: "Pair", leg: TunnelLeg, who: EndedBy) -> None:
-        super().__init__(loop, pair, leg.sock, who)
+        assert isinstance(leg.channel, PythonChannel)
+        sock = leg.channel.sock
+        super().__init__(loop, pair, sock, who)
         self._wire = leg.wire
         self._receive = leg.wire.receive
         self._buffer = loop.frame
-        self._recv_into = leg.sock.recv_into
-        self._send = leg.sock.send
-        self._pending = leg.sock.pending
+        self._recv_into = sock.recv_into
+        self._send = sock.send
+        self._pending = sock.pending
         # Frames not yet sent, each with its count of application bytes. OpenSSL has begun the first one: whatever
         # happens, it must be offered again with the same bytes (SSL_write(3)).
         self._outbox: deque[tuple[bytes, int]] = deque()

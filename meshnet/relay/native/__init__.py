@@ -1,0 +1,223 @@
+"""The fast relay: threads in C, which move bytes without Python's lock and decide nothing (core.h).
+
+It is optional: `MISSING` says why it is not there, and then the Python relay serves.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import outcome
+import trio
+
+from meshnet.codec import frames
+from meshnet.codec.frames import Data, Fin, Frame, Kind, Reset
+from meshnet.errors import EndedBy, Reason, TunnelError
+from meshnet.relay import Link, Outcome, PlainLeg, Tally, TunnelLeg
+from meshnet.relay.native.tls import NativeChannel, NativeTls
+
+if TYPE_CHECKING:
+    from meshnet.relay.native import _core
+    from meshnet.relay.native._core import Core, Tunnel
+
+try:
+    from meshnet.relay.native import _core
+
+    MISSING = ""
+except ImportError as error:
+    MISSING = f"not built: {error}"
+
+# In the order of core.h's enums.
+_REASONS = (
+    Reason.OK,
+    Reason.DRAIN,  # aborted: whoever did it says why
+    Reason.PEER_RST,
+    Reason.KEEPALIVE_DEAD,
+    Reason.INTERNAL,
+    Reason.TUNNEL_LOST,
+    Reason.TUNNEL_PROTOCOL,
+    Reason.PEER_RST,  # reset by the peer sidecar, which says why
+)
+_ABORTED, _LOST, _PROTOCOL, _RESET = 1, 5, 6, 7
+_ENDED_BY = (EndedBy.CLIENT, EndedBy.SERVER, EndedBy.PROXY, EndedBy.PEER_PROXY)
+_FAR_LEG = frozenset({Reason.PEER_RST, Reason.KEEPALIVE_DEAD})  # said of the leg behind the peer sidecar
+
+
+class _Waiter:
+    """Who waits for the end of one link."""
+
+    __slots__ = ("raise_cancel", "task")
+
+    def __init__(self, task: trio.lowlevel.Task) -> None:
+        self.task = task
+        self.raise_cancel: trio.lowlevel.RaiseCancelT | None = None
+
+    def wake(self) -> None:
+        if self.raise_cancel is not None:
+            trio.lowlevel.reschedule(self.task, outcome.capture(self.raise_cancel))
+        else:
+            trio.lowlevel.reschedule(self.task)
+
+
+class NativeRelay:
+    """Use as an async context manager. Raises RuntimeError where the core is not built, OSError if it cannot start."""
+
+    name = "native"
+
+    def __init__(self) -> None:
+        self._cores: list[Core] = []
+
+    @property
+    def tls(self) -> NativeTls:
+        relay, handshakes = self._cores
+        return NativeTls(handshakes, relay)
+
+    async def __aenter__(self) -> Self:
+        if MISSING:
+            raise RuntimeError(MISSING)
+        resets = tuple(_reset_payload(reason) for reason in _REASONS)
+        self._cores = [_core.Core(resets), _core.Core(resets)]
+        for core in self._cores:
+            trio.lowlevel.spawn_system_task(_listen, core)
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        cores, self._cores = self._cores, []
+        for core in cores:
+            core.stop()
+            trio.lowlevel.notify_closing(core.fileno())
+            _wake(core)
+
+    def fits(self, link: Link) -> bool:
+        tunnels = [leg for leg in (link.client, link.endpoint) if isinstance(leg, TunnelLeg)]
+        return len(tunnels) < 2 and all(isinstance(leg.channel, NativeChannel) for leg in tunnels)
+
+    async def run(self, link: Link, tally: Tally) -> Outcome:
+        """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
+        if not self._cores:
+            raise RuntimeError("the relay is not started")
+        waiter = _Waiter(trio.lowlevel.current_task())
+        early = _Early(link)
+        handle = self._cores[0].start(
+            _leg(link.client),
+            _leg(link.endpoint),
+            early.to_client,
+            early.to_endpoint,
+            tally.sent,
+            early.received_end,
+            early.unread,
+            waiter,
+        )
+        for leg in (link.client, link.endpoint):
+            if isinstance(leg, PlainLeg):
+                leg.sock.detach()
+        tally.live = handle.counts
+
+        def abort() -> None:
+            handle.abort(_reset_payload(link.abort_reason))
+
+        def cancel(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+            waiter.raise_cancel = raise_cancel
+            abort()
+            return trio.lowlevel.Abort.FAILED
+
+        link.abort = abort
+        if early.reset:
+            handle.abort(early.reset)
+        try:
+            await trio.lowlevel.wait_task_rescheduled(cancel)
+        finally:
+            tally.refresh()
+            tally.live = None
+            link.outcome = _outcome(link, handle, early)
+        return link.outcome
+
+
+class _Early:
+    """What a link begins with: bytes for both legs, and how far the tunnel's peer is with its half of the lease."""
+
+    def __init__(self, link: Link) -> None:
+        to_application = b"".join(bytes(frame.payload) for frame in link.early_frames if isinstance(frame, Data))
+        client_is_tunnel = isinstance(link.client, TunnelLeg)
+        self.to_client = link.to_client + (b"" if client_is_tunnel else to_application)
+        self.to_endpoint = link.to_endpoint + (to_application if client_is_tunnel else b"")
+        self.leg = next((leg for leg in (link.client, link.endpoint) if isinstance(leg, TunnelLeg)), None)
+        self.unread = self.leg.wire.hand_over() if self.leg else b""
+        self.received_end = 0
+        self.reset = b""
+        for frame in link.early_frames:
+            if isinstance(frame, Fin):
+                self.received_end = Kind.FIN
+            elif isinstance(frame, Reset):
+                self.received_end = Kind.RESET
+                self.reset = _reset_payload(frame.reason)
+
+
+def _leg(leg: PlainLeg | TunnelLeg) -> "int | Tunnel":
+    if isinstance(leg, PlainLeg):
+        return leg.sock.fileno()
+    assert isinstance(leg.channel, NativeChannel)
+    return leg.channel.tunnel
+
+
+def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
+    reason, ended_by, error, reusable, unread, sent, received, reset = handle.result()
+    late: Sequence[Frame] = ()
+    leg = early.leg
+    if leg is not None:
+        assert isinstance(leg.channel, NativeChannel)
+        leg.wire.take_back(_END_NAMES.get(sent, ""), _END_NAMES.get(received, ""))
+        if reusable and unread:
+            leg.channel.tunnel.go_on()
+        if reusable and (data := leg.channel.tunnel.take()):
+            try:
+                late = leg.wire.receive(memoryview(data))
+            except TunnelError:
+                reusable = False
+    if reason == _RESET or (reason == _ABORTED and early.reset):
+        return _reset_by_peer(early.reset or reset, leg is not None and leg is link.client, reusable, late)
+    if reason == _ABORTED:
+        return Outcome(link.abort_reason, link.abort_by, reusable=reusable, late=late)
+    detail = os.strerror(error) if error else ""
+    if reason == _LOST and not error:
+        detail = "the peer sidecar closed the tunnel within a lease"
+    elif reason == _PROTOCOL:
+        detail = "the peer sidecar broke meshnet/1 within a lease"
+    return Outcome(_REASONS[reason], _ENDED_BY[ended_by], detail, reusable=reusable, late=late)
+
+
+_END_NAMES = {int(Kind.FIN): "FIN", int(Kind.RESET): "RESET"}
+
+
+def _reset_by_peer(payload: bytes, from_client: bool, reusable: bool, late: Sequence[Frame]) -> Outcome:
+    try:
+        text = frames.decode_reset(payload).reason
+    except ValueError as error:
+        detail = f"the peer sidecar broke meshnet/1 within a lease: {error}"
+        return Outcome(Reason.TUNNEL_PROTOCOL, EndedBy.PEER_PROXY, detail)
+    try:
+        reason = Reason(text)
+    except ValueError:
+        reason = Reason.PEER_RST  # a newer peer knows more reasons
+    near = EndedBy.CLIENT if from_client else EndedBy.SERVER
+    ended_by = near if text in _FAR_LEG else EndedBy.PEER_PROXY
+    return Outcome(reason, ended_by, f"the peer sidecar reset the lease: {text}", reusable=reusable, late=late)
+
+
+def _reset_payload(reason: str) -> bytes:
+    return frames.encode(Reset(reason=str(reason)))[frames.HEADER_SIZE :]
+
+
+async def _listen(core: "Core") -> None:
+    try:
+        while True:
+            await trio.lowlevel.wait_readable(core.fileno())
+            _wake(core)
+    except trio.ClosedResourceError:
+        pass  # the relay has stopped
+
+
+def _wake(core: "Core") -> None:
+    for waiter in core.news():
+        assert isinstance(waiter, _Waiter | NativeChannel)
+        waiter.wake()

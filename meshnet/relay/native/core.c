@@ -1,0 +1,299 @@
+/* A thread: its epoll, commands from Python in, news for Python out. */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <time.h>
+#include <unistd.h>
+
+static uint64_t monotonic(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void ring(int eventfd)
+{
+    uint64_t one = 1;
+    /* It cannot fail but by overflow, and then it rings already. */
+    if (write(eventfd, &one, sizeof one) < 0)
+        return;
+}
+
+static void hush(int eventfd)
+{
+    uint64_t count;
+    if (read(eventfd, &count, sizeof count) < 0)
+        return;
+}
+
+/* What a link's and a tunnel's legs need of the thread */
+
+int core_watch(struct core *core, int fd, struct source *source)
+{
+    struct epoll_event event = {.events = EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET, .data.ptr = source};
+    return epoll_ctl(core->epoll, EPOLL_CTL_ADD, fd, &event);
+}
+
+/* Its turn comes again at the end of this round, or in the next. */
+void core_make_ready(struct core *core, struct link *link)
+{
+    if (link->ready)
+        return;
+    link->ready = true;
+    link->next_ready = core->ready;
+    core->ready = link;
+}
+
+/* It is cut LINGER_NS from now, unless it ends before. */
+void core_linger(struct core *core, struct link *link)
+{
+    link->lingers = true;
+    link->linger_until = core->now + LINGER_NS;
+    link->next_linger = NULL;
+    *core->last_lingering = link;
+    core->last_lingering = &link->next_linger;
+}
+
+/* Python hears of it when this round is over: until then what it belongs to may not go away. */
+void core_tell(struct core *core, struct news *news)
+{
+    pthread_mutex_lock(&core->lock);
+    bool told = news->told;
+    news->told = true;
+    pthread_mutex_unlock(&core->lock);
+    if (told)
+        return;
+    news->next = NULL;
+    *core->last_fresh = news;
+    core->last_fresh = &news->next;
+}
+
+/* Python's side */
+
+/* 0, or -1: no memory. */
+int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size)
+{
+    struct command *command = malloc(sizeof *command);
+    uint8_t *copy = size ? malloc(size) : NULL;
+    if (!command || (size && !copy)) {
+        free(command);
+        free(copy);
+        return -1;
+    }
+    if (size)
+        memcpy(copy, bytes, size);
+    *command = (struct command){.kind = kind, .target = target, .bytes = copy, .size = size};
+    pthread_mutex_lock(&core->lock);
+    *core->last_command = command;
+    core->last_command = &command->next;
+    pthread_mutex_unlock(&core->lock);
+    if (atomic_load(&core->asleep))
+        ring(core->wake);
+    return 0;
+}
+
+/* What there is to tell since the last call, in order. Whoever takes them clears `told`, before looking at them. */
+struct news *core_take_news(struct core *core)
+{
+    hush(core->bell);
+    pthread_mutex_lock(&core->lock);
+    struct news *news = core->told;
+    core->told = NULL;
+    core->last_told = &core->told;
+    pthread_mutex_unlock(&core->lock);
+    return news;
+}
+
+/* The thread */
+
+static void carry_out(struct command *command)
+{
+    switch (command->kind) {
+    case COMMAND_START:
+        link_start(command->target);
+        break;
+    case COMMAND_ABORT:
+        link_abort(command->target, command->bytes, command->size);
+        command->bytes = NULL;
+        break;
+    case COMMAND_HANDSHAKE:
+        tunnel_shake(command->target);
+        break;
+    case COMMAND_ADOPT:
+        tunnel_adopt(command->target);
+        break;
+    case COMMAND_SAY:
+        tunnel_say(command->target, command->bytes, command->size);
+        break;
+    case COMMAND_READ:
+        tunnel_read(command->target);
+        break;
+    case COMMAND_CLOSE:
+        tunnel_close(command->target);
+        break;
+    }
+    free(command->bytes);
+    free(command);
+}
+
+/* Returns whether to go on. */
+static bool obey(struct core *core)
+{
+    pthread_mutex_lock(&core->lock);
+    struct command *commands = core->commands;
+    core->commands = NULL;
+    core->last_command = &core->commands;
+    bool go_on = !core->stopping;
+    pthread_mutex_unlock(&core->lock);
+    while (commands) {
+        struct command *command = commands;
+        commands = command->next;
+        carry_out(command);
+    }
+    return go_on;
+}
+
+/* Links that a budget had cut off go on; those that are over leave the list, for they are about to be given away. */
+static void take_turns(struct core *core)
+{
+    struct link *ready = core->ready;
+    core->ready = NULL;
+    while (ready) {
+        struct link *link = ready;
+        ready = link->next_ready;
+        link->ready = false;
+        link_continue(link);
+    }
+    for (struct link **place = &core->ready; *place;) {
+        if ((*place)->over)
+            *place = (*place)->next_ready;
+        else
+            place = &(*place)->next_ready;
+    }
+}
+
+static void cut_lingering(struct core *core)
+{
+    while (core->lingering && core->lingering->linger_until <= core->now)
+        link_cut(core->lingering);
+}
+
+static void report(struct core *core)
+{
+    if (!core->fresh)
+        return;
+    pthread_mutex_lock(&core->lock);
+    bool first = !core->told;
+    *core->last_told = core->fresh;
+    core->last_told = core->last_fresh;
+    pthread_mutex_unlock(&core->lock);
+    core->fresh = NULL;
+    core->last_fresh = &core->fresh;
+    if (first)
+        ring(core->bell);
+}
+
+/* Milliseconds it may sleep: who posts a command after this look finds it asleep, and rings. */
+static int patience(struct core *core)
+{
+    atomic_store(&core->asleep, true);
+    pthread_mutex_lock(&core->lock);
+    bool busy = core->commands || core->stopping;
+    pthread_mutex_unlock(&core->lock);
+    if (busy || core->ready)
+        return 0;
+    if (!core->lingering)
+        return -1;
+    return (int)((core->lingering->linger_until - core->now) / 1000000u) + 1;
+}
+
+static void *run(void *argument)
+{
+    struct core *core = argument;
+    struct epoll_event events[EVENTS_PER_ROUND];
+    bool go_on = true;
+    while (go_on) {
+        int count = epoll_wait(core->epoll, events, EVENTS_PER_ROUND, patience(core));
+        atomic_store(&core->asleep, false);
+        core->now = monotonic();
+        for (int which = 0; which < count; which++) {
+            struct source *source = events[which].data.ptr;
+            if (!source)
+                hush(core->wake);
+            else if (source->kind == SOURCE_TUNNEL)
+                tunnel_on_event((struct tunnel *)source, events[which].events);
+            else
+                plain_on_event((struct leg *)source, events[which].events);
+        }
+        go_on = obey(core);
+        take_turns(core);
+        cut_lingering(core);
+        report(core);
+    }
+    while (core->links)
+        link_cut(core->links);
+    report(core);
+    return NULL;
+}
+
+int core_open(struct core *core)
+{
+    struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
+    sigset_t all, before;
+    core->last_fresh = &core->fresh;
+    core->last_lingering = &core->lingering;
+    core->last_command = &core->commands;
+    core->last_told = &core->told;
+    pthread_mutex_init(&core->lock, NULL);
+    uint8_t *buffers = malloc(FRAME_HEADER + PLAIN_READ + 2 * CIPHER_READ + 2 * RECORD_SIZE);
+    core->epoll = epoll_create1(EPOLL_CLOEXEC);
+    core->wake = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    core->bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (!buffers || core->epoll < 0 || core->wake < 0 || core->bell < 0 ||
+        epoll_ctl(core->epoll, EPOLL_CTL_ADD, core->wake, &event))
+        goto failed;
+    core->plain = buffers + FRAME_HEADER;
+    core->cipher = core->plain + PLAIN_READ;
+    core->clear = core->cipher + CIPHER_READ;
+    /* Signals are for Python's threads. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int error = pthread_create(&core->thread, NULL, run, core);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!error)
+        return 0;
+    errno = error;
+failed:;
+    int reason = errno;
+    int descriptors[] = {core->epoll, core->wake, core->bell};
+    for (int which = 0; which < 3; which++) {
+        if (descriptors[which] >= 0)
+            close(descriptors[which]);
+    }
+    free(buffers);
+    core->bell = -1;
+    errno = reason;
+    return -1;
+}
+
+/* Ends the thread; links still running are reset, and wait to be taken. Without Python's lock. */
+void core_close(struct core *core)
+{
+    pthread_mutex_lock(&core->lock);
+    core->stopping = true;
+    pthread_mutex_unlock(&core->lock);
+    ring(core->wake);
+    pthread_join(core->thread, NULL);
+    pipes_close(&core->pipes);
+    close(core->epoll);
+    close(core->wake);
+    free(core->plain - FRAME_HEADER);
+    free(core->out.bytes);
+}

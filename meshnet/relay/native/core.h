@@ -1,0 +1,289 @@
+/* The native relay: threads with an epoll each that move bytes and never hold Python's lock.
+ *
+ *   module.c      what Python sees: Core and Link
+ *   handles.c     and for tunnels: Context, Session, Tunnel
+ *   core.c        a thread: its epoll, commands in, news out
+ *   link.c        the life of a link: two FINs or the first failure end it, and it is reported once
+ *   plain.c       a plain TCP leg: one recv and one send a message, splice when there is much
+ *   pipes.c       the pipes for splice
+ *   tunnel.c      a tunnel: its handshake, what comes between leases, what goes out
+ *   lease.c       a tunnel as a link's leg: DATA, FIN and RESET
+ *   tls.c         OpenSSL's part of a tunnel: contexts, and a BIO that costs no system call
+ *   frame.c       the frames of a lease, taken apart
+ *   libssl.c      finds OpenSSL
+ *
+ * It decides nothing: who may talk to whom is settled before a link gets here, and no tunnel carries a lease before
+ * Python has looked at its peer's certificate.
+ */
+#ifndef MESHNET_CORE_H
+#define MESHNET_CORE_H
+
+#include "frame.h"
+#include "libssl.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+#define PLAIN_READ (4 * FRAME_MAX_DATA) /* what one recv of a plain leg takes at most: four full records */
+#define CIPHER_READ (256 * 1024)        /* the same of a tunnel; every call saved counts there */
+#define RECORD_SIZE (16 * 1024)
+#define PIPE_SIZE (1024 * 1024)
+#define MAX_PIPES 32 /* who finds none left copies; 64 of this size are what a user without privileges may have */
+#define EVENTS_PER_ROUND 64
+#define MAX_INBOX (64 * 1024) /* bytes that wait for Python before a tunnel is read no further */
+#define LINGER_NS 1000000000u /* a lease may still wait for the end that the tunnel's peer owes */
+
+/* Keep in step with _REASONS and _ENDED_BY in __init__.py. */
+enum reason {
+    REASON_OK,
+    REASON_ABORTED,
+    REASON_PEER_RST,
+    REASON_KEEPALIVE,
+    REASON_INTERNAL,
+    REASON_TUNNEL_LOST,
+    REASON_TUNNEL_PROTOCOL,
+    REASON_RESET, /* by the peer sidecar, which says why */
+    REASONS
+};
+enum ended_by { BY_CLIENT, BY_SERVER, BY_PROXY, BY_PEER_PROXY };
+
+struct core;
+struct link;
+struct tunnel;
+
+/* What epoll's events lead to. */
+struct source {
+    enum { SOURCE_PLAIN, SOURCE_TUNNEL } kind;
+};
+
+/* Something that Python is to hear of; see core_tell. */
+struct news {
+    struct news *next;
+    bool told;   /* in the list; guarded by core->lock */
+    void *owner; /* the Python object, which the list keeps alive */
+};
+
+/* Filled by splice from one socket, drained by splice into another. `held`: bytes in it. */
+struct pipe {
+    int reader, writer;
+    size_t held;
+    struct pipe *next;
+};
+
+struct pipes {
+    struct pipe *idle;
+    int count;
+};
+
+/* Bytes on their way to a socket that is full. */
+struct backlog {
+    uint8_t *bytes;
+    size_t size;
+};
+
+/* One side of a link. Belongs to the core's thread from the link's start on. */
+struct leg {
+    struct source source; /* of a plain leg */
+    struct link *link;
+    struct leg *peer;
+    struct tunnel *tunnel; /* NULL: a plain leg */
+    int fd;                /* of a plain leg */
+    enum ended_by who;
+    enum frame_kind received_end; /* of a tunnel leg: how its peer had ended before the link was made, or FRAME_DATA */
+    bool in_done;  /* its FIN has come */
+    bool out_done; /* our FIN has gone out, behind all bytes */
+    bool over;     /* nothing is left to do here, should the link have failed */
+    /* Of a plain leg: */
+    bool readable; /* epoll said so, and no read has found it empty since (edge-triggered) */
+    bool hung_up;  /* epoll said that more than bytes is there to read: a FIN, an error */
+    bool fin_due;  /* the peer has ended: FIN behind what is held */
+    bool closed;
+    bool bulk; /* reads fill the buffer: splice */
+    struct backlog held;
+    struct pipe *pipe; /* the same, of a bulk stream; never both */
+};
+
+struct link {
+    struct core *core;
+    struct leg client, endpoint;
+    /* Read by Python at any time. Bytes handed to the next socket; moved_at: nanoseconds, CLOCK_MONOTONIC. */
+    _Atomic uint64_t sent, received, moved_at;
+    _Atomic bool client_done, endpoint_done;
+    bool over;
+    bool failed;
+    enum reason reason;
+    enum ended_by ended_by;
+    int error;                /* errno of the failure, or 0 */
+    bool lingers;
+    bool reusable;            /* the tunnel leg is between leases again */
+    enum frame_kind sent_end, received_end; /* how its lease has ended */
+    bool unread;              /* the tunnel leg's socket may have more: see COMMAND_READ */
+    const uint8_t *reset;     /* the payload of our RESET frame, should we send one */
+    size_t reset_size;
+    uint8_t *own_reset;       /* the same, when Python chose it */
+    uint8_t *peer_reset;      /* the payload of the peer's */
+    size_t peer_reset_size;
+    bool ready;               /* in core->ready */
+    struct link *next_ready;  /* links that a read budget has cut off */
+    struct link *next_linger; /* core->lingering, in the order of `linger_until` */
+    uint64_t linger_until;
+    struct link *previous, *next; /* core->links */
+    struct news ended;
+};
+
+/* Where in the backlog of a tunnel a frame ends, and how many of the application's bytes it carries. */
+struct mark {
+    size_t end, size;
+};
+#define MAX_MARKS 16
+
+/* Belongs to a core's thread from `core_post` of its first command on; what Python may see is behind core->lock. */
+struct tunnel {
+    struct source source;
+    struct core *core;
+    SSL *ssl;
+    int fd;
+    bool is_client;
+    bool handshaking;
+    bool watched;
+    bool readable, hung_up;
+    bool closed;
+    struct leg *leg; /* while leased */
+    const uint8_t *cipher; /* just received, for OpenSSL to read */
+    size_t cipher_size;
+    struct backlog held; /* ciphertext */
+    struct mark marks[MAX_MARKS];
+    int mark_count;
+    struct frame_reader frames;
+    enum frame_kind sent_end, received_end; /* FRAME_FIN or FRAME_RESET once that half has ended; FRAME_DATA before */
+    struct news heard;
+    /* Guarded by core->lock: */
+    uint8_t *inbox; /* decrypted bytes that no lease wanted */
+    size_t inbox_size, inbox_room;
+    bool established;
+    uint8_t *certificate; /* the peer's, DER */
+    size_t certificate_size;
+    const char *version, *cipher_name;
+    bool resumed;
+    SSL_SESSION *session; /* the latest ticket that the peer gave us */
+    bool lost;
+    int error;               /* errno */
+    long verify;             /* X509_V_ERR_* */
+    unsigned long ssl_error; /* of ERR_get_error */
+};
+
+enum command_kind {
+    COMMAND_START,
+    COMMAND_ABORT,
+    COMMAND_HANDSHAKE,
+    COMMAND_ADOPT,
+    COMMAND_SAY,
+    COMMAND_READ,
+    COMMAND_CLOSE
+};
+
+struct command {
+    enum command_kind kind;
+    void *target; /* the link or the tunnel */
+    uint8_t *bytes;
+    size_t size;
+    struct command *next;
+};
+
+struct core {
+    pthread_t thread;
+    int epoll, wake, bell; /* eventfds: commands wait; news wait */
+    uint8_t *plain;        /* PLAIN_READ bytes, with room for the first frame's header before them */
+    uint8_t *cipher;       /* CIPHER_READ */
+    uint8_t *clear;        /* what CIPHER_READ may decrypt to */
+    struct backlog out;    /* ciphertext that OpenSSL has made, about to be sent */
+    size_t out_room;
+    uint64_t now;
+    struct pipes pipes;
+    struct link *links;
+    struct link *ready;
+    struct link *lingering, **last_lingering;
+    struct news *fresh, **last_fresh; /* of this round */
+    struct backlog resets[REASONS];   /* payloads of RESET frames, by reason */
+
+    pthread_mutex_t lock; /* guards what follows */
+    struct command *commands, **last_command;
+    struct news *told, **last_told;
+    bool stopping;
+    _Atomic bool asleep; /* only then does a command need to wake it */
+};
+
+/* core.c */
+/* `core->resets` is set before. 0, or -1 with errno. */
+int core_open(struct core *core);
+void core_close(struct core *core);
+int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size);
+struct news *core_take_news(struct core *core);
+void core_tell(struct core *core, struct news *news);
+int core_watch(struct core *core, int fd, struct source *source);
+void core_make_ready(struct core *core, struct link *link);
+void core_linger(struct core *core, struct link *link);
+
+/* link.c */
+void link_init(struct link *link, struct core *core);
+void link_set_plain(struct leg *leg, int fd);
+void link_set_tunnel(struct leg *leg, struct tunnel *tunnel);
+void link_start(struct link *link);
+void link_abort(struct link *link, uint8_t *reset, size_t size);
+void link_free(struct link *link);
+void link_continue(struct link *link);
+void link_on_fin(struct leg *leg);
+void link_fail(struct link *link, enum reason reason, enum ended_by who, int error);
+void link_settle(struct link *link);
+void link_cut(struct link *link);
+void link_count(struct leg *leg, size_t size);
+bool link_is_full(const struct leg *leg);
+void link_pull(struct leg *leg);
+
+/* plain.c */
+void plain_on_event(struct leg *leg, uint32_t events);
+void plain_pull(struct leg *leg);
+void plain_write(struct leg *leg, struct iovec *pieces, int count);
+void plain_finish(struct leg *leg);
+void plain_reset(struct leg *leg);
+void plain_close(struct leg *leg);
+
+/* pipes.c */
+struct pipe *pipes_borrow(struct pipes *pipes);
+void pipes_give_back(struct pipes *pipes, struct pipe *pipe);
+void pipes_close(struct pipes *pipes);
+
+/* tunnel.c */
+void tunnel_on_event(struct tunnel *tunnel, uint32_t events);
+void tunnel_shake(struct tunnel *tunnel);
+void tunnel_adopt(struct tunnel *tunnel);
+void tunnel_say(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
+void tunnel_read(struct tunnel *tunnel);
+void tunnel_flush(struct tunnel *tunnel);
+void tunnel_keep(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
+void tunnel_close(struct tunnel *tunnel);
+void tunnel_free(struct tunnel *tunnel);
+
+/* lease.c */
+void lease_begin(struct leg *leg);
+void lease_digest(struct leg *leg, const uint8_t *bytes, size_t size);
+void lease_flush_pieces(struct leg *leg);
+void lease_write(struct leg *leg, uint8_t *bytes, size_t size);
+void lease_finish(struct leg *leg);
+void lease_abort(struct leg *leg);
+void lease_on_flushed(struct leg *leg);
+void lease_lost(struct leg *leg);
+void lease_cut(struct leg *leg);
+void lease_end(struct leg *leg);
+
+/* tls.c */
+SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server);
+bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, SSL_SESSION *session);
+int tls_load(void);
+bool backlog_append(struct backlog *backlog, const void *bytes, size_t size);
+
+#endif

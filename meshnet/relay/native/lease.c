@@ -1,0 +1,275 @@
+/* A tunnel as a link's leg: each DATA frame in a TLS record of its own, FIN, RESET.
+ *
+ * `in_done`: the peer has ended its half of the lease. `out_done`: we have ended ours, and it has gone out.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#define MAX_PIECES 64
+
+/* Payloads of one turn, sent in one call; only the thread's one leg that is reading has any. */
+static _Thread_local struct iovec pieces[MAX_PIECES];
+static _Thread_local int piece_count;
+
+static bool both_have_ended(const struct tunnel *tunnel)
+{
+    return tunnel->sent_end != FRAME_DATA && tunnel->received_end != FRAME_DATA;
+}
+
+/* Whatever is still in the lease, the tunnel is of no further use. */
+static void kill_tunnel(struct leg *leg)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    struct linger linger = {.l_onoff = 1};
+    leg->over = true;
+    /* When its owner closes the socket, the peer shall get RST: a FIN would wait behind bytes that nobody reads. */
+    if (!tunnel->closed)
+        setsockopt(tunnel->fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+    pthread_mutex_lock(&tunnel->core->lock);
+    tunnel->lost = true;
+    pthread_mutex_unlock(&tunnel->core->lock);
+}
+
+static void fail(struct leg *leg, enum reason reason, int error)
+{
+    kill_tunnel(leg);
+    link_fail(leg->link, reason, BY_PEER_PROXY, error);
+}
+
+void lease_lost(struct leg *leg)
+{
+    int error = leg->tunnel->error;
+    fail(leg, error == ETIMEDOUT ? REASON_KEEPALIVE : REASON_TUNNEL_LOST, error);
+}
+
+/* In */
+
+/* Hands the payloads on. */
+void lease_flush_pieces(struct leg *leg)
+{
+    int count = piece_count;
+    piece_count = 0;
+    if (count && !leg->peer->closed)
+        plain_write(leg->peer, pieces, count);
+}
+
+static void add_piece(struct leg *leg, const uint8_t *bytes, size_t size)
+{
+    if (piece_count == MAX_PIECES)
+        lease_flush_pieces(leg);
+    pieces[piece_count++] = (struct iovec){.iov_base = (void *)bytes, .iov_len = size};
+}
+
+static void on_reset(struct leg *leg)
+{
+    struct link *link = leg->link;
+    struct frame_reader *frames = &leg->tunnel->frames;
+    link->peer_reset = frames->control;
+    link->peer_reset_size = frames->control_size;
+    frames->control = NULL;
+    frame_reader_free(frames);
+    link_fail(link, REASON_RESET, BY_PEER_PROXY, 0);
+}
+
+/* Whether the lease goes on. */
+static bool on_frame(struct leg *leg)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    uint8_t header[FRAME_HEADER];
+    switch (tunnel->frames.kind) {
+    case FRAME_FIN:
+        if (tunnel->received_end != FRAME_DATA)
+            return false;
+        tunnel->received_end = FRAME_FIN;
+        leg->in_done = true;
+        leg->over = leg->out_done;
+        lease_flush_pieces(leg);
+        link_on_fin(leg);
+        return true;
+    case FRAME_RESET:
+        if (tunnel->received_end == FRAME_RESET)
+            return false;
+        tunnel->received_end = FRAME_RESET;
+        leg->in_done = true;
+        leg->over = leg->out_done && tunnel->sent_end != FRAME_DATA;
+        on_reset(leg);
+        return true;
+    default: /* PONG, GOAWAY: for Python, between leases */
+        frame_header(header, tunnel->frames.kind, 0);
+        tunnel_keep(tunnel, header, sizeof header);
+        return true;
+    }
+}
+
+void lease_digest(struct leg *leg, const uint8_t *bytes, size_t size)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    while (size && !leg->over) {
+        const uint8_t *piece;
+        size_t piece_size;
+        if (both_have_ended(tunnel))
+            break; /* what comes now is of the next lease */
+        enum frame_found found = frame_next(&tunnel->frames, &bytes, &size, &piece, &piece_size);
+        if (found == FRAME_NOTHING)
+            return;
+        if (found == FRAME_PIECE && tunnel->received_end == FRAME_DATA)
+            add_piece(leg, piece, piece_size);
+        else if (found == FRAME_PIECE || found == FRAME_BROKEN || !on_frame(leg)) {
+            fail(leg, REASON_TUNNEL_PROTOCOL, 0);
+            return;
+        }
+        if (!tunnel->leg)
+            break; /* the link is over */
+    }
+    if (size && !tunnel->lost)
+        tunnel_keep(tunnel, bytes, size);
+}
+
+/* Out */
+
+static bool put(struct leg *leg, const uint8_t *frame, size_t size, size_t payload)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    size_t written;
+    libssl.ERR_clear_error();
+    if (!libssl.SSL_write_ex(tunnel->ssl, frame, size, &written)) {
+        fail(leg, REASON_TUNNEL_LOST, 0);
+        return false;
+    }
+    if (payload) {
+        size_t end = tunnel->held.size + tunnel->core->out.size;
+        if (tunnel->mark_count < MAX_MARKS)
+            tunnel->marks[tunnel->mark_count++] = (struct mark){.end = end, .size = payload};
+        else /* two frames are counted as one */
+            tunnel->marks[MAX_MARKS - 1] = (struct mark){.end = end, .size = tunnel->marks[MAX_MARKS - 1].size + payload};
+    }
+    return true;
+}
+
+/* FRAME_HEADER bytes before `bytes` are overwritten. */
+void lease_write(struct leg *leg, uint8_t *bytes, size_t size)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    if (leg->over || tunnel->sent_end != FRAME_DATA)
+        return;
+    while (size) {
+        size_t part = size < FRAME_MAX_DATA ? size : FRAME_MAX_DATA;
+        frame_header(bytes - FRAME_HEADER, FRAME_DATA, part); /* over bytes that are encrypted already */
+        if (!put(leg, bytes - FRAME_HEADER, part + FRAME_HEADER, part))
+            return;
+        bytes += part;
+        size -= part;
+    }
+    tunnel_flush(tunnel);
+}
+
+/* Our half has ended: has it gone out? */
+static void ended_out(struct leg *leg)
+{
+    if (leg->tunnel->held.size || leg->over)
+        return;
+    leg->out_done = true;
+    leg->over = leg->in_done;
+    link_settle(leg->link);
+}
+
+/* The peer leg has ended: FIN, behind everything that is still to go. */
+void lease_finish(struct leg *leg)
+{
+    uint8_t frame[FRAME_HEADER];
+    if (leg->over || leg->tunnel->sent_end != FRAME_DATA)
+        return;
+    frame_header(frame, FRAME_FIN, 0);
+    leg->tunnel->sent_end = FRAME_FIN;
+    if (!put(leg, frame, sizeof frame, 0))
+        return;
+    tunnel_flush(leg->tunnel);
+    ended_out(leg);
+}
+
+/* The link has failed: RESET, which may follow FIN as long as the peer's end has not come. */
+void lease_abort(struct leg *leg)
+{
+    struct link *link = leg->link;
+    struct tunnel *tunnel = leg->tunnel;
+    if (leg->over)
+        return;
+    if (!both_have_ended(tunnel)) {
+        uint8_t frame[FRAME_HEADER + FRAME_MAX_CONTROL];
+        frame_header(frame, FRAME_RESET, link->reset_size);
+        memcpy(frame + FRAME_HEADER, link->reset, link->reset_size);
+        tunnel->sent_end = FRAME_RESET;
+        leg->out_done = false;
+        if (!put(leg, frame, FRAME_HEADER + link->reset_size, 0))
+            return;
+        tunnel_flush(tunnel);
+    }
+    ended_out(leg);
+}
+
+/* The socket has taken all there was for it. */
+void lease_on_flushed(struct leg *leg)
+{
+    if (leg->tunnel->sent_end != FRAME_DATA)
+        ended_out(leg);
+    else
+        link_pull(leg->peer);
+}
+
+/* The peer's end will not be waited for. */
+void lease_cut(struct leg *leg)
+{
+    if (!leg->over)
+        kill_tunnel(leg);
+}
+
+/* Beginning and end */
+
+/* What came behind OPEN or OPENED was handed to the link; what has come since is in the inbox. */
+void lease_begin(struct leg *leg)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    struct core *core = tunnel->core;
+    tunnel->leg = leg;
+    piece_count = 0;
+    if (tunnel->closed || tunnel->lost) {
+        fail(leg, REASON_TUNNEL_LOST, tunnel->error);
+        return;
+    }
+    leg->in_done = leg->received_end != FRAME_DATA;
+    if (leg->received_end == FRAME_FIN)
+        link_on_fin(leg);
+    if (!tunnel->leg)
+        return;
+    pthread_mutex_lock(&core->lock);
+    uint8_t *inbox = tunnel->inbox;
+    size_t size = tunnel->inbox_size;
+    tunnel->inbox = NULL;
+    tunnel->inbox_size = tunnel->inbox_room = 0;
+    pthread_mutex_unlock(&core->lock);
+    if (size) {
+        lease_digest(leg, inbox, size);
+        lease_flush_pieces(leg);
+    }
+    free(inbox);
+    if (tunnel->leg)
+        tunnel_read(tunnel);
+}
+
+/* The link is over. */
+void lease_end(struct leg *leg)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    piece_count = 0;
+    leg->link->unread = tunnel->readable;
+    leg->link->sent_end = tunnel->sent_end;
+    leg->link->received_end = tunnel->received_end;
+    leg->link->reusable = !tunnel->lost && both_have_ended(tunnel);
+    tunnel->leg = NULL;
+    tunnel->mark_count = 0;
+}

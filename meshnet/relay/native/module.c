@@ -1,0 +1,405 @@
+/* What Python sees: a Core, which is a thread, and a Link for each connection given to it. */
+#include "module.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+typedef struct {
+    PyObject_HEAD
+    struct link link;
+    PyObject *core;    /* must outlive it */
+    PyObject *tunnels[2];
+    PyObject *waiter;  /* what Core.news gives back; NULL when it has */
+} LinkObject;
+
+static PyTypeObject *link_type;
+
+PyObject *module_allocate(PyTypeObject *type)
+{
+    allocfunc alloc = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
+    return alloc(type, 0);
+}
+
+void module_release(PyObject *object)
+{
+    PyTypeObject *type = Py_TYPE(object);
+    freefunc tp_free = (freefunc)PyType_GetSlot(type, Py_tp_free);
+    tp_free(object);
+    Py_DECREF(type);
+}
+
+void *module_core_is_closed(void)
+{
+    PyErr_SetString(PyExc_RuntimeError, "the core has stopped");
+    return NULL;
+}
+
+/* Link */
+
+static void link_dealloc(PyObject *object)
+{
+    LinkObject *self = (LinkObject *)object;
+    link_free(&self->link);
+    Py_XDECREF(self->waiter);
+    Py_XDECREF(self->tunnels[0]);
+    Py_XDECREF(self->tunnels[1]);
+    Py_XDECREF(self->core);
+    module_release(object);
+}
+
+static PyObject *link_abort_(PyObject *object, PyObject *arguments)
+{
+    LinkObject *self = (LinkObject *)object;
+    Py_buffer reset;
+    if (!PyArg_ParseTuple(arguments, "y*", &reset))
+        return NULL;
+    int error = 0;
+    if (reset.len > FRAME_MAX_CONTROL)
+        PyErr_SetString(PyExc_ValueError, "a RESET of that size is none");
+    else if (self->waiter && ((CoreObject *)self->core)->open &&
+             (error = core_post(self->link.core, COMMAND_ABORT, &self->link, reset.buf, (size_t)reset.len)))
+        PyErr_NoMemory();
+    PyBuffer_Release(&reset);
+    if (PyErr_Occurred())
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *link_counts(PyObject *object, PyObject *unused)
+{
+    struct link *link = &((LinkObject *)object)->link;
+    (void)unused;
+    return Py_BuildValue("KKNNd", (unsigned long long)atomic_load(&link->sent),
+                         (unsigned long long)atomic_load(&link->received),
+                         PyBool_FromLong(atomic_load(&link->client_done)),
+                         PyBool_FromLong(atomic_load(&link->endpoint_done)),
+                         (double)atomic_load(&link->moved_at) / 1e9);
+}
+
+static PyObject *link_result(PyObject *object, PyObject *unused)
+{
+    LinkObject *self = (LinkObject *)object;
+    struct link *link = &self->link;
+    (void)unused;
+    if (self->waiter) {
+        PyErr_SetString(PyExc_RuntimeError, "the link has not ended");
+        return NULL;
+    }
+    return Py_BuildValue("iiiNNiiy#", (int)link->reason, (int)link->ended_by, link->error,
+                         PyBool_FromLong(link->reusable), PyBool_FromLong(link->unread), (int)link->sent_end,
+                         (int)link->received_end,
+                         link->peer_reset ? (const char *)link->peer_reset : "", (Py_ssize_t)link->peer_reset_size);
+}
+
+static PyMethodDef link_methods[] = {
+    {"abort", link_abort_, METH_VARARGS,
+     "abort(reset)\n\nResets both legs, soon; a tunnel leg by a RESET frame with this payload."},
+    {"counts", link_counts, METH_NOARGS,
+     "counts() -> (sent, received, client_done, endpoint_done, moved_at)\n\nNow; moved_at in seconds, monotonic."},
+    {"result", link_result, METH_NOARGS,
+     "result() -> (reason, ended_by, errno, reusable, unread, sent_end, received_end, reset)\n\n"
+     "Of a link that has ended. The ends are the kinds of frames that ended the halves of its lease, 0: none did."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot link_slots[] = {
+    {Py_tp_doc, "One connection in the core's hands."},
+    {Py_tp_dealloc, link_dealloc},
+    {Py_tp_methods, link_methods},
+    {0, NULL},
+};
+
+static PyType_Spec link_spec = {
+    .name = "meshnet.relay.native._core.Link",
+    .basicsize = sizeof(LinkObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = link_slots,
+};
+
+/* Core */
+
+static void free_resets(struct core *core)
+{
+    for (int reason = 0; reason < REASONS; reason++)
+        free(core->resets[reason].bytes);
+}
+
+static bool take_resets(struct core *core, PyObject *resets)
+{
+    if (PyTuple_Size(resets) != REASONS) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "resets must be %d", (int)REASONS);
+        return false;
+    }
+    for (int reason = 0; reason < REASONS; reason++) {
+        char *bytes;
+        Py_ssize_t size;
+        if (PyBytes_AsStringAndSize(PyTuple_GetItem(resets, reason), &bytes, &size))
+            return false;
+        if (size > FRAME_MAX_CONTROL || (size && !backlog_append(&core->resets[reason], bytes, (size_t)size))) {
+            PyErr_SetString(PyExc_ValueError, "a RESET of that size is none");
+            return false;
+        }
+    }
+    return true;
+}
+
+static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
+{
+    static char *names[] = {"resets", NULL};
+    PyObject *resets;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!", names, &PyTuple_Type, &resets))
+        return NULL;
+    PyObject *object = module_allocate(type);
+    if (!object)
+        return NULL;
+    CoreObject *self = (CoreObject *)object;
+    self->core.bell = -1;
+    if (take_resets(&self->core, resets)) {
+        if (!core_open(&self->core)) {
+            self->open = true;
+            return object;
+        }
+        PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_DECREF(object);
+    return NULL;
+}
+
+/* With FRAME_HEADER bytes of room before it; nothing of nothing. */
+static bool copy_early(struct leg *leg, const Py_buffer *bytes)
+{
+    static const uint8_t room[FRAME_HEADER];
+    return !bytes->len || (backlog_append(&leg->held, room, FRAME_HEADER) &&
+                           backlog_append(&leg->held, bytes->buf, (size_t)bytes->len));
+}
+
+/* A descriptor, or a tunnel between leases. */
+static bool take_leg(LinkObject *made, int which, PyObject *given, int received_end, const Py_buffer *unread)
+{
+    struct leg *leg = which ? &made->link.endpoint : &made->link.client;
+    if (!PyObject_TypeCheck(given, tunnel_type)) {
+        long fd = PyLong_AsLong(given);
+        if (fd < 0)
+            return false;
+        link_set_plain(leg, (int)fd);
+        return true;
+    }
+    TunnelObject *tunnel = (TunnelObject *)given;
+    if (tunnel->core != made->core || tunnel->closing) {
+        PyErr_SetString(PyExc_ValueError, "the tunnel is not this core's");
+        return false;
+    }
+    Py_INCREF(given);
+    made->tunnels[which] = given;
+    link_set_tunnel(leg, &tunnel->tunnel);
+    leg->received_end = (enum frame_kind)received_end;
+    if (!unread->len)
+        return true;
+    /* Before what has come since. */
+    struct backlog inbox = {0};
+    struct core *core = made->link.core;
+    pthread_mutex_lock(&core->lock);
+    bool fits = backlog_append(&inbox, unread->buf, (size_t)unread->len) &&
+                (!tunnel->tunnel.inbox_size ||
+                 backlog_append(&inbox, tunnel->tunnel.inbox, tunnel->tunnel.inbox_size));
+    if (fits) {
+        free(tunnel->tunnel.inbox);
+        tunnel->tunnel.inbox = inbox.bytes;
+        tunnel->tunnel.inbox_size = tunnel->tunnel.inbox_room = inbox.size;
+    }
+    pthread_mutex_unlock(&core->lock);
+    if (!fits) {
+        free(inbox.bytes);
+        PyErr_NoMemory();
+    }
+    return fits;
+}
+
+static PyObject *core_start(PyObject *object, PyObject *arguments)
+{
+    CoreObject *self = (CoreObject *)object;
+    Py_buffer to_client, to_endpoint, unread;
+    PyObject *client, *endpoint, *waiter;
+    int received_end;
+    unsigned long long sent;
+    if (!PyArg_ParseTuple(arguments, "OOy*y*Kiy*O", &client, &endpoint, &to_client, &to_endpoint, &sent,
+                          &received_end, &unread, &waiter))
+        return NULL;
+    LinkObject *made = NULL;
+    if (!self->open)
+        module_core_is_closed();
+    else if ((made = (LinkObject *)module_allocate(link_type))) {
+        struct link *link = &made->link;
+        link_init(link, &self->core);
+        link->ended.owner = made;
+        atomic_store(&link->sent, sent);
+        Py_INCREF(object);
+        made->core = object;
+        if (take_leg(made, 0, client, received_end, &unread) && take_leg(made, 1, endpoint, received_end, &unread)) {
+            if (!copy_early(&link->client, &to_client) || !copy_early(&link->endpoint, &to_endpoint) ||
+                core_post(&self->core, COMMAND_START, link, NULL, 0))
+                PyErr_NoMemory();
+        }
+        if (PyErr_Occurred()) {
+            free(link->client.held.bytes);
+            free(link->endpoint.held.bytes);
+            Py_DECREF((PyObject *)made);
+            made = NULL;
+        } else {
+            Py_INCREF(waiter);
+            made->waiter = waiter;
+            Py_INCREF((PyObject *)made); /* the core's */
+        }
+    }
+    PyBuffer_Release(&to_client);
+    PyBuffer_Release(&to_endpoint);
+    PyBuffer_Release(&unread);
+    return (PyObject *)made;
+}
+
+static int add_news(PyObject *waiters, PyObject *object)
+{
+    if (PyObject_TypeCheck(object, link_type)) {
+        LinkObject *ended = (LinkObject *)object;
+        PyObject *waiter = ended->waiter;
+        ended->waiter = NULL;
+        int error = PyList_Append(waiters, waiter);
+        Py_DECREF(waiter);
+        Py_DECREF(object);
+        return error;
+    }
+    TunnelObject *tunnel = (TunnelObject *)object;
+    if (tunnel->closing) {
+        if (tunnel->tunnel.closed)
+            handles_let_go(tunnel);
+        return 0;
+    }
+    return PyList_Append(waiters, tunnel->waiter);
+}
+
+static PyObject *core_news(PyObject *object, PyObject *unused)
+{
+    CoreObject *self = (CoreObject *)object;
+    (void)unused;
+    PyObject *waiters = PyList_New(0);
+    if (!waiters)
+        return NULL;
+    struct news *news = core_take_news(&self->core);
+    int error = 0;
+    while (news) {
+        struct news *this = news;
+        news = news->next;
+        pthread_mutex_lock(&self->core.lock);
+        this->told = false;
+        pthread_mutex_unlock(&self->core.lock);
+        error |= add_news(waiters, this->owner);
+    }
+    if (error) {
+        Py_DECREF(waiters);
+        return NULL;
+    }
+    return waiters;
+}
+
+static PyObject *core_fileno(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(((CoreObject *)object)->core.bell);
+}
+
+static PyObject *core_stop(PyObject *object, PyObject *unused)
+{
+    CoreObject *self = (CoreObject *)object;
+    (void)unused;
+    if (self->open) {
+        self->open = false;
+        Py_BEGIN_ALLOW_THREADS
+        core_close(&self->core);
+        Py_END_ALLOW_THREADS
+    }
+    Py_RETURN_NONE;
+}
+
+static void core_dealloc(PyObject *object)
+{
+    CoreObject *self = (CoreObject *)object;
+    if (self->open) {
+        self->open = false;
+        core_close(&self->core); /* holds Python's lock, which the thread never takes */
+    }
+    if (self->core.bell >= 0)
+        close(self->core.bell);
+    free_resets(&self->core);
+    module_release(object);
+}
+
+static PyObject *core_shake(PyObject *object, PyObject *arguments)
+{
+    return handles_shake((CoreObject *)object, arguments);
+}
+
+static PyMethodDef core_methods[] = {
+    {"start", core_start, METH_VARARGS,
+     "start(client, endpoint, to_client, to_endpoint, sent, received_end, unread, waiter) -> Link\n\n"
+     "Legs are descriptors of connected, non-blocking TCP sockets, taken over and closed at the end, or tunnels with a\n"
+     "lease that is up. The bytes are sent first. `sent` went up before. `received_end`: the kind of frame by which the tunnel's peer has\n"
+     "ended its half already, or 0; `unread`: what\n"
+     "came from it and is no whole frame yet. `waiter` comes back from `news` when the link has ended."},
+    {"shake", core_shake, METH_VARARGS,
+     "shake(context, fd, is_client, session, waiter) -> Tunnel\n\n"
+     "Takes over the descriptor of a connected, non-blocking TCP socket and begins a TLS handshake on it. `waiter`\n"
+     "comes back from `news` when it is over, one way or the other, and later whenever there is something to take."},
+    {"news", core_news, METH_NOARGS, "news() -> list\n\nThe waiters of what has happened since."},
+    {"fileno", core_fileno, METH_NOARGS, "fileno() -> int\n\nReadable while `news` has something to say."},
+    {"stop", core_stop, METH_NOARGS, "stop()\n\nEnds the thread. Links that still run are reset, and have ended."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot core_slots[] = {
+    {Py_tp_doc, "Core(resets)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET frame for each\n"
+                "reason. Raises OSError."},
+    {Py_tp_new, core_new},
+    {Py_tp_dealloc, core_dealloc},
+    {Py_tp_methods, core_methods},
+    {0, NULL},
+};
+
+static PyType_Spec core_spec = {
+    .name = "meshnet.relay.native._core.Core",
+    .basicsize = sizeof(CoreObject),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = core_slots,
+};
+
+/* The module */
+
+static int add_types(PyObject *module)
+{
+    PyObject *core_type = PyType_FromSpec(&core_spec);
+    link_type = (PyTypeObject *)PyType_FromSpec(&link_spec);
+    if (!core_type || !link_type || PyModule_AddObjectRef(module, "Link", (PyObject *)link_type) ||
+        PyModule_AddObjectRef(module, "Core", core_type))
+        return -1;
+    Py_DECREF(core_type);
+    return handles_add(module);
+}
+
+static PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, add_types},
+    {0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_core",
+    .m_doc = "The native relay's thread, written in C.",
+    .m_slots = module_slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&module);
+}

@@ -1,0 +1,148 @@
+"""TLS by the core: handshakes on a thread of their own, channels that the native relay can take over."""
+
+import errno
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import trio
+
+from meshnet.errors import ConnectionFailed, Reason
+from meshnet.net.tls import Ticket, not_verified, peer_identity
+
+if TYPE_CHECKING:
+    from meshnet.relay.native._core import Core, Session, Tunnel
+
+# What the peer's alert may say about our certificate (RFC 8446, 6.2): SSL_R_*, which is 1000 and the alert's number.
+_OUR_CERTIFICATE = frozenset({1042, 1043, 1044, 1045, 1046, 1048, 1116})
+_HUNG_UP = frozenset({0, errno.ECONNRESET, errno.EPIPE})
+
+
+class NativeChannel:
+    """See meshnet.net.tls.Channel. Its `wake` is called in trio's thread when the core has news of it."""
+
+    def __init__(self, context: object) -> None:
+        self.context = context
+        self.identity = self.version = self.cipher = ""
+        self.good_until = 0.0
+        self.resumed = False
+        self._waiting: trio.lowlevel.Task | None = None
+        self._tunnel: Tunnel | None = None
+
+    @property
+    def tunnel(self) -> "Tunnel":
+        assert self._tunnel is not None
+        return self._tunnel
+
+    @property
+    def ticket(self) -> Ticket | None:
+        return self.tunnel.session()
+
+    def wake(self) -> None:
+        task, self._waiting = self._waiting, None
+        if task is not None:
+            trio.lowlevel.reschedule(task)
+
+    async def shake(
+        self, sock: socket.socket, core: "Core", relay: "Core", *, is_client: bool, ticket: "Session | None"
+    ) -> None:
+        """On `core`, for use on `relay`. Owns `sock`. Raises ConnectionFailed(tls.*)."""
+        try:
+            self._tunnel = core.shake(self.context, sock.fileno(), is_client, ticket, self)
+        except BaseException:
+            sock.close()
+            raise
+        sock.detach()
+        try:
+            while not (state := self.tunnel.state())[0]:
+                if state[1]:
+                    raise _failure(state)
+                await self._news()
+            certificate, self.version, self.cipher, self.resumed = self.tunnel.peer()
+            self.identity, self.good_until = peer_identity(certificate)
+            self.tunnel.adopt(relay)
+        except BaseException:
+            self.tunnel.close()
+            raise
+
+    async def send_all(self, data: bytes) -> None:
+        self.send_now(data)
+
+    def send_now(self, data: bytes) -> None:
+        try:
+            self.tunnel.say(data)
+        except RuntimeError as error:
+            raise OSError(str(error)) from error
+
+    async def receive(self) -> bytes:
+        while (data := self.receive_now()) is None:
+            await self._news()
+        return data
+
+    def receive_now(self) -> bytes | None:
+        if data := self.tunnel.take():
+            return data
+        state = self.tunnel.state()
+        if not state[1]:
+            return None
+        if state[5]:
+            raise _failure(state)
+        if state[2]:
+            raise OSError(state[2], os.strerror(state[2]))
+        return b""
+
+    def shut(self) -> None:
+        self.tunnel.shut()
+
+    def close(self) -> None:
+        self.tunnel.close()
+
+    async def _news(self) -> None:
+        assert self._waiting is None
+        self._waiting = trio.lowlevel.current_task()
+
+        def cancel(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+            self._waiting = None
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(cancel)
+
+
+class NativeTls:
+    """See meshnet.net.tls.Tls. Handshakes take milliseconds, so they are not made on the thread that relays."""
+
+    def __init__(self, handshakes: "Core", relay: "Core") -> None:
+        self._handshakes = handshakes
+        self._relay = relay
+
+    def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
+        from meshnet.relay.native._core import Context
+
+        for file in (certificate, key, bundle):
+            with open(file, "rb"):
+                pass  # for an OSError that names the file: OpenSSL would say only that it cannot
+        return Context(certificate, key, bundle, is_server)
+
+    async def connect(self, sock: socket.socket, context: object, ticket: Ticket | None) -> NativeChannel:
+        channel = NativeChannel(context)
+        await channel.shake(sock, self._handshakes, self._relay, is_client=True, ticket=ticket)  # type: ignore[arg-type] # only our own tickets come back
+        return channel
+
+    async def accept(self, sock: socket.socket, context: object) -> NativeChannel:
+        channel = NativeChannel(context)
+        await channel.shake(sock, self._handshakes, self._relay, is_client=False, ticket=None)
+        return channel
+
+
+def _failure(state: tuple[bool, bool, int, int, str, int, str]) -> ConnectionFailed:
+    """What the core's `Tunnel.state` means to an operator."""
+    _, _, number, verify, verify_text, ssl_reason, ssl_text = state
+    if verify:
+        return not_verified(verify, verify_text)
+    if ssl_reason in _OUR_CERTIFICATE:
+        return ConnectionFailed(Reason.TLS_NO_IDENTITY, f"the peer does not take our certificate: {ssl_text}")
+    if ssl_reason:
+        return ConnectionFailed(Reason.TLS_HANDSHAKE, f"TLS: {ssl_text}")
+    if number in _HUNG_UP:
+        return ConnectionFailed(Reason.TLS_HANDSHAKE, "the peer hung up during the handshake")
+    return ConnectionFailed(Reason.TLS_HANDSHAKE, f"TLS: {os.strerror(number)}")
