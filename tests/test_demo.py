@@ -42,6 +42,16 @@ def demo(tmp: Path, *arguments: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.parametrize("relay", ["native", "python"])
+def test_every_proof_holds_whichever_relay_moves_the_bytes(
+    tmp: Path, relay: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MESHNET_RELAY", relay)
+    with demo(tmp, "--json") as running:
+        stdout, stderr = running.communicate(timeout=110)
+    assert running.returncode == 0, stdout + stderr
+
+
 def test_every_proof_holds_on_a_mesh_that_can_be_entered_and_nothing_is_left_of_it(tmp: Path) -> None:
     with demo(tmp, "--stay", "--json") as running:
         assert running.stderr is not None

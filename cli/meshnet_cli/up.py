@@ -148,9 +148,10 @@ def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> s
 def _need_valid(settings: IdentitySection) -> None:
     """Raises CommandError for an identity with which the sidecar could do nothing."""
     from meshnet.control.authority import CA_CERTIFICATE
+    from meshnet.net.python_tls import PythonTls
     from meshnet.proxy.identity import Identity
 
-    identity = Identity(settings)
+    identity = Identity(settings, PythonTls())
     identity.refresh()
     status, home, out = identity.status(), _home(Path(settings.certificate)), Path(settings.certificate).parent
     if (home / CA_CERTIFICATE).exists():

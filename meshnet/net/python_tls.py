@@ -6,7 +6,8 @@ import ssl
 import trio
 
 from meshnet.errors import ConnectionFailed, Reason
-from meshnet.net.tls import ALPN, Ticket, not_verified, peer_identity
+from meshnet.net.strand import in_task
+from meshnet.net.tls import ALPN, Ticket, handshake_timeout, not_verified, peer_identity
 
 _RECEIVE_SIZE = 32768  # more than one record
 
@@ -44,6 +45,7 @@ class PythonChannel:
         return self.sock.session
 
     async def send_all(self, data: bytes) -> None:
+        await in_task()
         view = memoryview(data)
         while view:
             try:
@@ -57,6 +59,7 @@ class PythonChannel:
         self.sock.send(data)
 
     async def receive(self) -> bytes:
+        await in_task()
         if not self.sock.pending():
             await trio.lowlevel.wait_readable(self.sock)  # most often the peer has nothing to say yet
         while True:
@@ -99,29 +102,36 @@ class PythonTls:
             context.num_tickets = 1  # one tunnel resumes one session; a second ticket would be work for nobody
         return context
 
-    async def connect(self, sock: socket.socket, context: object, ticket: Ticket | None) -> PythonChannel:
+    async def connect(
+        self, sock: socket.socket, context: object, ticket: Ticket | None, timeout: float
+    ) -> PythonChannel:
         assert isinstance(context, ssl.SSLContext)
         assert ticket is None or isinstance(ticket, ssl.SSLSession)
-        return await _channel(sock, context, False, ticket)
+        return await _channel(sock, context, False, ticket, timeout)
 
-    async def accept(self, sock: socket.socket, context: object) -> PythonChannel:
+    async def accept(self, sock: socket.socket, context: object, timeout: float) -> PythonChannel:
         assert isinstance(context, ssl.SSLContext)
-        return await _channel(sock, context, True, None)
+        return await _channel(sock, context, True, None, timeout)
 
 
 async def _channel(
-    plain: socket.socket, context: ssl.SSLContext, is_server: bool, session: ssl.SSLSession | None
+    plain: socket.socket, context: ssl.SSLContext, is_server: bool, session: ssl.SSLSession | None, timeout: float
 ) -> PythonChannel:
+    await in_task()
     sock: socket.socket = plain
     try:
         sock = secure = context.wrap_socket(
             plain, server_side=is_server, do_handshake_on_connect=False, session=session
         )
-        await _handshake(secure)
+        with trio.fail_after(timeout):
+            await _handshake(secure)
         return PythonChannel(secure)
     except OSError as error:  # of wrap_socket too, when the peer is gone already
         sock.close()
         raise _failure(error) from error
+    except trio.TooSlowError:
+        sock.close()
+        raise handshake_timeout(timeout, not is_server) from None
     except BaseException:
         sock.close()
         raise

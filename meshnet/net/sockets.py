@@ -11,6 +11,7 @@ import trio
 
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.address import Address, canonical_host
+from meshnet.net.strand import in_task
 
 _log = logging.getLogger("meshnet.net")
 
@@ -108,6 +109,7 @@ async def connect(address: Address, *, mark: int, timeout: float, local: bool = 
             # To this very host the handshake is over when the call returns, and only a second one says so.
             code = sock.connect_ex((address.host, address.port))
         if code == errno.EALREADY:
+            await in_task()
             with trio.move_on_after(timeout):
                 await trio.lowlevel.wait_writable(sock)
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from cryptography import x509
 
-from meshnet.errors import ConnectionFailed, Reason
+from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.identity import is_spiffe_id
 
 ALPN = "meshnet/1"
@@ -67,11 +67,11 @@ class Tls(Protocol):
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
         """From PEM files. Raises OSError, also when key and certificate are no pair, or ValueError."""
 
-    async def connect(self, sock: socket.socket, context: object, ticket: Ticket | None) -> Channel:
-        """The handshake of who dialled. Owns `sock`. Raises ConnectionFailed(tls.*)."""
+    async def connect(self, sock: socket.socket, context: object, ticket: Ticket | None, timeout: float) -> Channel:
+        """The handshake of who dialled, within `timeout` seconds. Owns `sock`. Raises ConnectionFailed(tls.*)."""
 
-    async def accept(self, sock: socket.socket, context: object) -> Channel:
-        """The handshake of who was dialled. Owns `sock`. Raises ConnectionFailed(tls.*)."""
+    async def accept(self, sock: socket.socket, context: object, timeout: float) -> Channel:
+        """The handshake of who was dialled, as `connect`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +115,11 @@ def peer_identity(certificate: bytes) -> tuple[str, float]:
     if not_after < time.time():
         raise ConnectionFailed(Reason.TLS_EXPIRED, f"the certificate of {identities[0]} has expired")
     return identities[0], not_after
+
+
+def handshake_timeout(seconds: float, is_client: bool) -> ConnectionFailed:
+    ended_by = EndedBy.PROXY if is_client else EndedBy.CLIENT
+    return ConnectionFailed(Reason.TLS_HANDSHAKE, f"no TLS handshake within {seconds:g} s", ended_by=ended_by)
 
 
 def not_verified(code: int, message: str) -> ConnectionFailed:

@@ -20,6 +20,7 @@ from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
+from meshnet.net.strand import Strands
 from meshnet.proxy import follow, inbound, last_good, outbound
 from meshnet.proxy.admin import AdminServer, admin_listener
 from meshnet.proxy.health import HealthServer
@@ -127,6 +128,7 @@ class _Sidecar:
                 nursery.start_soon(state.identity.watch, self._renewed)
                 nursery.start_soon(self._reap)
                 nursery.start_soon(self._measure_lag)
+                strands = Strands(nursery)
                 server = AdminServer(state, self._listeners, self._ask_drain)
                 nursery.start_soon(trio.serve_listeners, _guarded(server.handle), [admin_socket])
                 nursery.start_soon(trio.serve_listeners, _guarded(HealthServer(state, state.metrics).handle), health)
@@ -135,7 +137,7 @@ class _Sidecar:
                     (inbound.carry_plain, inbound_sockets),
                     (inbound.serve_tunnel, tunnel_sockets),
                 ):
-                    nursery.start_soon(self._accept, found, self._starter(nursery, carry))
+                    nursery.start_soon(self._accept, found, self._starter(strands, carry))
                 # What is alive now stays: the collector need not look at it again with every connection's garbage.
                 gc.collect()
                 gc.freeze()
@@ -143,6 +145,7 @@ class _Sidecar:
                 _log.info("listening: %s", ", ".join(self._listeners.values()))
                 await self._drain_asked.wait()
                 await self._drain()
+                strands.close()
                 nursery.cancel_scope.cancel()
         except OSError as error:
             raise CommandError(
@@ -160,7 +163,7 @@ class _Sidecar:
             await self._last_call.wait()
             nursery.cancel_scope.cancel()
 
-    def _starter(self, nursery: trio.Nursery, carry: Carry) -> Callable[[socket.socket, Address], None]:
+    def _starter(self, strands: Strands, carry: Carry) -> Callable[[socket.socket, Address], None]:
         state = self._state
 
         async def carry_one(sock: socket.socket, peer: Address) -> None:
@@ -172,7 +175,7 @@ class _Sidecar:
                 sock.close()
 
         def start(sock: socket.socket, peer: Address) -> None:
-            nursery.start_soon(carry_one, sock, peer)
+            strands.start(carry_one(sock, peer))
 
         return start
 

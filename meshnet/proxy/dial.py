@@ -13,6 +13,7 @@ from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.service import Endpoint, ServicePort, TunnelKind
+from meshnet.net.strand import in_task
 from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import EndpointState, ProxyState
@@ -38,6 +39,7 @@ async def dial_service(
             raise last or _nothing_to_try(service, pinned, state, now)
         if isinstance(step, Wait):
             tried.clear()
+            await in_task()
             await trio.sleep(step.seconds)
             continue
         endpoint = state.balancer(service).pick(service.traffic.balance, candidates, state.dice)

@@ -4,8 +4,6 @@ import socket
 import time
 from collections.abc import Sequence
 
-import trio
-
 from meshnet.codec.frames import Frame, GoAway, Open, Ping, Refused
 from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
 from meshnet.model.address import Address
@@ -105,13 +103,7 @@ class ServedTunnel:
         credentials = state.identity.credentials
         if credentials is None:
             raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
-        try:
-            with trio.fail_after(_HANDSHAKE_TIMEOUT):
-                channel = await state.relays.tls.accept(plain, credentials.server)
-        except trio.TooSlowError:
-            raise ConnectionFailed(
-                Reason.TLS_HANDSHAKE, f"no TLS handshake within {_HANDSHAKE_TIMEOUT:g} s", ended_by=EndedBy.CLIENT
-            ) from None
+        channel = await state.relays.tls.accept(plain, credentials.server, _HANDSHAKE_TIMEOUT)
         domain = state.snapshot.trust_domain or trust_domain(credentials.identity)
         if trust_domain(channel.identity) != domain:
             channel.close()

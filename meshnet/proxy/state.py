@@ -18,6 +18,7 @@ from meshnet.model.service import Endpoint, Mode, ServicePort
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
+from meshnet.net.strand import in_task
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
@@ -182,6 +183,7 @@ class ProxyState:
         admitted = held.waiting[outcome.ticket] = trio.Event()
         entered = False
         try:
+            await in_task()
             with trio.move_on_at(trio.current_time() + outcome.deadline - started):
                 await admitted.wait()
             entered = admitted.is_set()

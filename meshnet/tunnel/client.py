@@ -3,8 +3,6 @@
 import time
 from dataclasses import dataclass
 
-import trio
-
 from meshnet.codec.frames import Frame, Open, Opened, Pong, Refused
 from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
 from meshnet.model.address import Address
@@ -93,11 +91,7 @@ async def connect(
     context, ticket = resumable or (None, None)
     if context is not credentials.client or ticket is None or ticket.time + _SESSION_LIFETIME < time.time():
         ticket = None
-    try:
-        with trio.fail_after(timeout):
-            channel = await secure.connect(plain, credentials.client, ticket)
-    except trio.TooSlowError:
-        raise ConnectionFailed(Reason.TLS_HANDSHAKE, f"no TLS handshake with {address} within {timeout:g} s") from None
+    channel = await secure.connect(plain, credentials.client, ticket, timeout)
     if channel.identity != identity:
         channel.close()
         raise ConnectionFailed(

@@ -17,6 +17,7 @@ from meshnet.errors import ConnectionFailed, Reason, TunnelError
 from meshnet.model.address import Address
 from meshnet.net import tls
 from meshnet.net.deadline import Deadlines
+from meshnet.net.strand import in_task
 from meshnet.tunnel.client import ClientTunnel, Key, connect
 
 _HANDSHAKES_AT_ONCE = 32  # a burst to a cold peer queues here instead of starving the tunnels that already stand
@@ -145,6 +146,7 @@ class Pool:
         waiter = _Waiter(key)
         self._waiting[waiter] = None
         try:
+            await in_task()
             with trio.move_on_after(patience):
                 await waiter.turn.wait()
             if waiter.turn.is_set():

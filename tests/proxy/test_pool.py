@@ -113,6 +113,7 @@ def test_a_peer_sidecar_that_does_not_answer_is_given_its_time_and_not_more(host
     out = Records(hosts.sidecar(hosts.web))
     with echo(hosts.api, 8080):
         assert ask(hosts.web, API, 8080) == b"question"
+        wait_for(lambda: tunnels(hosts, hosts.api) == (1, 0))
         with stopped(hosts.sidecar(hosts.api)):
             assert is_reset(hosts.web, API, 8080)
         assert ask(hosts.web, API, 8080) == b"question"

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import datetime
+import gc
 import os
 import shutil
 import socket
@@ -188,11 +189,11 @@ async def tunnel_pair(client: Tls, server: Tls, buffer: int = 0) -> TunnelPair:
     ours, theirs = context(client, is_server=False), context(server, is_server=True)
 
     async def accept() -> None:
-        channels.append(await server.accept(far, theirs))
+        channels.append(await server.accept(far, theirs, 10.0))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(accept)
-        dialled = await client.connect(near, ours, None)
+        dialled = await client.connect(near, ours, None, 10.0)
     return TunnelPair(TunnelLeg(dialled, Tunnel(Role.CLIENT)), TunnelLeg(channels[0], Tunnel(Role.SERVER)))
 
 
@@ -375,6 +376,7 @@ async def cpu_share() -> float:
 
 @contextlib.contextmanager
 def no_descriptors_leaked() -> Iterator[None]:
+    gc.collect()  # or it closes what an earlier test has left to it
     before = descriptors()
     yield
     wait_for(lambda: descriptors() == before, what="every descriptor closed")  # a thread of the relay's may close them

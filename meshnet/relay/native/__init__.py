@@ -13,6 +13,7 @@ import trio
 from meshnet.codec import frames
 from meshnet.codec.frames import Data, Fin, Frame, Kind, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
+from meshnet.net.strand import Wait, on_strand
 from meshnet.relay import Link, Outcome, PlainLeg, Tally, TunnelLeg
 from meshnet.relay.native.tls import NativeChannel, NativeTls
 
@@ -44,16 +45,19 @@ _FAR_LEG = frozenset({Reason.PEER_RST, Reason.KEEPALIVE_DEAD})  # said of the le
 
 
 class _Waiter:
-    """Who waits for the end of one link."""
+    """Who waits for the end of one link: a strand, or a task that can be cancelled."""
 
-    __slots__ = ("raise_cancel", "task")
+    __slots__ = ("raise_cancel", "task", "wait")
 
-    def __init__(self, task: trio.lowlevel.Task) -> None:
-        self.task = task
+    def __init__(self) -> None:
+        self.wait = Wait()
+        self.task: trio.lowlevel.Task | None = None
         self.raise_cancel: trio.lowlevel.RaiseCancelT | None = None
 
     def wake(self) -> None:
-        if self.raise_cancel is not None:
+        if self.task is None:
+            self.wait.done()
+        elif self.raise_cancel is not None:
             trio.lowlevel.reschedule(self.task, outcome.capture(self.raise_cancel))
         else:
             trio.lowlevel.reschedule(self.task)
@@ -96,7 +100,7 @@ class NativeRelay:
         """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
         if not self._cores:
             raise RuntimeError("the relay is not started")
-        waiter = _Waiter(trio.lowlevel.current_task())
+        waiter = _Waiter()
         early = _Early(link)
         handle = self._cores[0].start(
             _leg(link.client),
@@ -124,12 +128,15 @@ class NativeRelay:
         link.abort = abort
         if early.reset:
             handle.abort(early.reset)
+        if on_strand():
+            await waiter.wait
+            return _end(link, tally, handle, early)
+        waiter.task = trio.lowlevel.current_task()
         try:
             await trio.lowlevel.wait_task_rescheduled(cancel)
         finally:
-            tally.refresh()
-            tally.live = None
-            link.outcome = _outcome(link, handle, early)
+            _end(link, tally, handle, early)
+        assert link.outcome is not None
         return link.outcome
 
 
@@ -158,6 +165,13 @@ def _leg(leg: PlainLeg | TunnelLeg) -> "int | Tunnel":
         return leg.sock.fileno()
     assert isinstance(leg.channel, NativeChannel)
     return leg.channel.tunnel
+
+
+def _end(link: Link, tally: Tally, handle: "_core.Link", early: _Early) -> Outcome:
+    tally.refresh()
+    tally.live = None
+    link.outcome = _outcome(link, handle, early)
+    return link.outcome
 
 
 def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import ConnectionFailed, Reason
-from meshnet.net.tls import Ticket, not_verified, peer_identity
+from meshnet.net.deadline import Deadlines
+from meshnet.net.strand import Wait, on_strand
+from meshnet.net.tls import Ticket, handshake_timeout, not_verified, peer_identity
 
 if TYPE_CHECKING:
     from meshnet.relay.native._core import Core, Session, Tunnel
@@ -26,7 +28,7 @@ class NativeChannel:
         self.identity = self.version = self.cipher = ""
         self.good_until = 0.0
         self.resumed = False
-        self._waiting: trio.lowlevel.Task | None = None
+        self._waiting: trio.lowlevel.Task | Wait | None = None
         self._tunnel: Tunnel | None = None
 
     @property
@@ -39,12 +41,22 @@ class NativeChannel:
         return self.tunnel.session()
 
     def wake(self) -> None:
-        task, self._waiting = self._waiting, None
-        if task is not None:
-            trio.lowlevel.reschedule(task)
+        waiting, self._waiting = self._waiting, None
+        if isinstance(waiting, Wait):
+            waiting.done()
+        elif waiting is not None:
+            trio.lowlevel.reschedule(waiting)
 
     async def shake(
-        self, sock: socket.socket, core: "Core", relay: "Core", *, is_client: bool, ticket: "Session | None"
+        self,
+        sock: socket.socket,
+        core: "Core",
+        relay: "Core",
+        deadlines: Deadlines,
+        timeout: float,
+        *,
+        is_client: bool,
+        ticket: "Session | None",
     ) -> None:
         """On `core`, for use on `relay`. Owns `sock`. Raises ConnectionFailed(tls.*)."""
         try:
@@ -53,10 +65,11 @@ class NativeChannel:
             sock.close()
             raise
         sock.detach()
+        deadline = deadlines.set(self.tunnel.shut, timeout)
         try:
             while not (state := self.tunnel.state())[0]:
                 if state[1]:
-                    raise _failure(state)
+                    raise handshake_timeout(timeout, is_client) if deadline.passed else _failure(state)
                 await self._news()
             certificate, self.version, self.cipher, self.resumed = self.tunnel.peer()
             self.identity, self.good_until = peer_identity(certificate)
@@ -64,6 +77,8 @@ class NativeChannel:
         except BaseException:
             self.tunnel.close()
             raise
+        finally:
+            deadline.done()
 
     async def send_all(self, data: bytes) -> None:
         self.send_now(data)
@@ -99,6 +114,10 @@ class NativeChannel:
 
     async def _news(self) -> None:
         assert self._waiting is None
+        if on_strand():
+            self._waiting = wait = Wait()
+            await wait
+            return
         self._waiting = trio.lowlevel.current_task()
 
         def cancel(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
@@ -114,6 +133,7 @@ class NativeTls:
     def __init__(self, handshakes: "Core", relay: "Core") -> None:
         self._handshakes = handshakes
         self._relay = relay
+        self._deadlines = Deadlines()
 
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
         from meshnet.relay.native._core import Context
@@ -123,14 +143,24 @@ class NativeTls:
                 pass  # for an OSError that names the file: OpenSSL would say only that it cannot
         return Context(certificate, key, bundle, is_server)
 
-    async def connect(self, sock: socket.socket, context: object, ticket: Ticket | None) -> NativeChannel:
+    async def connect(
+        self, sock: socket.socket, context: object, ticket: Ticket | None, timeout: float
+    ) -> NativeChannel:
         channel = NativeChannel(context)
-        await channel.shake(sock, self._handshakes, self._relay, is_client=True, ticket=ticket)  # type: ignore[arg-type] # only our own tickets come back
+        await channel.shake(
+            sock,
+            self._handshakes,
+            self._relay,
+            self._deadlines,
+            timeout,
+            is_client=True,
+            ticket=ticket,  # type: ignore[arg-type] # only our own come back
+        )
         return channel
 
-    async def accept(self, sock: socket.socket, context: object) -> NativeChannel:
+    async def accept(self, sock: socket.socket, context: object, timeout: float) -> NativeChannel:
         channel = NativeChannel(context)
-        await channel.shake(sock, self._handshakes, self._relay, is_client=False, ticket=None)
+        await channel.shake(sock, self._handshakes, self._relay, self._deadlines, timeout, is_client=False, ticket=None)
         return channel
 
 

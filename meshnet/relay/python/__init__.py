@@ -10,6 +10,7 @@ from typing import Self
 import trio
 
 from meshnet.net.python_tls import PythonChannel, PythonTls
+from meshnet.net.strand import in_task
 from meshnet.relay import Link, Outcome, PlainLeg, Tally
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.thread import RelayThread
@@ -71,6 +72,7 @@ class PythonRelay:
         young = self._young
         if young is None:
             raise RuntimeError("the relay is not started")
+        await in_task()
         pair = Pair(young, link, tally, trio.lowlevel.current_task())
         if not young.begin(pair):
             return pair.result()
