@@ -1,4 +1,4 @@
-"""Medians, ratios to HAProxy, and what may be concluded from them."""
+"""Medians, ratios, and what may be concluded from them."""
 
 import enum
 import statistics
@@ -8,25 +8,32 @@ from typing import Self
 
 import msgspec
 
-DIRECT, HAPROXY, MESHNET = "direct", "haproxy", "meshnet"
-PLAIN, MTLS = "plain", "mtls"
-
 _ENOUGH = 3  # rounds; fewer say nothing about how far they scatter
 
 
-class Sample(msgspec.Struct, frozen=True, kw_only=True):
-    """One test of one subject in one round: its figures by name, or why there are none. `direct` has no mode."""
+class Cell(msgspec.Struct, frozen=True):
+    """What subjects are compared in."""
 
     test: str
-    peer: str
     mode: str
+    workers: int
+
+
+class Sample(msgspec.Struct, frozen=True, kw_only=True):
+    """One subject in one cell in one round: its figures by name, or why there are none.
+
+    `failure` is an error; `absent` says that there is nothing to measure.
+    """
+
+    cell: Cell
+    peer: str
     round: int
     values: dict[str, float] = {}
     failure: str = ""
+    absent: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Spread:
+class Spread(msgspec.Struct, frozen=True):
     """The rounds of one figure: the median, the least, the most, and how many there were."""
 
     median: float
@@ -49,16 +56,19 @@ class Verdict(enum.StrEnum):
     WORSE = "worse"
 
 
-def chosen(samples: Sequence[Sample], test: str, peer: str, mode: str) -> list[Sample]:
-    """One cell of the table: all its rounds."""
-    return [sample for sample in samples if (sample.test, sample.peer, sample.mode) == (test, peer, mode)]
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a ratio is held against. One that was `set` is passed or missed; else it is a comparison."""
+
+    value: float
+    set: bool
 
 
-def spread(cell: Sequence[Sample], figure: str) -> Spread | None:
+def spread(samples: Sequence[Sample], figure: str) -> Spread | None:
     """None when a round failed: a median of what is left would hide it. None also without such a figure."""
-    if not cell or any(figure not in sample.values for sample in cell):
+    if not samples or any(figure not in sample.values for sample in samples):
         return None
-    return Spread.of([sample.values[figure] for sample in cell])
+    return Spread.of([sample.values[figure] for sample in samples])
 
 
 def ratio(ours: Sequence[Sample], theirs: Sequence[Sample], figure: str) -> Spread | None:
@@ -74,17 +84,24 @@ def ratio(ours: Sequence[Sample], theirs: Sequence[Sample], figure: str) -> Spre
     return Spread.of([sample.values[figure] / by_round[sample.round] for sample in ours])
 
 
-def verdict(seen: Spread, target: float | None, *, lower_is_better: bool) -> Verdict:
-    """Against the target (at most), or without one against 1. Rounds on both sides of it conclude nothing."""
+def best(peers: dict[str, Spread | None], *, lower_is_better: bool) -> str:
+    """The peer with the best median, of those that have one; empty when none has."""
+    medians = {peer: seen.median for peer, seen in peers.items() if seen}
+    if not medians:
+        return ""
+    return (min if lower_is_better else max)(medians, key=medians.__getitem__)
+
+
+def verdict(seen: Spread, limit: Limit, *, lower_is_better: bool) -> Verdict:
+    """Rounds on both sides of the limit conclude nothing."""
     if seen.rounds < _ENOUGH:
         return Verdict.FEW
-    limit = 1.0 if target is None else target
-    if seen.most <= limit:
-        below = True
-    elif seen.least > limit:
-        below = False
+    if lower_is_better:
+        all_good, all_bad = seen.most <= limit.value, seen.least > limit.value
     else:
+        all_good, all_bad = seen.least >= limit.value, seen.most < limit.value
+    if not all_good and not all_bad:
         return Verdict.NOISY
-    if target is not None:
-        return Verdict.PASS if below else Verdict.MISS
-    return Verdict.BETTER if below == lower_is_better else Verdict.WORSE
+    if limit.set:
+        return Verdict.PASS if all_good else Verdict.MISS
+    return Verdict.BETTER if all_good else Verdict.WORSE

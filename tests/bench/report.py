@@ -1,83 +1,127 @@
 """The results as Markdown."""
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
-from tests.bench.figures import DIRECT, HAPROXY, MESHNET, Sample, Spread, chosen, ratio, spread, verdict
-from tests.bench.tests import TESTS, Figure, Test
+import msgspec
 
-_TITLES = {"plain": "Plain", "mtls": "mTLS"}
+from tests.bench.figures import Sample, Spread
+from tests.bench.table import DIRECT, PEERS, SUBJECTS, Row, rows
+from tests.bench.targets import ITSELF
+from tests.bench.tests import MODES, TESTS
 
 _HOW = """\
 Written by `scripts/bench --write`. Each subject runs in network namespaces of its own: client and sidecar on one host,
-sidecar and server on another, a bridge between; client and server are the same C program everywhere (`load.c`).
-Median [least..most] of the rounds; the subjects take turns within each round, and the ratio is taken round by round.
-CPU is user and system time of both sidecars, without the client, the server and the kernel's own threads. A verdict
-needs every round on one side of the target (without a target: of 1); otherwise it is *too noisy*.
+sidecar and server on another, a bridge between; client and server are the same C program everywhere (`generator/`).
+The subjects of a cell (a test, a mode, a number of workers) take turns within each round. Figures are the median
+[least..most] of the rounds. The ratio is meshnet's figure by the best peer's, round by round; best is who has the best
+median of that figure in that cell. CPU is user and system time of all sidecars, without the client, the server and the
+kernel's own threads. A verdict needs every round on one side of the target (without a target: of 1); otherwise it is
+*too noisy*.
 
-- HAProxy: `mode tcp`, one thread, otherwise its defaults (no `splice-auto`). The client dials HAProxy's port on
-  127.0.0.1: HAProxy does not look up redirected connections' destination, meshnet does so for each.
-- mTLS: TLS 1.3, P-256, certificates of the same authority, verified on both sides; HAProxy may resume sessions, and
-  does not check SPIFFE ids, meshnet does. meshnet reuses tunnels. Checked before measuring: a client without a
-  certificate is refused.
-- plain: the endpoint's sidecar takes the connection in plain text; nothing is encrypted on either subject.
-- meshnet writes its access log (JSON, one line a connection a side), HAProxy writes none.
-- Memory is what the two sidecars' PSS grows by, freshly started, over 1,000 connections, opened 16 at a time, that
-  have each had one request answered. Buffers in the kernel are not in it.
+- Before measuring, each subject answers a request from end to end. With mTLS, plain text, a client without a
+  certificate, and one with a certificate of another authority are refused, and one with a good certificate is served.
+- HAProxy (`mode tcp`), nginx (`stream`) and Envoy (`tcp_proxy`) run with their defaults for buffers. The client dials
+  their port on 127.0.0.1; meshnet takes redirected connections, and looks up where each was going. *HAProxy,
+  splice* has `option splice-request` and `splice-response`, for streams in plain text (`splice-auto` alone hardly
+  splices).
+- mTLS: TLS 1.3, P-256, certificates of one authority, verified on both sides, AES-128-GCM for the peers; they may
+  resume sessions. HAProxy and nginx send the issuer with the leaf, Envoy the leaf alone. Envoy and meshnet check
+  SPIFFE ids. meshnet reuses tunnels.
+- One sidecar, plain: that of the client; it dials the server itself.
+- Both ways: bytes that came and bytes that went, both counted at the client.
+- Others' use of the processors is what `/proc/stat` shows beyond our own processes; *stolen* is the hypervisor's.
+- meshnet writes its access log (JSON, one line a connection a side), the peers write none.
+- Memory is what the sidecars' PSS grows by, freshly started, over 1,000 connections, opened 16 at a time, that have
+  each had one request answered. Buffers in the kernel are not in it.
 - Any error (a reset, a wrong byte, an end that does not come) fails its cell; a failed cell has no figures.
 """
 
 
-def markdown(samples: Sequence[Sample], machine: Mapping[str, str]) -> str:
+class Run(msgspec.Struct, frozen=True):
+    """All that was measured under one set of circumstances, which `machine` tells."""
+
+    title: str
+    machine: dict[str, str]
+    samples: list[Sample]
+
+
+def markdown(runs: Sequence[Run]) -> str:
     """The whole of RESULTS.md."""
-    modes = [mode for mode in _TITLES if any(sample.mode == mode for sample in samples)]
-    parts = ["# meshnet and HAProxy", _HOW, "\n".join(f"- {name}: {value}" for name, value in machine.items())]
-    for mode in reversed(modes):
-        parts.append(f"\n## {_TITLES[mode]}\n")
-        parts.append(_table(samples, mode))
+    parts = ["# meshnet and its peers", _HOW]
+    for run in runs:
+        parts += [f"## {run.title}\n", *_run(run.machine, run.samples), ""]
+    return "\n".join(parts)
+
+
+def _run(machine: Mapping[str, str], samples: Sequence[Sample]) -> list[str]:
+    parts = [f"- {name}: {value}" for name, value in machine.items()]
+    table = rows(samples)
+    aims = [row for row in table if row.target]
+    if aims:
+        parts += ["\n### Targets\n", *_targets(aims)]
+    for (mode, workers), group in groupby(table, key=lambda row: (row.cell.mode, row.cell.workers)):
+        parts += [f"\n### {MODES[mode]}, {_workers(workers)}\n", *_details(list(group))]
     failures = [sample for sample in samples if sample.failure]
     if failures:
-        parts.append("\n## Failed\n")
+        parts.append("\n### Failed\n")
         parts += [
-            f"- {sample.test} {sample.peer} {sample.mode} in round {sample.round}: {sample.failure}"
-            for sample in failures
+            f"- {one.cell.test} {one.peer} {one.cell.mode} {_workers(one.cell.workers)} in round {one.round}: "
+            f"{one.failure}"
+            for one in failures
         ]
-    return "\n".join(parts) + "\n"
+    return parts
 
 
-def _table(samples: Sequence[Sample], mode: str) -> str:
-    rows = [
-        "| test | figure | direct | HAProxy | meshnet | meshnet / HAProxy | target | verdict |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for test in TESTS.values():
-        if any(sample.test == test.name for sample in samples):
-            rows += [_row(samples, test, figure, mode) for figure in test.figures]
-    return "\n".join(rows)
+def _targets(aims: Sequence[Row]) -> list[str]:
+    lines = ["| cell | figure | meshnet | held against | ratio | target | verdict |", "|---|---|---|---|---|---|---|"]
+    for row in aims:
+        theirs = row.seen.get(row.against)
+        cells = [
+            f"{row.cell.test} {row.cell.mode}, {_workers(row.cell.workers)}",
+            row.label,
+            _cell(row, "meshnet"),
+            f"{SUBJECTS[row.against]} {number(theirs.median)}" if theirs else "-",
+            "" if row.against == ITSELF else _ratio(row),
+            row.target,
+            _verdict(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def _row(samples: Sequence[Sample], test: Test, figure: Figure, mode: str) -> str:
-    theirs = chosen(samples, test.name, HAPROXY, mode)
-    ours = chosen(samples, test.name, MESHNET, mode)
-    seen = ratio(ours, theirs, figure.key)
-    target = test.target(mode, figure)
-    cells = [
-        f"**{test.name}** {test.says}" if figure is test.figures[0] else "",
-        figure.label,
-        _cell(chosen(samples, test.name, DIRECT, ""), figure),
-        _cell(theirs, figure),
-        _cell(ours, figure),
-        _spread(seen) if seen else "-",
-        "" if target is None else f"at most {target:g}",
-        str(verdict(seen, target, lower_is_better=figure.lower_is_better)) if seen else "-",
-    ]
-    return f"| {' | '.join(cells)} |"
+def _details(group: Sequence[Row]) -> list[str]:
+    shown = [name for name in SUBJECTS if any(name in row.seen or name in row.missing for row in group)]
+    names = [*(SUBJECTS[name] for name in shown), "ratio", "verdict"]
+    lines = [f"| test | figure | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
+    for row in group:
+        test = TESTS[row.cell.test]
+        cells = [
+            f"**{test.name}** {test.says}" if row.figure == test.figures[0].key else "",
+            row.label,
+            *(_cell(row, name) for name in shown),
+            f"{_ratio(row)} ({SUBJECTS[row.against]})" if row.ratio and row.against in PEERS else "-",
+            _verdict(row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
-def _cell(cell: Sequence[Sample], figure: Figure) -> str:
-    if any(sample.failure for sample in cell):
-        return "failed"
-    seen = spread(cell, figure.key)
-    return _spread(seen) if seen else "-"
+def _cell(row: Row, name: str) -> str:
+    seen = row.seen.get(name)
+    return _spread(seen) if seen else row.missing.get(name, "-")
+
+
+def _ratio(row: Row) -> str:
+    return _spread(row.ratio) if row.ratio else "-"
+
+
+def _verdict(row: Row) -> str:
+    return str(row.verdict) if row.verdict else "-"
+
+
+def _workers(count: int) -> str:
+    return "one worker" if count == 1 else "two workers" if count == 2 else DIRECT
 
 
 def _spread(seen: Spread) -> str:

@@ -1,137 +1,73 @@
-import re
-from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
-from tests.bench.figures import (
-    DIRECT,
-    HAPROXY,
-    MESHNET,
-    MTLS,
-    PLAIN,
-    Sample,
-    Spread,
-    Verdict,
-    chosen,
-    ratio,
-    spread,
-    verdict,
-)
-from tests.bench.report import markdown, number
-from tests.bench.tests import CPU, RATE, TESTS
+from meshnet.control.authority import Authority
+from tests.bench import load, machine
+from tests.bench.report import Run, markdown
+from tests.bench.rounds import Plan, measure
+from tests.bench.subjects import absent
+from tests.bench.subjects import meshnet as meshnet_subject
+from tests.bench.subjects.check import CheckFailed, Probe, check_refusals
+from tests.bench.subjects.hops import DOMAIN, issue
+from tests.bench.table import DIRECT, MESHNET
+from tests.bench.tests import CPU, MODES, MTLS, TESTS, WORKERS, in_quick
+from tests.world import World, wait_for
 
 
-def cell(peer: str, figure: str, values: Sequence[float], *, test: str = "crr", mode: str = MTLS) -> list[Sample]:
-    return [
-        Sample(test=test, peer=peer, mode=mode, round=number, values={figure: value})
-        for number, value in enumerate(values, 1)
-    ]
+def test_quick_measures_every_test_and_every_mode_and_two_workers() -> None:
+    cells = [(test, mode, workers) for test in TESTS for mode in MODES for workers in WORKERS]
+    quick = [cell for cell in cells if in_quick(TESTS[cell[0]], *cell[1:])]
+    assert all({cell[part] for cell in quick} == {cell[part] for cell in cells} for part in range(3))
+    assert len(quick) < len(cells)
 
 
-def test_a_spread_is_the_median_and_both_ends() -> None:
-    assert spread(cell(MESHNET, CPU, [5, 1, 9]), CPU) == Spread(5, 1, 9, 3)
+# The real thing, briefly. Whatever the machine does meanwhile, figures are figures: none of it is about how fast.
 
 
-def test_a_cell_with_a_failed_round_has_no_median() -> None:
-    failed = Sample(test="crr", peer=MESHNET, mode=MTLS, round=3, failure="1 errors, the first: recv")
-    ours = [*cell(MESHNET, CPU, [1, 2]), failed]
-    assert spread(ours, CPU) is None
-    assert ratio(ours, cell(HAPROXY, CPU, [1, 2, 3]), CPU) is None
-    assert ratio(cell(HAPROXY, CPU, [1, 2, 3]), ours, CPU) is None
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return load.build(tmp_path_factory.mktemp("generator"))
 
 
-def test_a_ratio_is_taken_round_by_round() -> None:
-    # Both became three times dearer in the second round: the machine did, not one of them.
-    seen = ratio(cell(MESHNET, CPU, [10, 30, 10]), cell(HAPROXY, CPU, [20, 60, 20]), CPU)
-    assert seen == Spread(0.5, 0.5, 0.5, 3)
+@pytest.mark.usefixtures("world")
+def test_a_short_run_has_figures_for_meshnet_and_a_peer(program: Path) -> None:
+    plan = Plan(
+        tests=["rr64", "stream8", "bidi", "crr"],
+        modes=[MTLS],
+        workers=[1],
+        peers=[DIRECT, "nginx", MESHNET],
+        rounds=1,
+        seconds=0.5,
+        patience=0,
+        quick=False,
+    )
+    machine.allow_many_files()
+    with machine.spinners(program, on=True) as spinning:
+        assert spinning
+        measured = measure(program, plan, spinning)
+    assert [(sample.peer, sample.failure) for sample in measured.samples if sample.failure or sample.absent] == []
+    assert {sample.peer for sample in measured.samples} == {DIRECT, "nginx", MESHNET}
+    for one in measured.samples:
+        wanted = {figure.key for figure in TESTS[one.cell.test].figures}
+        assert wanted - one.values.keys() == ({CPU} if one.peer == DIRECT else set())
+        assert all(one.values[figure] > 0 for figure in wanted & one.values.keys())
+    assert "| **crr**" in markdown([Run("Briefly", machine.description(spinning), measured.samples)])
+    assert measured.looks
 
 
-@pytest.mark.parametrize("theirs", [[], [1.0], [1.0, 0.0]])
-def test_there_is_no_ratio_to_what_was_not_measured(theirs: list[float]) -> None:
-    assert ratio(cell(MESHNET, CPU, [1, 2]), cell(HAPROXY, CPU, theirs), CPU) is None
+def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meshnet_subject, "SETTINGS", {1: {}})
+    assert absent(MESHNET, 1) == ""
+    assert absent(MESHNET, 2) == "not yet"
+    assert absent(DIRECT, 1) == ""
 
 
-@pytest.mark.parametrize(
-    ("seen", "target", "lower_is_better", "wanted"),
-    [
-        (Spread(0.3, 0.2, 0.5, 3), 0.5, True, Verdict.PASS),
-        (Spread(0.9, 0.6, 1.2, 3), 0.5, True, Verdict.MISS),
-        (Spread(0.3, 0.2, 0.6, 3), 0.5, True, Verdict.NOISY),
-        (Spread(1.4, 1.1, 1.5, 3), None, True, Verdict.WORSE),
-        (Spread(1.4, 1.1, 1.5, 3), None, False, Verdict.BETTER),
-        (Spread(0.4, 0.1, 0.5, 3), None, True, Verdict.BETTER),
-        (Spread(0.4, 0.1, 0.5, 3), None, False, Verdict.WORSE),
-        (Spread(1.4, 0.9, 1.5, 3), None, True, Verdict.NOISY),
-        (Spread(0.3, 0.3, 0.3, 2), 0.5, True, Verdict.FEW),
-    ],
-)
-def test_a_verdict_needs_every_round_on_one_side(
-    seen: Spread, target: float | None, lower_is_better: bool, wanted: Verdict
-) -> None:
-    assert verdict(seen, target, lower_is_better=lower_is_better) is wanted
-
-
-def test_a_cell_of_the_table_is_one_test_of_one_peer_in_one_mode() -> None:
-    mine = cell(MESHNET, CPU, [1])
-    others = [
-        *cell(HAPROXY, CPU, [1]),
-        *cell(MESHNET, CPU, [1], test="rr1"),
-        *cell(MESHNET, CPU, [1], mode=PLAIN),
-    ]
-    assert chosen([*others, *mine], "crr", MESHNET, MTLS) == mine
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.01234, "0.0123"),
-        (1.236, "1.24"),
-        (12.36, "12.4"),
-        (99.96, "100"),
-        (123.6, "124"),
-        (45678, "45,700"),
-    ],
-)
-def test_a_number_has_three_digits_that_count(value: float, text: str) -> None:
-    assert number(value) == text
-
-
-def test_the_table_shows_medians_ratio_target_and_verdict() -> None:
-    samples = [
-        *cell(DIRECT, RATE, [9000, 9000, 9000], mode=""),
-        *cell(HAPROXY, CPU, [3000, 2000, 2000]),
-        *cell(MESHNET, CPU, [300, 400, 300]),
-    ]
-    row = next(line for line in markdown(samples, {}).splitlines() if "CPU us/connection" in line)
-    assert [part.strip() for part in row.strip("|").split("|")] == [
-        "",
-        "CPU us/connection",
-        "-",
-        "2,000 [2,000..3,000]",
-        "300 [300..400]",
-        "0.15 [0.1..0.2]",
-        "at most 0.5",
-        "PASS",
-    ]
-
-
-def test_a_failure_is_told_in_the_table_and_below_it() -> None:
-    broken = Sample(test="crr", peer=MESHNET, mode=MTLS, round=2, failure="7 errors, the first: recv")
-    text = markdown([*cell(HAPROXY, CPU, [1]), broken], {})
-    row = next(line for line in text.splitlines() if "CPU us/connection" in line)
-    assert re.search(r"\| failed \| - \|.*\| - \|$", row)
-    assert "crr meshnet mtls in round 2: 7 errors, the first: recv" in text
-
-
-def test_the_targets_are_those_that_were_set() -> None:
-    set_ = {
-        (name, mode): limit
-        for name, test in TESTS.items()
-        for mode in (PLAIN, MTLS)
-        for figure in test.figures
-        if (limit := test.target(mode, figure)) is not None
-    }
-    assert set_[("crr", MTLS)] == 0.5
-    assert set_[("stream1", MTLS)] == 1.5
-    assert set_[("rr1", MTLS)] == set_[("rr32", MTLS)] == 3.0
+def test_who_serves_everybody_does_not_pass_the_check(world: World, program: Path, tmp_path: Path) -> None:
+    web, api = world.host("web"), world.host("api")
+    api.spawn(program, "serve", "8080")
+    wait_for(lambda: api.listens(8080))
+    issue(Authority.create(DOMAIN, now=datetime.now(UTC)), "web", tmp_path)
+    with pytest.raises(CheckFailed, match="plain text was served"):
+        check_refusals(web, (api.address, 8080), tmp_path, Probe(b"Eecho", b"Eecho"))
