@@ -16,8 +16,8 @@ from tests.bench.tests import CPU, MODES, MTLS, TESTS, WORKERS, in_quick
 from tests.world import World, wait_for
 
 
-def test_quick_measures_every_test_and_every_mode_and_two_workers() -> None:
-    cells = [(test, mode, workers) for test in TESTS for mode in MODES for workers in WORKERS]
+def test_quick_measures_every_mode_and_two_workers_and_every_test_but_rr32() -> None:
+    cells = [(test, mode, workers) for test in TESTS if test != "rr32" for mode in MODES for workers in WORKERS]
     quick = [cell for cell in cells if in_quick(TESTS[cell[0]], *cell[1:])]
     assert all({cell[part] for cell in quick} == {cell[part] for cell in cells} for part in range(3))
     assert len(quick) < len(cells)
