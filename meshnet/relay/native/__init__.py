@@ -169,7 +169,7 @@ def _leg(leg: PlainLeg | TunnelLeg) -> "int | Tunnel":
 
 def _end(link: Link, tally: Tally, handle: "_core.Link", early: _Early) -> Outcome:
     tally.refresh()
-    tally.live = None
+    tally.live = link.abort = None
     link.outcome = _outcome(link, handle, early)
     return link.outcome
 

@@ -41,6 +41,14 @@ int core_watch(struct core *core, int fd, struct source *source)
     return epoll_ctl(core->epoll, EPOLL_CTL_ADD, fd, &event);
 }
 
+/* Before the descriptor is closed: as long as a process that was just forked has a copy of it, closing ours would not
+ * end the events, epoll(7), question 6.
+ */
+void core_unwatch(struct core *core, int fd)
+{
+    epoll_ctl(core->epoll, EPOLL_CTL_DEL, fd, NULL);
+}
+
 /* Its turn comes again at the end of this round, or in the next. */
 void core_make_ready(struct core *core, struct link *link)
 {
@@ -57,8 +65,18 @@ void core_linger(struct core *core, struct link *link)
     link->lingers = true;
     link->linger_until = core->now + LINGER_NS;
     link->next_linger = NULL;
+    link->linger_place = core->last_lingering;
     *core->last_lingering = link;
     core->last_lingering = &link->next_linger;
+}
+
+void core_stop_lingering(struct core *core, struct link *link)
+{
+    *link->linger_place = link->next_linger;
+    if (link->next_linger)
+        link->next_linger->linger_place = link->linger_place;
+    else
+        core->last_lingering = link->linger_place;
 }
 
 /* Python hears of it when this round is over: until then what it belongs to may not go away. */
@@ -111,6 +129,19 @@ struct news *core_take_news(struct core *core)
     return news;
 }
 
+/* Takes back what Python has not taken. Only of a core that has been closed. */
+void core_forget(struct core *core, struct news *news)
+{
+    struct news **place = &core->told;
+    while (*place && *place != news)
+        place = &(*place)->next;
+    if (!*place)
+        return;
+    *place = news->next;
+    if (!*place)
+        core->last_told = place;
+}
+
 /* The thread */
 
 static void carry_out(struct command *command)
@@ -160,7 +191,7 @@ static bool obey(struct core *core)
     return go_on;
 }
 
-/* Links that a budget had cut off go on; those that are over leave the list, for they are about to be given away. */
+/* Links that a budget had cut off go on. */
 static void take_turns(struct core *core)
 {
     struct link *ready = core->ready;
@@ -171,12 +202,6 @@ static void take_turns(struct core *core)
         link->ready = false;
         link_continue(link);
     }
-    for (struct link **place = &core->ready; *place;) {
-        if ((*place)->over)
-            *place = (*place)->next_ready;
-        else
-            place = &(*place)->next_ready;
-    }
 }
 
 static void cut_lingering(struct core *core)
@@ -185,10 +210,22 @@ static void cut_lingering(struct core *core)
         link_cut(core->lingering);
 }
 
+/* Links that are over leave the list of those that are ready: when Python has been told, they are gone. */
+static void drop_ended(struct core *core)
+{
+    for (struct link **place = &core->ready; *place;) {
+        if ((*place)->over)
+            *place = (*place)->next_ready;
+        else
+            place = &(*place)->next_ready;
+    }
+}
+
 static void report(struct core *core)
 {
     if (!core->fresh)
         return;
+    drop_ended(core);
     pthread_mutex_lock(&core->lock);
     bool first = !core->told;
     *core->last_told = core->fresh;
@@ -239,6 +276,8 @@ static void *run(void *argument)
     }
     while (core->links)
         link_cut(core->links);
+    while (core->tunnels)
+        tunnel_abandon(core->tunnels);
     report(core);
     return NULL;
 }
@@ -283,7 +322,9 @@ failed:;
     return -1;
 }
 
-/* Ends the thread; links still running are reset, and wait to be taken. Without Python's lock. */
+/* Ends the thread; links still running are reset, tunnels are lost, and their news waits to be taken. Without Python's
+ * lock.
+ */
 void core_close(struct core *core)
 {
     pthread_mutex_lock(&core->lock);

@@ -28,13 +28,14 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
-#define PLAIN_READ (4 * FRAME_MAX_DATA) /* what one recv of a plain leg takes at most: four full records */
+#define PLAIN_READ (16 * FRAME_MAX_DATA) /* what one recv of a plain leg takes at most: sixteen full records */
 #define CIPHER_READ (256 * 1024)        /* the same of a tunnel; every call saved counts there */
 #define RECORD_SIZE (16 * 1024)
 #define PIPE_SIZE (1024 * 1024)
 #define MAX_PIPES 32 /* who finds none left copies; 64 of this size are what a user without privileges may have */
 #define EVENTS_PER_ROUND 64
 #define MAX_INBOX (64 * 1024) /* bytes that wait for Python before a tunnel is read no further */
+#define MAX_HELD (1024 * 1024) /* the same of bytes that wait for a peer who makes us answer, and does not read */
 #define LINGER_NS 1000000000u /* a lease may still wait for the end that the tunnel's peer owes */
 
 /* Keep in step with _REASONS and _ENDED_BY in __init__.py. */
@@ -60,11 +61,14 @@ struct source {
     enum { SOURCE_PLAIN, SOURCE_TUNNEL } kind;
 };
 
-/* Something that Python is to hear of; see core_tell. */
+/* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD it is said once, and gives back a
+ * reference that the core has held: behind it, no thread touches what it belongs to.
+ */
 struct news {
+    enum { NEWS_LINK_ENDED, NEWS_LINK_ABORTED, NEWS_TUNNEL_HEARD, NEWS_TUNNEL_GONE } kind;
+    void *owner; /* the Python object */
+    bool told;   /* in a list; guarded by core->lock */
     struct news *next;
-    bool told;   /* in the list; guarded by core->lock */
-    void *owner; /* the Python object, which the list keeps alive */
 };
 
 /* Filled by splice from one socket, drained by splice into another. `held`: bytes in it. */
@@ -129,17 +133,18 @@ struct link {
     size_t peer_reset_size;
     bool ready;               /* in core->ready */
     struct link *next_ready;  /* links that a read budget has cut off */
-    struct link *next_linger; /* core->lingering, in the order of `linger_until` */
     uint64_t linger_until;
-    struct link *previous, *next; /* core->links */
-    struct news ended;
+    /* In core->lingering, in the order of `linger_until`, and in core->links. `place`: the pointer that leads here. */
+    struct link *next_linger, **linger_place;
+    struct link *next, **place;
+    struct news ended, aborted;
 };
 
 /* Where in the backlog of a tunnel a frame ends, and how many of the application's bytes it carries. */
 struct mark {
     size_t end, size;
 };
-#define MAX_MARKS 16
+#define MAX_MARKS 20
 
 /* Belongs to a core's thread from `core_post` of its first command on; what Python may see is behind core->lock. */
 struct tunnel {
@@ -147,9 +152,10 @@ struct tunnel {
     struct core *core;
     SSL *ssl;
     int fd;
-    bool is_client;
     bool handshaking;
-    bool watched;
+    int handshake_error; /* errno of its last recv */
+    bool watched;        /* by epoll, and in core->tunnels */
+    struct tunnel *next, **place;
     bool readable, hung_up;
     bool closed;
     struct leg *leg; /* while leased */
@@ -160,15 +166,14 @@ struct tunnel {
     int mark_count;
     struct frame_reader frames;
     enum frame_kind sent_end, received_end; /* FRAME_FIN or FRAME_RESET once that half has ended; FRAME_DATA before */
-    struct news heard;
-    /* Guarded by core->lock: */
-    uint8_t *inbox; /* decrypted bytes that no lease wanted */
-    size_t inbox_size, inbox_room;
+    struct news heard, gone;
+    /* Set before Python is told that the handshake is over, and never again: */
     bool established;
-    uint8_t *certificate; /* the peer's, DER */
-    size_t certificate_size;
+    struct backlog certificate; /* the peer's, DER */
     const char *version, *cipher_name;
     bool resumed;
+    /* Guarded by core->lock: */
+    struct backlog inbox; /* decrypted bytes that no lease wanted */
     SSL_SESSION *session; /* the latest ticket that the peer gave us */
     bool lost;
     int error;               /* errno */
@@ -200,11 +205,12 @@ struct core {
     uint8_t *plain;        /* PLAIN_READ bytes, with room for the first frame's header before them */
     uint8_t *cipher;       /* CIPHER_READ */
     uint8_t *clear;        /* what CIPHER_READ may decrypt to */
-    struct backlog out;    /* ciphertext that OpenSSL has made, about to be sent */
+    struct backlog out;    /* what OpenSSL has made for the tunnel at hand; empty before another's turn */
     size_t out_room;
     uint64_t now;
     struct pipes pipes;
     struct link *links;
+    struct tunnel *tunnels;
     struct link *ready;
     struct link *lingering, **last_lingering;
     struct news *fresh, **last_fresh; /* of this round */
@@ -223,10 +229,13 @@ int core_open(struct core *core);
 void core_close(struct core *core);
 int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size);
 struct news *core_take_news(struct core *core);
+void core_forget(struct core *core, struct news *news);
 void core_tell(struct core *core, struct news *news);
 int core_watch(struct core *core, int fd, struct source *source);
+void core_unwatch(struct core *core, int fd);
 void core_make_ready(struct core *core, struct link *link);
 void core_linger(struct core *core, struct link *link);
+void core_stop_lingering(struct core *core, struct link *link);
 
 /* link.c */
 void link_init(struct link *link, struct core *core);
@@ -265,6 +274,9 @@ void tunnel_say(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
 void tunnel_read(struct tunnel *tunnel);
 void tunnel_flush(struct tunnel *tunnel);
 void tunnel_keep(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
+bool tunnel_has_full_inbox(struct tunnel *tunnel);
+void tunnel_kill(struct tunnel *tunnel);
+void tunnel_abandon(struct tunnel *tunnel);
 void tunnel_close(struct tunnel *tunnel);
 void tunnel_free(struct tunnel *tunnel);
 
@@ -282,7 +294,7 @@ void lease_end(struct leg *leg);
 
 /* tls.c */
 SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server);
-bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, SSL_SESSION *session);
+bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, bool is_client, SSL_SESSION *session);
 int tls_load(void);
 bool backlog_append(struct backlog *backlog, const void *bytes, size_t size);
 

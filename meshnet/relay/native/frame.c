@@ -45,8 +45,10 @@ enum frame_found frame_next(struct frame_reader *reader, const uint8_t **data, s
         const uint8_t *header = reader->header;
         reader->kind = header[0];
         reader->left = (uint32_t)header[1] << 16 | (uint32_t)header[2] << 8 | header[3];
-        if (!is_allowed(reader->kind, reader->left))
+        if (!is_allowed(reader->kind, reader->left)) {
+            reader->left = 0;
             return FRAME_BROKEN;
+        }
         frame_reader_free(reader);
         if (!reader->left)
             return FRAME_WHOLE;

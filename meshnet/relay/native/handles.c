@@ -12,7 +12,6 @@ static PyTypeObject *context_type, *session_type;
 typedef struct {
     PyObject_HEAD
     SSL_CTX *context;
-    bool is_server;
 } ContextObject;
 
 typedef struct {
@@ -39,7 +38,6 @@ static PyObject *context_new(PyTypeObject *type, PyObject *arguments, PyObject *
     if (!object)
         return NULL;
     ContextObject *self = (ContextObject *)object;
-    self->is_server = is_server;
     self->context = tls_context(certificate, key, bundle, is_server);
     if (!self->context) {
         PyErr_Format(PyExc_ValueError, "OpenSSL refuses %s, its key or its bundle: %s", certificate,
@@ -127,11 +125,11 @@ PyObject *handles_shake(CoreObject *core, PyObject *arguments)
     self->tunnel = (struct tunnel){.source.kind = SOURCE_TUNNEL,
                                    .core = &core->core,
                                    .fd = fd,
-                                   .is_client = is_client,
                                    .handshaking = true,
-                                   .heard.owner = self};
+                                   .heard = {.kind = NEWS_TUNNEL_HEARD, .owner = self},
+                                   .gone = {.kind = NEWS_TUNNEL_GONE, .owner = self}};
     SSL_SESSION *resumed = session == Py_None ? NULL : ((SessionObject *)session)->session;
-    if (!tls_attach(&self->tunnel, ((ContextObject *)context)->context, resumed) ||
+    if (!tls_attach(&self->tunnel, ((ContextObject *)context)->context, is_client, resumed) ||
         core_post(&core->core, COMMAND_HANDSHAKE, &self->tunnel, NULL, 0)) {
         self->tunnel.fd = -1; /* still the caller's */
         Py_DECREF(object);
@@ -139,21 +137,16 @@ PyObject *handles_shake(CoreObject *core, PyObject *arguments)
     }
     Py_INCREF((PyObject *)core);
     self->core = (PyObject *)core;
-    Py_INCREF(context);
-    self->context = context;
     Py_INCREF(waiter);
     self->waiter = waiter;
-    Py_INCREF(object);
-    self->held = true;
+    Py_INCREF(object); /* the core's, until it is gone */
     return object;
 }
 
-void handles_let_go(TunnelObject *tunnel)
+PyObject *handles_heard(TunnelObject *tunnel)
 {
-    if (tunnel->held) {
-        tunnel->held = false;
-        Py_DECREF((PyObject *)tunnel);
-    }
+    tunnel->established = tunnel->tunnel.established;
+    return tunnel->closing ? NULL : tunnel->waiter;
 }
 
 static void tunnel_dealloc(PyObject *object)
@@ -161,7 +154,6 @@ static void tunnel_dealloc(PyObject *object)
     TunnelObject *self = (TunnelObject *)object;
     tunnel_free(&self->tunnel);
     Py_XDECREF(self->core);
-    Py_XDECREF(self->context);
     Py_XDECREF(self->waiter);
     module_release(object);
 }
@@ -186,11 +178,12 @@ static PyObject *tunnel_adopted(PyObject *object, PyObject *core)
         PyErr_SetString(PyExc_TypeError, "not a Core");
         return NULL;
     }
-    if (!self->tunnel.established) {
-        PyErr_SetString(PyExc_RuntimeError, "the handshake is not over");
+    if (!self->established || self->adopted) {
+        PyErr_SetString(PyExc_RuntimeError, "only once, when the handshake is over");
         return NULL;
     }
-    /* No thread knows it now: the one for handshakes has let go of it. */
+    /* No thread knows it now: the one for handshakes has told of it, and let go. */
+    self->adopted = true;
     PyObject *before = self->core;
     Py_INCREF(core);
     self->core = core;
@@ -206,11 +199,17 @@ static PyObject *tunnel_said(PyObject *object, PyObject *arguments)
     Py_buffer bytes;
     if (!PyArg_ParseTuple(arguments, "y*", &bytes))
         return NULL;
-    bool fine = post((TunnelObject *)object, COMMAND_SAY, bytes.buf, (size_t)bytes.len);
+    bool fine = !bytes.len || post((TunnelObject *)object, COMMAND_SAY, bytes.buf, (size_t)bytes.len);
     PyBuffer_Release(&bytes);
     if (!fine)
         return NULL;
     Py_RETURN_NONE;
+}
+
+/* Of one that somebody has closed meanwhile there is nothing to read, which is no error. */
+static bool read_on(TunnelObject *self)
+{
+    return self->closing || !((CoreObject *)self->core)->open || post(self, COMMAND_READ, NULL, 0);
 }
 
 static PyObject *tunnel_take(PyObject *object, PyObject *unused)
@@ -219,14 +218,12 @@ static PyObject *tunnel_take(PyObject *object, PyObject *unused)
     struct tunnel *tunnel = &self->tunnel;
     (void)unused;
     pthread_mutex_lock(&tunnel->core->lock);
-    uint8_t *inbox = tunnel->inbox;
-    size_t size = tunnel->inbox_size;
-    tunnel->inbox = NULL;
-    tunnel->inbox_size = tunnel->inbox_room = 0;
+    struct backlog inbox = tunnel->inbox;
+    tunnel->inbox = (struct backlog){0};
     pthread_mutex_unlock(&tunnel->core->lock);
-    PyObject *bytes = PyBytes_FromStringAndSize((const char *)inbox, (Py_ssize_t)size);
-    free(inbox);
-    if (bytes && size >= MAX_INBOX && !post(self, COMMAND_READ, NULL, 0))
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)inbox.bytes, (Py_ssize_t)inbox.size);
+    free(inbox.bytes);
+    if (bytes && inbox.size >= MAX_INBOX && !read_on(self))
         Py_CLEAR(bytes);
     return bytes;
 }
@@ -234,35 +231,37 @@ static PyObject *tunnel_take(PyObject *object, PyObject *unused)
 static PyObject *tunnel_go_on(PyObject *object, PyObject *unused)
 {
     (void)unused;
-    if (!post((TunnelObject *)object, COMMAND_READ, NULL, 0))
+    if (!read_on((TunnelObject *)object))
         return NULL;
     Py_RETURN_NONE;
 }
 
 static PyObject *tunnel_state(PyObject *object, PyObject *unused)
 {
-    struct tunnel *tunnel = &((TunnelObject *)object)->tunnel;
+    TunnelObject *self = (TunnelObject *)object;
+    struct tunnel *tunnel = &self->tunnel;
     (void)unused;
     pthread_mutex_lock(&tunnel->core->lock);
-    bool established = tunnel->established, lost = tunnel->lost;
+    bool lost = tunnel->lost;
     int error = tunnel->error;
     long verify = tunnel->verify;
     unsigned long ssl_error = tunnel->ssl_error;
     pthread_mutex_unlock(&tunnel->core->lock);
-    return Py_BuildValue("NNilsks", PyBool_FromLong(established), PyBool_FromLong(lost), error, verify,
+    return Py_BuildValue("NNilsks", PyBool_FromLong(self->established), PyBool_FromLong(lost), error, verify,
                          verify ? libssl.X509_verify_cert_error_string(verify) : "", ssl_error & ERR_REASON_MASK,
                          reason_of(ssl_error));
 }
 
 static PyObject *tunnel_peer(PyObject *object, PyObject *unused)
 {
-    struct tunnel *tunnel = &((TunnelObject *)object)->tunnel;
+    TunnelObject *self = (TunnelObject *)object;
+    struct tunnel *tunnel = &self->tunnel;
     (void)unused;
-    if (!tunnel->established) {
+    if (!self->established) {
         PyErr_SetString(PyExc_RuntimeError, "the handshake is not over");
         return NULL;
     }
-    return Py_BuildValue("y#ssN", (const char *)tunnel->certificate, (Py_ssize_t)tunnel->certificate_size,
+    return Py_BuildValue("y#ssN", (const char *)tunnel->certificate.bytes, (Py_ssize_t)tunnel->certificate.size,
                          tunnel->version, tunnel->cipher_name, PyBool_FromLong(tunnel->resumed));
 }
 
@@ -301,15 +300,16 @@ static PyObject *tunnel_closed(PyObject *object, PyObject *unused)
     (void)unused;
     if (self->closing)
         Py_RETURN_NONE;
-    if (((CoreObject *)self->core)->open) {
-        if (!post(self, COMMAND_CLOSE, NULL, 0))
-            return NULL;
-        self->closing = true;
-    } else { /* its thread has ended */
-        self->closing = true;
+    bool open = ((CoreObject *)self->core)->open;
+    if (open && !post(self, COMMAND_CLOSE, NULL, 0))
+        return NULL;
+    self->closing = true;
+    Py_CLEAR(self->waiter); /* which refers to it, and a collector of cycles would not find that */
+    if (!open) { /* its thread has ended, and will not do it */
         self->tunnel.closed = true;
         close(self->tunnel.fd);
-        handles_let_go(self);
+        core_forget(self->tunnel.core, &self->tunnel.heard);
+        Py_DECREF(object);
     }
     Py_RETURN_NONE;
 }

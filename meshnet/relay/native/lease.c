@@ -8,7 +8,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/socket.h>
 
 #define MAX_PIECES 64
 
@@ -21,23 +20,18 @@ static bool both_have_ended(const struct tunnel *tunnel)
     return tunnel->sent_end != FRAME_DATA && tunnel->received_end != FRAME_DATA;
 }
 
-/* Whatever is still in the lease, the tunnel is of no further use. */
-static void kill_tunnel(struct leg *leg)
+/* The peer's end will not be waited for. */
+void lease_cut(struct leg *leg)
 {
-    struct tunnel *tunnel = leg->tunnel;
-    struct linger linger = {.l_onoff = 1};
+    if (leg->over)
+        return;
     leg->over = true;
-    /* When its owner closes the socket, the peer shall get RST: a FIN would wait behind bytes that nobody reads. */
-    if (!tunnel->closed)
-        setsockopt(tunnel->fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
-    pthread_mutex_lock(&tunnel->core->lock);
-    tunnel->lost = true;
-    pthread_mutex_unlock(&tunnel->core->lock);
+    tunnel_kill(leg->tunnel);
 }
 
 static void fail(struct leg *leg, enum reason reason, int error)
 {
-    kill_tunnel(leg);
+    lease_cut(leg);
     link_fail(leg->link, reason, BY_PEER_PROXY, error);
 }
 
@@ -100,6 +94,8 @@ static bool on_frame(struct leg *leg)
         on_reset(leg);
         return true;
     default: /* PONG, GOAWAY: for Python, between leases */
+        if (tunnel_has_full_inbox(tunnel))
+            return false; /* thousands of them in one lease */
         frame_header(header, tunnel->frames.kind, 0);
         tunnel_keep(tunnel, header, sizeof header);
         return true;
@@ -202,7 +198,8 @@ void lease_abort(struct leg *leg)
     if (!both_have_ended(tunnel)) {
         uint8_t frame[FRAME_HEADER + FRAME_MAX_CONTROL];
         frame_header(frame, FRAME_RESET, link->reset_size);
-        memcpy(frame + FRAME_HEADER, link->reset, link->reset_size);
+        if (link->reset_size)
+            memcpy(frame + FRAME_HEADER, link->reset, link->reset_size);
         tunnel->sent_end = FRAME_RESET;
         leg->out_done = false;
         if (!put(leg, frame, FRAME_HEADER + link->reset_size, 0))
@@ -221,13 +218,6 @@ void lease_on_flushed(struct leg *leg)
         link_pull(leg->peer);
 }
 
-/* The peer's end will not be waited for. */
-void lease_cut(struct leg *leg)
-{
-    if (!leg->over)
-        kill_tunnel(leg);
-}
-
 /* Beginning and end */
 
 /* What came behind OPEN or OPENED was handed to the link; what has come since is in the inbox. */
@@ -241,22 +231,19 @@ void lease_begin(struct leg *leg)
         fail(leg, REASON_TUNNEL_LOST, tunnel->error);
         return;
     }
-    leg->in_done = leg->received_end != FRAME_DATA;
     if (leg->received_end == FRAME_FIN)
         link_on_fin(leg);
     if (!tunnel->leg)
         return;
     pthread_mutex_lock(&core->lock);
-    uint8_t *inbox = tunnel->inbox;
-    size_t size = tunnel->inbox_size;
-    tunnel->inbox = NULL;
-    tunnel->inbox_size = tunnel->inbox_room = 0;
+    struct backlog inbox = tunnel->inbox;
+    tunnel->inbox = (struct backlog){0};
     pthread_mutex_unlock(&core->lock);
-    if (size) {
-        lease_digest(leg, inbox, size);
+    if (inbox.size) {
+        lease_digest(leg, inbox.bytes, inbox.size);
         lease_flush_pieces(leg);
     }
-    free(inbox);
+    free(inbox.bytes);
     if (tunnel->leg)
         tunnel_read(tunnel);
 }

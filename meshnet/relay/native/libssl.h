@@ -18,8 +18,6 @@ typedef struct x509_st X509;
 #define SSL_ERROR_NONE 0
 #define SSL_ERROR_SSL 1
 #define SSL_ERROR_WANT_READ 2
-#define SSL_ERROR_SYSCALL 5
-#define SSL_ERROR_ZERO_RETURN 6
 #define SSL_VERIFY_PEER 0x01
 #define SSL_VERIFY_FAIL_IF_NO_PEER_CERT 0x02
 #define SSL_FILETYPE_PEM 1
@@ -93,6 +91,7 @@ typedef int alpn_select(SSL *ssl, const unsigned char **out, unsigned char *out_
     FUNCTION(crypto, void, BIO_set_flags, (BIO *, int))                                                               \
     FUNCTION(crypto, void, BIO_clear_flags, (BIO *, int))                                                             \
     FUNCTION(crypto, int, i2d_X509, (const X509 *, unsigned char **))                                                 \
+    FUNCTION(crypto, void, CRYPTO_free, (void *, const char *, int)) /* OPENSSL_free */                                \
     FUNCTION(crypto, void, X509_free, (X509 *))                                                                       \
     FUNCTION(crypto, const char *, X509_verify_cert_error_string, (long))                                             \
     FUNCTION(crypto, unsigned long, ERR_get_error, (void))                                                            \

@@ -7,7 +7,8 @@
 
 void link_init(struct link *link, struct core *core)
 {
-    *link = (struct link){.core = core, .ended_by = BY_PROXY};
+    *link = (struct link){
+        .core = core, .ended_by = BY_PROXY, .ended.kind = NEWS_LINK_ENDED, .aborted.kind = NEWS_LINK_ABORTED};
     link->client = (struct leg){.link = link, .peer = &link->endpoint, .who = BY_CLIENT, .fd = -1};
     link->endpoint = (struct leg){.link = link, .peer = &link->client, .who = BY_SERVER, .fd = -1};
 }
@@ -26,6 +27,8 @@ void link_set_tunnel(struct leg *leg, struct tunnel *tunnel)
 
 void link_free(struct link *link)
 {
+    free(link->client.held.bytes); /* of a link that never began to send */
+    free(link->endpoint.held.bytes);
     free(link->own_reset);
     free(link->peer_reset);
 }
@@ -43,18 +46,6 @@ void link_pull(struct leg *leg)
         plain_pull(leg);
 }
 
-static void stop_lingering(struct core *core, struct link *link)
-{
-    struct link **place = &core->lingering;
-    while (*place && *place != link)
-        place = &(*place)->next_linger;
-    if (*place) {
-        *place = link->next_linger;
-        if (!*place)
-            core->last_lingering = place;
-    }
-}
-
 static void end(struct link *link)
 {
     struct core *core = link->core;
@@ -66,14 +57,11 @@ static void end(struct link *link)
         else
             plain_close(legs[which]);
     }
-    if (link->previous)
-        link->previous->next = link->next;
-    else
-        core->links = link->next;
+    *link->place = link->next;
     if (link->next)
-        link->next->previous = link->previous;
+        link->next->place = link->place;
     if (link->lingers)
-        stop_lingering(core, link);
+        core_stop_lingering(core, link);
     core_tell(core, &link->ended);
 }
 
@@ -99,8 +87,9 @@ void link_start(struct link *link)
     struct core *core = link->core;
     struct leg *legs[] = {&link->client, &link->endpoint};
     link->next = core->links;
-    if (core->links)
-        core->links->previous = link;
+    link->place = &core->links;
+    if (link->next)
+        link->next->place = &link->next;
     core->links = link;
     for (int which = 0; which < 2; which++) {
         struct tunnel *tunnel = legs[which]->tunnel;
@@ -109,6 +98,7 @@ void link_start(struct link *link)
         tunnel->leg = legs[which];
         tunnel->sent_end = FRAME_DATA;
         tunnel->received_end = legs[which]->received_end;
+        legs[which]->in_done = tunnel->received_end != FRAME_DATA;
     }
     /* Both are watched before either may be heard of: epoll is asked by this very thread. */
     for (int which = 0; which < 2 && !link->failed; which++) {
@@ -184,17 +174,16 @@ void link_fail(struct link *link, enum reason reason, enum ended_by who, int err
     link_settle(link);
 }
 
-/* From Python, which gives away `reset`: the payload of the RESET frame, or NULL. */
+/* From Python, once, which gives away `reset`: the payload of the RESET frame, or NULL. */
 void link_abort(struct link *link, uint8_t *reset, size_t size)
 {
-    if (link->over || link->failed) {
-        free(reset);
-        return;
-    }
     link->own_reset = reset;
-    link->reset = reset;
-    link->reset_size = size;
-    link_fail(link, REASON_ABORTED, BY_PROXY, 0);
+    if (!link->failed) {
+        link->reset = reset;
+        link->reset_size = size;
+        link_fail(link, REASON_ABORTED, BY_PROXY, 0);
+    }
+    core_tell(link->core, &link->aborted);
 }
 
 /* Ends the link if nothing is left to do. */

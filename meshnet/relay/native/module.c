@@ -9,9 +9,10 @@
 typedef struct {
     PyObject_HEAD
     struct link link;
-    PyObject *core;    /* must outlive it */
+    PyObject *core;    /* until it has ended: must outlive it, as must the tunnels */
     PyObject *tunnels[2];
     PyObject *waiter;  /* what Core.news gives back; NULL when it has */
+    bool aborting;
 } LinkObject;
 
 static PyTypeObject *link_type;
@@ -55,12 +56,16 @@ static PyObject *link_abort_(PyObject *object, PyObject *arguments)
     Py_buffer reset;
     if (!PyArg_ParseTuple(arguments, "y*", &reset))
         return NULL;
-    int error = 0;
     if (reset.len > FRAME_MAX_CONTROL)
         PyErr_SetString(PyExc_ValueError, "a RESET of that size is none");
-    else if (self->waiter && ((CoreObject *)self->core)->open &&
-             (error = core_post(self->link.core, COMMAND_ABORT, &self->link, reset.buf, (size_t)reset.len)))
-        PyErr_NoMemory();
+    else if (self->waiter && !self->aborting && ((CoreObject *)self->core)->open) {
+        if (core_post(self->link.core, COMMAND_ABORT, &self->link, reset.buf, (size_t)reset.len)) {
+            PyErr_NoMemory();
+        } else {
+            self->aborting = true;
+            Py_INCREF(object); /* the core's, until it has heard: the link may be over by then */
+        }
+    }
     PyBuffer_Release(&reset);
     if (PyErr_Occurred())
         return NULL;
@@ -182,8 +187,11 @@ static bool take_leg(LinkObject *made, int which, PyObject *given, int received_
     struct leg *leg = which ? &made->link.endpoint : &made->link.client;
     if (!PyObject_TypeCheck(given, tunnel_type)) {
         long fd = PyLong_AsLong(given);
-        if (fd < 0)
+        if (fd < 0 || fd > INT_MAX) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_ValueError, "not a descriptor");
             return false;
+        }
         link_set_plain(leg, (int)fd);
         return true;
     }
@@ -203,12 +211,11 @@ static bool take_leg(LinkObject *made, int which, PyObject *given, int received_
     struct core *core = made->link.core;
     pthread_mutex_lock(&core->lock);
     bool fits = backlog_append(&inbox, unread->buf, (size_t)unread->len) &&
-                (!tunnel->tunnel.inbox_size ||
-                 backlog_append(&inbox, tunnel->tunnel.inbox, tunnel->tunnel.inbox_size));
+                (!tunnel->tunnel.inbox.size ||
+                 backlog_append(&inbox, tunnel->tunnel.inbox.bytes, tunnel->tunnel.inbox.size));
     if (fits) {
-        free(tunnel->tunnel.inbox);
-        tunnel->tunnel.inbox = inbox.bytes;
-        tunnel->tunnel.inbox_size = tunnel->tunnel.inbox_room = inbox.size;
+        free(tunnel->tunnel.inbox.bytes);
+        tunnel->tunnel.inbox = inbox;
     }
     pthread_mutex_unlock(&core->lock);
     if (!fits) {
@@ -234,18 +241,18 @@ static PyObject *core_start(PyObject *object, PyObject *arguments)
     else if ((made = (LinkObject *)module_allocate(link_type))) {
         struct link *link = &made->link;
         link_init(link, &self->core);
-        link->ended.owner = made;
+        link->ended.owner = link->aborted.owner = made;
         atomic_store(&link->sent, sent);
         Py_INCREF(object);
         made->core = object;
         if (take_leg(made, 0, client, received_end, &unread) && take_leg(made, 1, endpoint, received_end, &unread)) {
-            if (!copy_early(&link->client, &to_client) || !copy_early(&link->endpoint, &to_endpoint) ||
+            if (link->client.tunnel && link->endpoint.tunnel)
+                PyErr_SetString(PyExc_ValueError, "one of the legs must be a socket");
+            else if (!copy_early(&link->client, &to_client) || !copy_early(&link->endpoint, &to_endpoint) ||
                 core_post(&self->core, COMMAND_START, link, NULL, 0))
                 PyErr_NoMemory();
         }
         if (PyErr_Occurred()) {
-            free(link->client.held.bytes);
-            free(link->endpoint.held.bytes);
             Py_DECREF((PyObject *)made);
             made = NULL;
         } else {
@@ -260,24 +267,26 @@ static PyObject *core_start(PyObject *object, PyObject *arguments)
     return (PyObject *)made;
 }
 
-static int add_news(PyObject *waiters, PyObject *object)
+static int add_news(PyObject *waiters, struct news *news)
 {
-    if (PyObject_TypeCheck(object, link_type)) {
-        LinkObject *ended = (LinkObject *)object;
+    int error = 0;
+    if (news->kind == NEWS_TUNNEL_HEARD) {
+        PyObject *waiter = handles_heard(news->owner);
+        return waiter ? PyList_Append(waiters, waiter) : 0;
+    }
+    if (news->kind == NEWS_LINK_ENDED) {
+        LinkObject *ended = news->owner;
         PyObject *waiter = ended->waiter;
         ended->waiter = NULL;
-        int error = PyList_Append(waiters, waiter);
+        error = PyList_Append(waiters, waiter);
         Py_DECREF(waiter);
-        Py_DECREF(object);
-        return error;
+        /* Whoever keeps it for its counts need not keep these: a descriptor, and much memory. */
+        Py_CLEAR(ended->tunnels[0]);
+        Py_CLEAR(ended->tunnels[1]);
+        Py_CLEAR(ended->core);
     }
-    TunnelObject *tunnel = (TunnelObject *)object;
-    if (tunnel->closing) {
-        if (tunnel->tunnel.closed)
-            handles_let_go(tunnel);
-        return 0;
-    }
-    return PyList_Append(waiters, tunnel->waiter);
+    Py_DECREF((PyObject *)news->owner); /* the core's */
+    return error;
 }
 
 static PyObject *core_news(PyObject *object, PyObject *unused)
@@ -295,7 +304,7 @@ static PyObject *core_news(PyObject *object, PyObject *unused)
         pthread_mutex_lock(&self->core.lock);
         this->told = false;
         pthread_mutex_unlock(&self->core.lock);
-        error |= add_news(waiters, this->owner);
+        error |= add_news(waiters, this);
     }
     if (error) {
         Py_DECREF(waiters);

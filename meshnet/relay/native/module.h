@@ -16,10 +16,10 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     struct tunnel tunnel;
-    PyObject *core;    /* the one it belongs to now; must outlive it */
-    PyObject *context; /* the same */
-    PyObject *waiter;  /* what Core.news gives back for it, again and again */
-    bool held;         /* a core knows it, and so holds a reference */
+    PyObject *core;   /* the one it belongs to now; must outlive it */
+    PyObject *waiter; /* what Core.news gives back for it, again and again */
+    bool established; /* told by Core.news, so no thread knows it until it is adopted */
+    bool adopted;
     bool closing;
 } TunnelObject;
 
@@ -32,7 +32,7 @@ void *module_core_is_closed(void);
 
 int handles_add(PyObject *module);
 PyObject *handles_shake(CoreObject *core, PyObject *arguments);
-/* No thread knows it any more. */
-void handles_let_go(TunnelObject *tunnel);
+/* Who is to be told, or NULL; borrowed. */
+PyObject *handles_heard(TunnelObject *tunnel);
 
 #endif

@@ -239,7 +239,8 @@ void plain_close(struct leg *leg)
         return;
     leg->closed = true;
     leg->over = true;
-    close(leg->fd); /* which takes it out of epoll: epoll(7), question 6 */
+    core_unwatch(leg->link->core, leg->fd);
+    close(leg->fd);
     free(leg->held.bytes);
     leg->held = (struct backlog){0};
     if (leg->pipe) {

@@ -32,17 +32,17 @@ static int bio_read(BIO *bio, char *buffer, size_t room, size_t *taken)
     struct tunnel *tunnel = libssl.BIO_get_data(bio);
     libssl.BIO_clear_flags(bio, BIO_FLAGS_RWS_AND_RETRY);
     if (tunnel->handshaking) {
-        ssize_t size = recv(tunnel->fd, buffer, room, 0);
+        ssize_t size;
+        while ((size = recv(tunnel->fd, buffer, room, 0)) < 0 && errno == EINTR)
+            ;
         if (size > 0) {
             *taken = (size_t)size;
             return 1;
         }
-        if (size < 0 && (errno == EAGAIN || errno == EINTR)) {
-            tunnel->readable = errno == EINTR;
+        if (size < 0 && errno == EAGAIN)
             libssl.BIO_set_flags(bio, BIO_FLAGS_RETRY_READ);
-        } else {
-            tunnel->error = size ? errno : ECONNRESET;
-        }
+        else
+            tunnel->handshake_error = size ? errno : ECONNRESET;
         return 0;
     }
     if (!tunnel->cipher_size) {
@@ -140,29 +140,28 @@ SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundl
 }
 
 /* An SSL for the tunnel's descriptor. */
-bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, SSL_SESSION *session)
+bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, bool is_client, SSL_SESSION *session)
 {
     SSL *ssl = libssl.SSL_new(context);
-    BIO *bio = ssl ? libssl.BIO_new(libssl.bio_method) : NULL;
-    if (!bio || !libssl.SSL_set_ex_data(ssl, 0, tunnel)) {
-        if (ssl)
-            libssl.SSL_free(ssl);
+    if (!ssl)
         return false;
-    }
+    tunnel->ssl = ssl; /* freed with the tunnel */
+    BIO *bio = libssl.SSL_set_ex_data(ssl, 0, tunnel) ? libssl.BIO_new(libssl.bio_method) : NULL;
+    if (!bio)
+        return false;
     libssl.BIO_set_data(bio, tunnel);
     libssl.BIO_set_init(bio, 1);
     libssl.SSL_set_bio(ssl, bio, bio);
-    if (!tunnel->is_client)
-        libssl.SSL_set_accept_state(ssl);
-    else
+    if (is_client)
         libssl.SSL_set_connect_state(ssl);
+    else
+        libssl.SSL_set_accept_state(ssl);
     /* A copy: OpenSSL takes one that was resumed for used up, as soon as the peer gives a new ticket. */
     SSL_SESSION *copy = session ? libssl.SSL_SESSION_dup(session) : NULL;
     if (copy) {
         libssl.SSL_set_session(ssl, copy); /* should it not fit, the handshake is a full one */
         libssl.SSL_SESSION_free(copy);
     }
-    tunnel->ssl = ssl;
     return true;
 }
 

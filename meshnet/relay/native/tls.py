@@ -10,7 +10,7 @@ import trio
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.deadline import Deadlines
 from meshnet.net.strand import Wait, on_strand
-from meshnet.net.tls import Ticket, handshake_timeout, not_verified, peer_identity
+from meshnet.net.tls import ALPN, Ticket, handshake_timeout, not_verified, peer_identity
 
 if TYPE_CHECKING:
     from meshnet.relay.native._core import Core, Session, Tunnel
@@ -173,6 +173,8 @@ def _failure(state: tuple[bool, bool, int, int, str, int, str]) -> ConnectionFai
         return ConnectionFailed(Reason.TLS_NO_IDENTITY, f"the peer does not take our certificate: {ssl_text}")
     if ssl_reason:
         return ConnectionFailed(Reason.TLS_HANDSHAKE, f"TLS: {ssl_text}")
+    if number == errno.EPROTO:
+        return ConnectionFailed(Reason.TLS_HANDSHAKE, f"the peer does not speak {ALPN}")
     if number in _HUNG_UP:
         return ConnectionFailed(Reason.TLS_HANDSHAKE, "the peer hung up during the handshake")
     return ConnectionFailed(Reason.TLS_HANDSHAKE, f"TLS: {os.strerror(number)}")

@@ -19,17 +19,49 @@ static void tell(struct tunnel *tunnel)
     core_tell(tunnel->core, &tunnel->heard);
 }
 
-/* No more will come, and nothing can be sent. */
-static void lose(struct tunnel *tunnel, int error, unsigned long ssl_error)
+static bool watch(struct tunnel *tunnel)
 {
-    if (tunnel->lost)
+    struct core *core = tunnel->core;
+    if (core_watch(core, tunnel->fd, &tunnel->source))
+        return false;
+    tunnel->watched = true;
+    tunnel->next = core->tunnels;
+    tunnel->place = &core->tunnels;
+    if (tunnel->next)
+        tunnel->next->place = &tunnel->next;
+    core->tunnels = tunnel;
+    return true;
+}
+
+static void unwatch(struct tunnel *tunnel)
+{
+    if (!tunnel->watched)
         return;
+    tunnel->watched = false;
+    *tunnel->place = tunnel->next;
+    if (tunnel->next)
+        tunnel->next->place = tunnel->place;
+    core_unwatch(tunnel->core, tunnel->fd);
+}
+
+/* The first failure is the reason. */
+static void note_lost(struct tunnel *tunnel, int error, unsigned long ssl_error, long verify)
+{
     pthread_mutex_lock(&tunnel->core->lock);
     tunnel->lost = true;
     tunnel->error = error;
     tunnel->ssl_error = ssl_error;
+    tunnel->verify = verify;
     pthread_mutex_unlock(&tunnel->core->lock);
-    tunnel->readable = false;
+    tunnel->core->out.size = 0; /* what OpenSSL has made for it must not go to another */
+}
+
+/* No more will come, and nothing can be sent. */
+static void lose(struct tunnel *tunnel, int error, unsigned long ssl_error, long verify)
+{
+    if (tunnel->lost)
+        return;
+    note_lost(tunnel, error, ssl_error, verify);
     if (!tunnel->leg)
         tell(tunnel);
     else if (!tunnel->leg->over) /* or its lease is over, and the link goes on for its other leg */
@@ -38,71 +70,77 @@ static void lose(struct tunnel *tunnel, int error, unsigned long ssl_error)
 
 /* Handshake */
 
-static void established(struct tunnel *tunnel)
+/* False: no memory. */
+static bool copy_certificate(struct tunnel *tunnel)
+{
+    X509 *peer = libssl.SSL_get1_peer_certificate(tunnel->ssl);
+    unsigned char *der = NULL;
+    int size = peer ? libssl.i2d_X509(peer, &der) : -1;
+    if (peer)
+        libssl.X509_free(peer);
+    if (size <= 0)
+        return false;
+    bool fits = backlog_append(&tunnel->certificate, der, (size_t)size);
+    libssl.CRYPTO_free(der, __FILE__, __LINE__);
+    return fits;
+}
+
+static void establish(struct tunnel *tunnel)
 {
     const unsigned char *alpn;
     unsigned int alpn_size;
+    tunnel->handshaking = false;
+    unwatch(tunnel); /* or there would be news of it from two threads */
     libssl.SSL_get0_alpn_selected(tunnel->ssl, &alpn, &alpn_size);
-    X509 *peer = libssl.SSL_get1_peer_certificate(tunnel->ssl);
-    unsigned char *der = NULL;
-    int size = peer ? libssl.i2d_X509(peer, NULL) : 0;
-    if (size > 0 && (der = malloc((size_t)size))) {
-        unsigned char *end = der;
-        size = libssl.i2d_X509(peer, &end);
+    if (!alpn_size) { /* a peer that asks for no protocol is not refused by OpenSSL */
+        lose(tunnel, EPROTO, 0, 0);
+        return;
     }
-    if (peer)
-        libssl.X509_free(peer);
-    pthread_mutex_lock(&tunnel->core->lock);
-    tunnel->established = alpn_size > 0;
-    tunnel->certificate = der;
-    tunnel->certificate_size = der && size > 0 ? (size_t)size : 0;
+    if (!copy_certificate(tunnel)) {
+        lose(tunnel, ENOMEM, 0, 0);
+        return;
+    }
     tunnel->version = libssl.SSL_get_version(tunnel->ssl);
     tunnel->cipher_name = libssl.SSL_CIPHER_get_name(libssl.SSL_get_current_cipher(tunnel->ssl));
     tunnel->resumed = libssl.SSL_session_reused(tunnel->ssl);
-    pthread_mutex_unlock(&tunnel->core->lock);
+    tunnel->established = true;
+    tell(tunnel);
+}
+
+static void fail_handshake(struct tunnel *tunnel)
+{
+    unsigned long ssl_error = libssl.ERR_get_error();
+    struct backlog *alert = &tunnel->core->out;
+    /* What it says counts, and not whether it can be said. */
+    if (!tunnel->held.size && alert->size)
+        send(tunnel->fd, alert->bytes, alert->size, MSG_NOSIGNAL);
+    lose(tunnel, tunnel->handshake_error, ssl_error, libssl.SSL_get_verify_result(tunnel->ssl));
 }
 
 /* Goes on with the handshake; on the thread for handshakes, which lets go of the tunnel when it is over. */
 void tunnel_shake(struct tunnel *tunnel)
 {
-    if (tunnel->lost || !tunnel->handshaking)
+    if (!tunnel->watched && !watch(tunnel)) {
+        lose(tunnel, errno, 0, 0);
         return;
-    if (!tunnel->watched) {
-        tunnel->watched = true;
-        if (core_watch(tunnel->core, tunnel->fd, &tunnel->source)) {
-            lose(tunnel, errno, 0);
-            return;
-        }
     }
     libssl.ERR_clear_error();
-    tunnel->error = 0;
     int done = libssl.SSL_do_handshake(tunnel->ssl);
     int status = done == 1 ? SSL_ERROR_NONE : libssl.SSL_get_error(tunnel->ssl, done);
-    unsigned long ssl_error = done == 1 ? 0 : libssl.ERR_get_error();
-    int error = tunnel->error;
-    tunnel_flush(tunnel); /* also the alert that says why not */
-    if (status == SSL_ERROR_WANT_READ || tunnel->lost)
-        return;
-    if (status != SSL_ERROR_NONE) {
-        tunnel->verify = libssl.SSL_get_verify_result(tunnel->ssl);
-        lose(tunnel, error, ssl_error);
+    if (status != SSL_ERROR_NONE && status != SSL_ERROR_WANT_READ) {
+        fail_handshake(tunnel);
         return;
     }
-    if (tunnel->held.size)
-        return; /* our last flight is still to go out */
-    tunnel->handshaking = false;
-    tunnel->watched = false;
-    epoll_ctl(tunnel->core->epoll, EPOLL_CTL_DEL, tunnel->fd, NULL);
-    established(tunnel);
-    tell(tunnel);
+    tunnel_flush(tunnel);
+    if (status == SSL_ERROR_NONE && !tunnel->lost && !tunnel->held.size) /* else our last flight is still to go out */
+        establish(tunnel);
 }
 
 /* Into the hands of the thread that relays. */
 void tunnel_adopt(struct tunnel *tunnel)
 {
-    tunnel->watched = true;
-    if (core_watch(tunnel->core, tunnel->fd, &tunnel->source))
-        lose(tunnel, errno, 0);
+    if (!watch(tunnel))
+        lose(tunnel, errno, 0, 0);
 }
 
 /* In */
@@ -112,52 +150,48 @@ void tunnel_keep(struct tunnel *tunnel, const uint8_t *bytes, size_t size)
 {
     struct core *core = tunnel->core;
     pthread_mutex_lock(&core->lock);
-    bool fits = tunnel->inbox_size + size <= tunnel->inbox_room;
-    if (!fits) {
-        uint8_t *larger = realloc(tunnel->inbox, tunnel->inbox_size + size);
-        if (larger) {
-            tunnel->inbox = larger;
-            tunnel->inbox_room = tunnel->inbox_size + size;
-            fits = true;
-        }
-    }
-    if (fits) {
-        memcpy(tunnel->inbox + tunnel->inbox_size, bytes, size);
-        tunnel->inbox_size += size;
-    }
+    bool fits = backlog_append(&tunnel->inbox, bytes, size);
     pthread_mutex_unlock(&core->lock);
     if (!fits)
-        lose(tunnel, ENOMEM, 0);
+        lose(tunnel, ENOMEM, 0, 0);
     else if (!tunnel->leg)
         tell(tunnel);
 }
 
-static bool inbox_is_full(struct tunnel *tunnel)
+bool tunnel_has_full_inbox(struct tunnel *tunnel)
 {
     pthread_mutex_lock(&tunnel->core->lock);
-    bool full = tunnel->inbox_size >= MAX_INBOX;
+    bool full = tunnel->inbox.size >= MAX_INBOX;
     pthread_mutex_unlock(&tunnel->core->lock);
     return full;
 }
 
 static bool may_read(struct tunnel *tunnel)
 {
-    if (!tunnel->readable || tunnel->lost || tunnel->closed || tunnel->handshaking)
+    if (!tunnel->readable || tunnel->lost || tunnel->closed || tunnel->handshaking || tunnel->held.size > MAX_HELD)
         return false;
     struct leg *leg = tunnel->leg;
     /* Behind the peer's end only a RESET can come, or the end of the tunnel: however slow the application, they count. */
     if (leg && !leg->link->failed && tunnel->received_end == FRAME_DATA && link_is_full(leg->peer))
         return false;
-    return !inbox_is_full(tunnel);
+    return !tunnel_has_full_inbox(tunnel);
 }
 
 static void decrypt(struct tunnel *tunnel)
 {
     struct core *core = tunnel->core;
     size_t used = 0, size;
+    int status = SSL_ERROR_NONE;
+    unsigned long ssl_error = 0;
     libssl.ERR_clear_error();
-    /* There is always room for a whole record: what was received, and the piece that OpenSSL still had. */
-    while (!tunnel->lost && libssl.SSL_read_ex(tunnel->ssl, core->clear + used, RECORD_SIZE, &size)) {
+    while (!tunnel->lost) {
+        /* There is always room for a whole record: what was received, and the piece that OpenSSL still had. */
+        if (!libssl.SSL_read_ex(tunnel->ssl, core->clear + used, RECORD_SIZE, &size)) {
+            /* Asked at once: to hand the pieces on may make us write, and then it would speak of that. */
+            status = libssl.SSL_get_error(tunnel->ssl, 0);
+            ssl_error = status == SSL_ERROR_SSL ? libssl.ERR_get_error() : 0;
+            break;
+        }
         if (tunnel->leg)
             lease_digest(tunnel->leg, core->clear + used, size);
         else
@@ -166,13 +200,10 @@ static void decrypt(struct tunnel *tunnel)
     }
     if (tunnel->leg)
         lease_flush_pieces(tunnel->leg);
-    if (tunnel->lost)
-        return;
-    int status = libssl.SSL_get_error(tunnel->ssl, 0);
-    if (status != SSL_ERROR_WANT_READ)
-        lose(tunnel, 0, status == SSL_ERROR_ZERO_RETURN ? 0 : libssl.ERR_get_error());
-    else if (core->out.size)
-        tunnel_flush(tunnel); /* OpenSSL's own words, an answer to a key update for one */
+    if (core->out.size)
+        tunnel_flush(tunnel); /* OpenSSL's own words: the answer to a key update, an alert */
+    if (status != SSL_ERROR_NONE && status != SSL_ERROR_WANT_READ)
+        lose(tunnel, 0, ssl_error, 0);
 }
 
 /* Reads what is there, within a budget. */
@@ -192,7 +223,7 @@ void tunnel_read(struct tunnel *tunnel)
             return;
         }
         if (size <= 0) {
-            lose(tunnel, size ? errno : 0, 0);
+            lose(tunnel, size ? errno : 0, 0, 0);
             return;
         }
         if (size < CIPHER_READ && !tunnel->hung_up)
@@ -231,7 +262,7 @@ static size_t send_some(struct tunnel *tunnel, const uint8_t *bytes, size_t size
         else if (errno == EAGAIN)
             break;
         else if (errno != EINTR) {
-            lose(tunnel, errno, 0);
+            lose(tunnel, errno, 0, 0);
             break;
         }
     }
@@ -256,7 +287,7 @@ void tunnel_flush(struct tunnel *tunnel)
     if (!held->size)
         sent = send_some(tunnel, out->bytes, size);
     if (sent < size && !tunnel->lost && !backlog_append(held, out->bytes + sent, size - sent))
-        lose(tunnel, ENOMEM, 0);
+        lose(tunnel, ENOMEM, 0, 0);
     if (!held->size) {
         free(held->bytes);
         held->bytes = NULL;
@@ -271,7 +302,7 @@ void tunnel_say(struct tunnel *tunnel, const uint8_t *bytes, size_t size)
         return;
     libssl.ERR_clear_error();
     if (!libssl.SSL_write_ex(tunnel->ssl, bytes, size, &written))
-        lose(tunnel, 0, libssl.ERR_get_error());
+        lose(tunnel, 0, libssl.ERR_get_error(), 0);
     else
         tunnel_flush(tunnel);
 }
@@ -284,8 +315,10 @@ void tunnel_on_event(struct tunnel *tunnel, uint32_t events)
         tunnel->hung_up = true;
     if (events & EPOLLIN)
         tunnel->readable = true;
-    if (events & EPOLLOUT && tunnel->held.size) {
-        tunnel_flush(tunnel);
+    if (events & EPOLLOUT) {
+        if (tunnel->held.size)
+            tunnel_flush(tunnel);
+        /* Or something that was to be said since has flushed it, and nobody was told. */
         if (tunnel->leg && !tunnel->held.size)
             lease_on_flushed(tunnel->leg);
     }
@@ -299,22 +332,38 @@ void tunnel_on_event(struct tunnel *tunnel, uint32_t events)
         int error = 0;
         socklen_t size = sizeof error;
         if (!getsockopt(tunnel->fd, SOL_SOCKET, SO_ERROR, &error, &size) && error)
-            lose(tunnel, error, 0);
+            lose(tunnel, error, 0, 0);
     }
+}
+
+/* Something of a lease is still in it, so it is of no further use. When its owner closes the socket, the peer shall get
+ * RST: a FIN would wait behind bytes that nobody reads.
+ */
+void tunnel_kill(struct tunnel *tunnel)
+{
+    struct linger linger = {.l_onoff = 1};
+    if (!tunnel->closed)
+        setsockopt(tunnel->fd, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+    if (!tunnel->lost)
+        note_lost(tunnel, 0, 0, 0);
+}
+
+/* The thread is about to end: whoever waits for the tunnel must not wait for ever. */
+void tunnel_abandon(struct tunnel *tunnel)
+{
+    lose(tunnel, ECANCELED, 0, 0);
+    unwatch(tunnel);
 }
 
 /* For good. No close_notify: meshnet/1 ends leases with FIN frames, so a bare TCP close truncates nothing. */
 void tunnel_close(struct tunnel *tunnel)
 {
-    if (tunnel->closed)
-        return;
-    if (tunnel->leg)
-        link_fail(tunnel->leg->link, REASON_ABORTED, BY_PROXY, 0);
     if (tunnel->leg)
         link_cut(tunnel->leg->link);
+    unwatch(tunnel);
     tunnel->closed = true;
     close(tunnel->fd);
-    tell(tunnel);
+    core_tell(tunnel->core, &tunnel->gone);
 }
 
 /* What is left when no thread knows it any more. */
@@ -327,7 +376,7 @@ void tunnel_free(struct tunnel *tunnel)
     if (tunnel->session)
         libssl.SSL_SESSION_free(tunnel->session);
     free(tunnel->held.bytes);
-    free(tunnel->inbox);
-    free(tunnel->certificate);
+    free(tunnel->inbox.bytes);
+    free(tunnel->certificate.bytes);
     frame_reader_free(&tunnel->frames);
 }

@@ -1,0 +1,119 @@
+"""The native relay built anew with the compiler's help, and put through the contract again."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from meshnet_cli.demo.sandbox import search_path
+
+ROOT = Path(__file__).parents[3]
+NATIVE = ROOT / "meshnet" / "relay" / "native"
+SOURCES = sorted(NATIVE.glob("*.c"))
+STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = {
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+# What takes long and shows the sanitizers nothing new; memory is not measured where they need it.
+LEFT_OUT = (
+    "sanitizers or at_once or quarter_of or two_hundred or five_hundred or takes_about_a_second or costs_no_cpu"
+    " or stuck_reader_stops or waits_a_second or never_reads or floods_a_lease or kills_the_tunnel or thousand"
+    " or counters_can or slow_application"
+)
+# One thread after the other: the thread sanitizer, the slower one, is spared it.
+WITHOUT_THREADS = (
+    " or left_behind or behind_a_stuck or fin_right_behind or is_left_open or many_sizes or piled_up or full_flow"
+)
+
+compilers = pytest.mark.parametrize("compiler", ["gcc", *(["clang"] if shutil.which("clang") else [])])
+
+
+def build(compiler: str, output: Path, *flags: str) -> None:
+    include = f"-I{sysconfig.get_path('include')}"
+    limited = "-DPy_LIMITED_API=0x030B0000"
+    run(compiler, "-shared", "-fPIC", "-O1", "-g", *STRICT, *flags, limited, include, *map(str, SOURCES), "-o", output)
+
+
+def run(*command: str | Path, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PATH": search_path()} | environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+@compilers
+def test_it_builds_without_a_warning(compiler: str, tmp_path: Path) -> None:
+    for level in ("-O2", "-O0"):
+        build(compiler, tmp_path / "_core.abi3.so", level)
+
+
+@pytest.mark.timeout(110)
+def test_the_contract_holds_under_the_sanitizers(tmp_path: Path) -> None:
+    """Both at once, for most of it is waiting."""
+    with contextlib.ExitStack() as stack:
+        runs = {name: _start(stack, name, flags, tmp_path / name) for name, flags in SANITIZERS.items()}
+        outputs = {name: process.communicate()[0] for name, process in runs.items()}
+    for name, output in outputs.items():
+        reports = "".join(report.read_text(errors="replace") for report in (tmp_path / name).glob("report.*"))
+        ours = "\n\n".join(block for block in reports.split("\n\n") if "/meshnet/relay/native/" in block)
+        assert runs[name].returncode == 0, f"{name}: {output[-4000:]}\n{reports[:8000]}"
+        assert not ours, f"{name}: {ours[:8000]}"
+        assert re.search(r"\d\d+ passed", output), output
+
+
+def _start(stack: contextlib.ExitStack, name: str, flags: list[str], folder: Path) -> "subprocess.Popen[str]":
+    for top in ("meshnet", "cli", "init", "tests"):
+        shutil.copytree(ROOT / top, folder / top, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    build("gcc", folder / "meshnet" / "relay" / "native" / "_core.abi3.so", *flags, "-fno-omit-frame-pointer")
+    runtime = "libasan.so" if name == "address" else "libtsan.so"
+    library = run("gcc", f"-print-file-name={runtime}").strip()
+    left_out = LEFT_OUT + (WITHOUT_THREADS if name == "thread" else "")
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/relay/native"]
+    pytest_command += ["tests/relay/test_relays.py", "-k", f"native and not ({left_out})"]
+    log = f"log_path={folder}/report"
+    process = subprocess.Popen(
+        # The thread sanitizer cannot place its shadow where addresses are too random.
+        ["setarch", "-R", *pytest_command] if name == "thread" else pytest_command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=folder,
+        env=os.environ
+        | {
+            "PATH": search_path(),
+            "PYTHONPATH": os.pathsep.join(str(folder / top) for top in ("", "cli", "init")),
+            "PYTHONMALLOC": "malloc",  # or links and tunnels would lie in Python's own pools, where nobody looks
+            "LD_PRELOAD": library,
+            # Python itself leaves much behind: only what our own code has allocated is looked at.
+            "ASAN_OPTIONS": f"{log}:detect_leaks=1",
+            "LSAN_OPTIONS": "exitcode=0",
+            "TSAN_OPTIONS": f"{log}:report_signal_unsafe=0:history_size=4",
+        },
+    )
+    stack.enter_context(process)
+    stack.callback(process.kill)  # should another fail first
+    return process
+
+
+def test_the_frame_parser_takes_anything_in_any_pieces(tmp_path: Path) -> None:
+    program = tmp_path / "fuzz_frames"
+    source = Path(__file__).with_name("fuzz_frames.c")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DWITHOUT_LIBFUZZER"]
+    run("gcc", "-O1", "-g", *STRICT, *sanitize, "-I", NATIVE, source, NATIVE / "frame.c", "-o", program)
+    run(program, "1", "10000")
