@@ -34,7 +34,7 @@ _LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
 _CANARY = {"ipv4": CANARY_V4, "ipv6": CANARY_V6}
 
 
-class Canary(msgspec.Struct, frozen=True, kw_only=True):
+class Canary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """What became of one family's canary. Only `not captured` is a failure: without a route nothing can leak.
 
     `by_us`: captured, and we were there in the place of a proxy that is not.

@@ -24,8 +24,6 @@ CHAIN_IN: Chain = "MESHNET_IN"
 CHAIN_OUT: Chain = "MESHNET_OUT"
 CHAINS: tuple[Chain, ...] = (CHAIN_IN, CHAIN_OUT)
 
-PROBE_RELAY_PORT = 15121  # health probes of applications come here; the sidecar's, though no setting moves it
-
 _LARGEST_MARK = 2**32 - 1
 _LARGEST_GID = 2**32 - 2  # the last value means "no group" to the kernel
 _LARGEST_PLAN = 1000  # rules; what fits into one netlink transaction
@@ -132,7 +130,7 @@ def _inbound(settings: Settings, mark: int) -> Iterator[Rule]:
 
     yield Rule(chain=CHAIN_IN, loopback=True, why="came from this host itself")
     yield Rule(chain=CHAIN_IN, mark=mark, why="made by the proxy")
-    for port in sorted(settings.own_ports() | {PROBE_RELAY_PORT}):
+    for port in sorted(settings.own_ports()):
         yield Rule(chain=CHAIN_IN, ports=Ports(port, port), why="the sidecar's own port")
     for run in excluded:
         yield Rule(chain=CHAIN_IN, ports=run, why="capture.exclude_inbound_ports")

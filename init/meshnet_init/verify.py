@@ -15,7 +15,7 @@ from meshnet_init.plan import CHAIN_OUT, Plan, make_plan
 from meshnet_init.sidecar import misfits
 
 
-class Verification(msgspec.Struct, frozen=True, kw_only=True):
+class Verification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`backend` is empty when nothing is installed. `ok`: nothing differs, all fits, and no canary went astray.
 
     `differences` are those of the kernel from the plan; `misfits` those of the kernel from the sidecar that runs.
@@ -30,6 +30,8 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     misfits: tuple[str, ...] = ()
     canaries: tuple[Canary, ...] = ()
     fix: str = ""
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "Verification"
 
     def for_nobody(self) -> bool:
         """Whether new connections are refused: captured, for a sidecar that is not there."""

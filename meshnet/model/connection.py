@@ -33,7 +33,7 @@ class State(enum.StrEnum):
 class Security(enum.StrEnum):
     MTLS = "mtls"
     PLAIN = "plain"
-    NONE = "none"  # no endpoint leg came to be
+    NONE = "none"  # neither a tunnel nor a plain leg came to be
 
 
 class Peer(Shape, frozen=True):

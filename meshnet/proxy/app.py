@@ -29,6 +29,7 @@ from meshnet.proxy.log import AccessLog, access_format
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.state import ProxyState
+from meshnet.proxy.status import count_services
 from meshnet.relay.ladder import best_relay
 from meshnet.tunnel.pool import Pool
 
@@ -147,10 +148,17 @@ class _Sidecar:
                 await self._drain()
                 strands.close()
                 nursery.cancel_scope.cancel()
+        except PermissionError as error:
+            raise CommandError(
+                f"cannot listen at {admin.socket}: {error.strerror}",
+                why="the folder belongs to somebody else",
+                fix="sudo meshnet proxy",
+                code=5,
+            ) from error
         except OSError as error:
             raise CommandError(
                 f"cannot listen at {admin.socket}: {error.strerror}",
-                why="another sidecar may be running here, or the folder is not ours",
+                why="another sidecar may be running here",
                 fix="meshnet status",
             ) from error
 
@@ -254,7 +262,7 @@ class _Sidecar:
             # The follower does not count the one that was kept from before a restart.
             snapshot = structs.replace(snapshot, version=state.snapshot.version + 1)
             state.apply(snapshot)
-            _log.info("mesh version %d: %d services", snapshot.version, len(snapshot.services))
+            _log.info("mesh version %d: %d services", snapshot.version, count_services(snapshot))
             try:
                 last_good.save(snapshot, mesh.last_good)
             except OSError as error:

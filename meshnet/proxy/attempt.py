@@ -58,6 +58,8 @@ async def reach_endpoint(
     endpoint: Endpoint, service: ServicePort, early: bytes, patience: Patience, record: Record, state: ProxyState
 ) -> EndpointLeg:
     """A leg to `endpoint`. Raises ConnectionFailed; either way the record has one attempt more."""
+    if record.attempts:
+        _forget_tunnel(record)
     record.endpoint = endpoint.name
     record.phase = Phase.CONNECT
     started = time.monotonic()
@@ -116,6 +118,13 @@ async def _through_tunnel(
         tunnel = pool.lease_idle(*peer) or await pool.lease(
             *peer, patience=patience.left(), timeout=patience.for_step()
         )
+        # What the peer refuses on a tunnel was refused by that peer: on record before it is asked.
+        record.security = Security.MTLS
+        record.source_identity = state.identity.name
+        record.destination_identity = endpoint.identity
+        record.tls_version, record.cipher = tunnel.channel.version, tunnel.channel.cipher
+        if tunnel.is_fresh:
+            record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.channel.resumed
         record.phase = Phase.CONNECT
         opened = False
         try:
@@ -127,18 +136,20 @@ async def _through_tunnel(
             if failure.reason is not Reason.TUNNEL_LOST or tunnel.is_fresh or tried == _KEPT_TUNNELS_TRIED:
                 raise
             pool.weed(*peer)  # the peer had hung up on a kept tunnel: that says nothing about the endpoint
+            _forget_tunnel(record)
             continue
         finally:
             if not opened:
                 pool.give_back(tunnel, reusable=tunnel.wire.idle)
-        record.security = Security.MTLS
-        record.source_identity = state.identity.name
-        record.destination_identity = endpoint.identity
-        record.tls_version, record.cipher = tunnel.channel.version, tunnel.channel.cipher
-        if tunnel.is_fresh:
-            record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.channel.resumed
         record.tally.sent = len(early)
         return EndpointLeg(TunnelLeg(tunnel.channel, tunnel.wire), tunnel=tunnel, early_frames=frames)
+
+
+def _forget_tunnel(record: Record) -> None:
+    """The next try may be in plain text, or reach nobody: nothing of the last one's tunnel is true of it."""
+    record.security = Security.NONE
+    record.destination_identity = record.tls_version = record.cipher = ""
+    record.handshake_ms, record.resumed = None, False
 
 
 def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, record: Record) -> Open:

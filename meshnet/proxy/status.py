@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from meshnet import __version__
 from meshnet.model.admin import ConfigStatus, EndpointList, EndpointView, RelayStatus, Status, TunnelStatus
 from meshnet.model.service import Endpoint, ServicePort, TunnelKind
+from meshnet.model.snapshot import Snapshot
 from meshnet.proxy.state import ProxyState
 
 _STARTED = time.monotonic()
@@ -48,7 +49,7 @@ def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
         config=ConfigStatus(
             version=state.snapshot.version,
             directory=state.settings.mesh.directory,
-            services=len(state.snapshot.services),
+            services=count_services(state.snapshot),
             policies=len(state.snapshot.policies),
             age_seconds=round(time.monotonic() - state.applied_at, 1),
             problem=state.config_problem,
@@ -63,6 +64,11 @@ def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
         mark=state.mark,
         gid=os.getegid(),
     )
+
+
+def count_services(snapshot: Snapshot) -> int:
+    """Services as they were written: one with several ports is several in a snapshot, and one here."""
+    return len({(service.namespace, service.service) for service in snapshot.services})
 
 
 def endpoints(state: ProxyState, service_name: str) -> EndpointList:

@@ -162,7 +162,7 @@ def test_a_group_that_does_not_exist_here_captures_everybody_else(lab: Lab, side
 def test_the_sidecars_own_ports_are_reached_directly(lab: Lab, sides: Sides) -> None:
     lab.install()
 
-    for port in (15108, 15120, 15121):
+    for port in (15108, 15120):
         with listening(lab.app, sides.family, port) as listener:
             sides.call_in(listener, port)
 

@@ -27,7 +27,7 @@ def test_by_default_everything_is_captured_but_the_sidecar_ssh_and_the_host_itse
 
     assert inbound[0].loopback
     assert inbound[1].mark == 0x1000
-    assert ports_left_alone(inbound) == ["15101", "15106", "15108", "15120", "15121", "22"]
+    assert ports_left_alone(inbound) == ["15101", "15106", "15108", "15120", "22"]
     assert inbound[-2].local is False
     assert inbound[-1] == Rule(chain=CHAIN_IN, redirect=15106, why="to the inbound proxy")
     assert [rule.mark or rule.gid or rule.loopback or rule.local for rule in outbound[:-1]] == [
@@ -54,7 +54,7 @@ def test_the_own_ports_are_left_alone_wherever_they_are_moved() -> None:
     settings = Settings(proxy=ProxySection(inbound_port=16106, outbound_port=16101, tunnel_port=16108))
     rules = [rule for rule in make_plan(settings, Host()).rules if rule.chain == CHAIN_IN]
 
-    assert ports_left_alone(rules) == ["15120", "15121", "16101", "16106", "16108", "22"]
+    assert ports_left_alone(rules) == ["15120", "16101", "16106", "16108", "22"]
     assert rules[-1].redirect == 16106
 
 

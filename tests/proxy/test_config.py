@@ -85,6 +85,14 @@ def test_a_caller_that_is_allowed_has_the_policy_on_record(hosts: Hosts) -> None
     assert reason(plain) == reason(other) == "authz.denied by policy in authz"
 
 
+def test_a_service_with_two_ports_counts_as_one(hosts: Hosts) -> None:
+    sidecar = hosts.sidecar(hosts.web)
+    hosts.write()
+    before = sidecar.status().config.services
+    hosts.write(hosts.mesh.service("two-ports", [6001, 6002], [hosts.api], addresses=["10.96.0.98"]))
+    assert sidecar.status().config.services == before + 1
+
+
 BROKEN = """\
 apiVersion: meshnet.dev/v1
 kind: Service

@@ -4,6 +4,7 @@ import signal
 
 import pytest
 
+from meshnet.model.connection import Security, TlsView
 from meshnet.model.resource import API_VERSION, ConnectSpec, Metadata, TrafficPolicy, TrafficPolicySpec
 from tests.proxy.conftest import API, PAIR, Hosts
 from tests.proxy.programs import Records, accept, ask, converse, echo, is_reset, listen, read, reason, reset, stopped
@@ -122,6 +123,8 @@ def test_a_peer_sidecar_that_does_not_answer_is_given_its_time_and_not_more(host
     assert [attempt.result for attempt in unanswered.attempts] == ["connect.timeout", "tls.handshake"]
     assert unanswered.attempts[0].detail == "the peer sidecar did not answer OPEN within 0.1 s"
     assert 100 <= unanswered.attempts[0].ms < 1000
+    # Of the first one's tunnel nothing is left: the connection ended without one.
+    assert (unanswered.tls, unanswered.destination.identity) == (TlsView(mode=Security.NONE), "")
 
 
 def test_an_open_connection_outlives_the_stop_of_its_peer_sidecar_within_the_drain_time(hosts: Hosts) -> None:

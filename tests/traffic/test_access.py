@@ -26,9 +26,14 @@ class Judged:
     def both(self) -> list[Connection]:
         there, here = self._out.one(), self._into.one()
         assert there.id == here.id
+        assert there.tls.peer_identity == self._hosts.mesh.identity(self._api.name)
         for host, record in ((self._caller, there), (self._api, here)):
             assert record.state is State.DENIED
             assert record.source.identity == self._hosts.mesh.identity(self._caller.name)
+            # Who said no is proven: the tunnel was up.
+            assert record.tls.mode is Security.MTLS
+            assert record.tls.version == "TLSv1.3"
+            assert record.destination.identity == self._hosts.mesh.identity(self._api.name)
             line = self._hosts.logged(host, record.id)
             assert (line.reason, line.policy) == (record.reason, record.policy)
         return [there, here]

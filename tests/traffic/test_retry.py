@@ -8,8 +8,7 @@ from collections import Counter
 import msgspec
 import pytest
 
-from meshnet.model.connection import Connection
-from meshnet_init.plan import PROBE_RELAY_PORT
+from meshnet.model.connection import Connection, Security, TlsView
 from tests.proxy.programs import Records, accept, ended_by_rst, listen, read, read_all, reason, reset
 from tests.traffic.calls import is_reset, who
 from tests.traffic.conftest import Hosts, Name, traffic
@@ -58,7 +57,7 @@ def test_an_endpoint_whose_sidecar_does_not_answer_is_passed_over_and_never_spok
 ) -> None:
     service = hosts.service(name, hosts.apis)
     first, *others = service.spec.endpoints
-    nobody = msgspec.structs.replace(first, tunnel_port=PROBE_RELAY_PORT)  # neither captured nor listened on
+    nobody = msgspec.structs.replace(first, tunnel_port=22)  # neither captured nor listened on
     spec = msgspec.structs.replace(service.spec, endpoints=(nobody, *others))
     hosts.write(msgspec.structs.replace(service, spec=spec), traffic(name, balance="round_robin"))
     out = Records(hosts.sidecar(hosts.web))
@@ -68,6 +67,21 @@ def test_an_endpoint_whose_sidecar_does_not_answer_is_passed_over_and_never_spok
     assert [result for record in out.ended(6) for result in results(record) if result[1] != "ok"] == [
         (hosts.apis[0].address, "connect.refused")
     ] * 2
+
+
+def test_a_record_keeps_nothing_of_the_tunnel_of_an_attempt_that_was_not_the_last(hosts: Hosts, name: Name) -> None:
+    meshed, plain = hosts.apis[0], hosts.outside
+    service = hosts.service(name, [meshed])
+    beyond = hosts.mesh.service(name.name, [name.port], [plain], meshed=False)
+    spec = msgspec.structs.replace(service.spec, endpoints=(*service.spec.endpoints, *beyond.spec.endpoints))
+    hosts.write(msgspec.structs.replace(service, spec=spec), traffic(name, balance="round_robin"))
+    out = Records(hosts.sidecar(hosts.web))
+    with hosts.apps(name.port, [plain]):
+        assert who(hosts.web, name) == plain.name
+    record = out.one()
+    assert results(record) == [(meshed.address, "connect.refused"), (plain.address, "ok")]
+    assert record.tls == TlsView(mode=Security.PLAIN)
+    assert record.destination.identity == ""
 
 
 def test_what_the_client_has_sent_by_then_reaches_the_next_endpoint_whole(hosts: Hosts, name: Name) -> None:
