@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from meshnet.model.admin import GetStatus, Status
+from meshnet_cli.client import ask
 from meshnet_cli.demo import proofs
 from meshnet_cli.demo.cli import fetch
 from meshnet_cli.demo.programs import HTTP_PORT, LINE_PORT
@@ -62,8 +65,17 @@ def test_every_proof_holds_on_a_mesh_that_can_be_entered_and_nothing_is_left_of_
                 break
         fetching = next(line for line in said if f"http://{API_ADDRESS}:{HTTP_PORT}/" in line)
         fetched = subprocess.run(["sh", "-c", fetching], capture_output=True, text=True)
+        [hosts] = tmp.glob("*/hosts")
+        verified = subprocess.run([hosts / "web", "meshnet", "rules", "verify", "-o", "json"], capture_output=True)
+        settings = hosts.parent / "api-1" / "meshnet" / "meshnet.toml"
+        os.kill(ask(str(settings.with_name("admin.sock")), GetStatus(), Status).pid, signal.SIGKILL)
+        entered = subprocess.run([hosts / "api-1", "sh", "-c", "echo $MESHNET_CONFIG"], capture_output=True, text=True)
+        again = subprocess.run([hosts / "api-1", "meshnet", "up"], capture_output=True, text=True)
         running.send_signal(signal.SIGINT)
         stdout, stderr = running.communicate(timeout=30)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(verified.stdout)["sidecar"] == "fits", verified.stderr
+    assert (entered.stdout, entered.returncode) == (f"{settings}\n", 0), entered.stderr
     assert (
         said[0] == "The mesh stays up until Ctrl-C. From another terminal, a command on one of the hosts, here web:\n"
     )
@@ -74,6 +86,8 @@ def test_every_proof_holds_on_a_mesh_that_can_be_entered_and_nothing_is_left_of_
     assert (report["held"], running.returncode) == (True, 0)
     assert {proof["name"] for proof in report["proofs"]} >= set(proofs.PROOFS)
     assert list(tmp.iterdir()) == []
+    pattern = rf"(proxy|supervise).*{re.escape(str(settings))}"
+    assert subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout == ""
 
 
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -86,6 +100,17 @@ def test_a_demo_that_is_stopped_says_so_and_leaves_nothing(tmp: Path, by: signal
         _, stderr = running.communicate(timeout=30)
     assert (stderr, running.returncode) == ("Stopped before the end. Nothing is left of it.\n", status)
     assert list(tmp.iterdir()) == []
+
+
+def test_a_sidecar_that_cannot_start_is_shown_with_its_last_words(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESHNET_LOG__LEVEL", "loud")
+    with demo(tmp) as running:
+        stdout, _ = running.communicate(timeout=60)
+    assert running.returncode == 1
+    failed, *words = stdout.partition("✗ ")[2].splitlines()[:4]
+    assert failed.startswith("mesh up")
+    assert [word.split()[0] for word in words] == ["error:", "why:", "fix:"]
+    assert "MESHNET_LOG__LEVEL" in words[1]
 
 
 def test_what_to_type_works_with_the_programs_that_are_there(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from meshnet.model import resource
 from meshnet.model.settings import Settings
 from meshnet_cli.main import ENTRIES
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 SETTINGS = [
     (f"{section.name}.{field.name}", field.default)
     for section in msgspec.structs.fields(Settings)
@@ -31,6 +32,13 @@ def test_every_setting_is_told_with_its_default(name: str, default: object) -> N
     assert row, f"{name} is not in the README"
     shown = ", ".join(default) if isinstance(default, tuple) else str(default)
     assert row[1].strip().partition(" (")[0] == shown
+
+
+def test_every_variable_that_is_read_is_told() -> None:
+    sources = [file.read_text() for room in ("cli", "meshnet") for file in (ROOT / room).rglob("*.py")]
+    read = {name for source in sources for name in re.findall(r"""["'](MESHNET_[A-Z]+)["']""", source)}
+    assert {"MESHNET_CONFIG", "MESHNET_NODE"} <= read
+    assert [name for name in sorted(read) if f"`{name}`" not in README] == []
 
 
 @pytest.mark.parametrize("reason", Reason)

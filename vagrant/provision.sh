@@ -8,7 +8,8 @@ target=/opt/meshnet
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends python3 python3-venv iproute2 nftables util-linux curl
+apt-get install -y -qq --no-install-recommends python3 python3-venv iproute2 nftables util-linux curl \
+    gcc libc6-dev python3-dev  # for the native relay
 
 # pip builds in the folder that it is given: in the checkout it would leave files of root, and find its own old ones.
 source=$(mktemp -d)

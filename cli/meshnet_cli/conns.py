@@ -207,7 +207,7 @@ def _totals(matching: Sequence[Connection], known: int, when: str) -> str:
     parts += [f"{ended} closed"] if ended else []
     parts += [f"{failed} failed{when}"]
     hidden = known - len(matching)
-    return ", ".join(parts) + "." + (f" {hidden} more do not match." if hidden else "")
+    return ", ".join(parts) + "." + (f" {hidden} more {'does' if hidden == 1 else 'do'} not match." if hidden else "")
 
 
 def _follow(

@@ -8,7 +8,7 @@ import click
 
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.settings import AdminSection, Settings
-from meshnet_cli import supervise
+from meshnet_cli import preflight, supervise
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_settings
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import DURATION, warn
@@ -37,6 +37,7 @@ def command(config: str | None, drain: float) -> None:
         warn(f"the settings are wrong: {error}")
     from meshnet_init.remove import remove
 
+    preflight.need_right("down")
     stopped = False
 
     def cut() -> None:

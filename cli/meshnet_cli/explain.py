@@ -10,9 +10,9 @@ import msgspec
 from meshnet.errors import CommandError, Reason
 from meshnet.model.admin import ConnectionList, ExplainConnection, ListConnections
 from meshnet.model.connection import Connection
-from meshnet_cli.client import admin_options, ask
+from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
-from meshnet_cli.output import age, output_options, print_as, printable, size
+from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
 
 
@@ -44,6 +44,8 @@ def command(*, id: str, output: str, socket_path: str, timeout: float) -> None:
     try:
         connection = ask(socket_path, ExplainConnection(id=id), Connection, timeout=timeout)
     except CommandError as error:
+        if error.code == EXIT_FAILED:
+            error.why = error.why or "it never was here, or more than admin.recent connections have ended since"
         error.fix = error.fix or "meshnet conns --all -o name lists every connection the sidecar remembers"
         raise
     known = ask(socket_path, ListConnections(all=True), ConnectionList, timeout=timeout).items
@@ -106,7 +108,8 @@ def _facts(it: Explanation) -> Iterator[tuple[str, str]]:
     yield "endpoint", _joined(it.endpoint, it.destination.identity, tls_name(it) if it.endpoint else "")
     yield "policy", it.policy
     yield "bytes", f"{size(it.bytes_sent)} sent, {size(it.bytes_received)} received by the client"
-    yield "time", _joined(f"{age(it.duration_ms / 1000)} from {it.opened_at}", it.closed_at and f"to {it.closed_at}")
+    lasted = milliseconds(it.duration_ms) if it.duration_ms < 1000 else age(it.duration_ms / 1000)
+    yield "time", _joined(f"{lasted} from {it.opened_at}", it.closed_at and f"to {it.closed_at}")
 
 
 def _joined(*parts: str) -> str:

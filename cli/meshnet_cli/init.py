@@ -11,7 +11,7 @@ from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli.configuration import config_option, read_settings
 from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable
-from meshnet_cli.rules import sidecar_lines
+from meshnet_cli.rules import sidecar_lines, unproved
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.apply import Applied
@@ -21,11 +21,12 @@ EXIT_ROLLED_BACK = 7
 _ROLLBACK_DRAIN = 5.0  # seconds
 
 
-class InitView(msgspec.Struct, frozen=True):
+class InitView(msgspec.Struct, frozen=True, rename="camel"):
     """What was put in, and the proof of it if one was asked for."""
 
     applied: "Applied"
     verification: "Verification | None" = None
+    api_version: str = "meshnet.dev/v1"
     kind: str = "Init"
 
 
@@ -142,15 +143,13 @@ def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
     "--format",
     "form",
     type=click.Choice(("nft", "iptables", "json")),
-    default="nft",
-    show_default=True,
-    help="How --dry-run prints.",
+    help="How --dry-run prints; without it as --backend iptables would take it, else as nft would.",
 )
 @click.option("--verify", "prove", is_flag=True, help="Prove that the rules capture, or put the old state back.")
 @output_options
 @click.pass_context
 def command(
-    ctx: click.Context, /, config: str | None, dry_run: bool, form: str, prove: bool, output: str, **flags: Any
+    ctx: click.Context, /, config: str | None, dry_run: bool, form: str | None, prove: bool, output: str, **flags: Any
 ) -> None:
     """Put the rules that capture TCP into the kernel of this network namespace.
 
@@ -161,7 +160,7 @@ def command(
         return
     settings = with_flags(read_settings(config), flags)
     if dry_run:
-        _print_plan(settings, form)
+        print_plan(settings, form)
         return
     view, sidecar = _put_in(settings, prove)
     if output in {"json", "jsonl"}:
@@ -182,6 +181,8 @@ def command(
             click.echo(line)
         for canary in view.verification.canaries:
             click.echo(printable(f"{canary.family}: {canary.status}: {canary.detail}"))
+        if unproved(view.verification):
+            click.echo(f"! {unproved(view.verification)}")
 
 
 @command.command("remove")
@@ -193,8 +194,10 @@ def remove_command(drain: float, output: str) -> None:
     New connections go direct at once. Those that were captured are waited for, and cut only if they outlive --drain.
     When nothing is installed, nothing is done.
     """
+    from meshnet_cli import preflight
     from meshnet_init.remove import remove
 
+    preflight.need_right("init remove")
     removed = remove(drain, lambda left: click.echo(f"waiting for {_connections(left)}", err=True))
     if output in {"json", "jsonl"}:
         (print_json if output == "json" else print_json_line)(removed)
@@ -211,11 +214,10 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
     """
     from meshnet_cli import preflight, supervise
     from meshnet_init.apply import apply, installed_rules
-    from meshnet_init.backends import need_right_to_change
     from meshnet_init.rollback import put_back
     from meshnet_init.verify import verify
 
-    need_right_to_change()
+    preflight.need_right("init")
     sidecar = supervise.running(settings) if prove else None
     if sidecar is not None:
         preflight.need_fit(settings, sidecar)
@@ -239,12 +241,14 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
     )
 
 
-def _print_plan(settings: Settings, form: str) -> None:
+def print_plan(settings: Settings, form: str | None = None) -> None:
+    """As nft, iptables or json; without `form` for whatever the settings name to write the rules."""
     from meshnet_init.host import host_facts
     from meshnet_init.plan import make_plan
     from meshnet_init.render import iptables_text, nft_text
 
     plan = make_plan(settings, host_facts())
+    form = form or ("iptables" if settings.capture.backend == "iptables" else "nft")
     if form == "nft":
         click.echo(nft_text(plan), nl=False)
     elif form == "json":

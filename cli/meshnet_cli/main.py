@@ -14,7 +14,7 @@ from meshnet import __version__
 from meshnet.errors import CommandError, ConfigError
 from meshnet_cli.output import harmless_json, output_format, printable
 
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h; the systemd unit does not restart on it
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h; a supervisor should not restart on it
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 
 

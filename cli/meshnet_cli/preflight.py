@@ -12,6 +12,7 @@ from pathlib import Path
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
+from meshnet_cli.client import EXIT_PERMISSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +43,16 @@ def check(settings: Settings, *, running: bool) -> str:
     return backend
 
 
-def need_right() -> None:
-    """Raises CommandError where `meshnet up` may not do its work."""
+def need_right(command: str) -> None:
+    """Raises CommandError where this command of meshnet's may not do its work."""
     from meshnet_init.host import may_change_rules
 
     if not may_change_rules():
         raise CommandError(
-            "not allowed to change this host's rules",
-            why="this needs the capability NET_ADMIN",
-            fix="sudo meshnet up",
-            code=5,
+            "not allowed to change the kernel's rules",
+            why="this needs the capability NET_ADMIN; a container has to be given it",
+            fix=f"sudo meshnet {command}",
+            code=EXIT_PERMISSION,
         )
 
 

@@ -124,15 +124,27 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
             click.echo(line)
         for line in result.misfits:
             click.echo(f"! {printable(line)}")
-        print_table(
-            ("FAMILY", "STATUS", "CANARY", "WHY"),
-            [(canary.family, canary.status, canary.destination or "-", canary.detail) for canary in result.canaries],
-            colors=_COLORS,
-        )
+        if result.canaries:
+            print_table(
+                ("FAMILY", "STATUS", "CANARY", "WHY"),
+                [(c.family, c.status, c.destination or "-", c.detail) for c in result.canaries],
+                colors=_COLORS,
+            )
+        if unproved(result):
+            click.echo(f"! {unproved(result)}")
         if result.fix:
             click.echo(f"fix: {result.fix}")
     if not result.ok:
         ctx.exit(1)
+
+
+def unproved(result: "Verification") -> str:
+    """What to say of rules that are as they should be, but that no connection has come through; empty if one has."""
+    if not result.ok or any(canary.status == "captured" for canary in result.canaries):
+        return ""
+    if any(canary.status == "no route" for canary in result.canaries):
+        return "nothing proved: no route out of this host (add a route, then: meshnet rules verify)"
+    return "nothing proved: " + "; ".join(f"{canary.family}: {canary.detail}" for canary in result.canaries)
 
 
 def sidecar_lines(settings: Settings, sidecar: Status | None, result: "Verification") -> Iterator[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import click
 
@@ -16,19 +16,24 @@ from meshnet.model.admin import Status
 from meshnet.model.settings import IdentitySection, Settings
 from meshnet_cli import lock, preflight, supervise
 from meshnet_cli.configuration import config_option, read_settings
+from meshnet_cli.init import EXIT_ROLLED_BACK, print_plan
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import warn
+from meshnet_cli.rules import unproved
 
 if TYPE_CHECKING:
     from meshnet.model.snapshot import Snapshot
 
-EXIT_ROLLED_BACK = 7
 _READY_TIMEOUT = 20.0
 _DEATHS = 3  # after so many of the sidecar's it is not waited for any longer,
 _FOR_GOOD = frozenset({EXIT_CONFIG, 126, 127})  # after one of these at once: nothing changes by itself
 _ROLLBACK_DRAIN = 5.0  # seconds that what was captured meanwhile gets to end
 
 Undo = Callable[[], object]
+
+
+class Say(Protocol):
+    def __call__(self, text: str, mark: str = "✓") -> None: ...
 
 
 @click.command(
@@ -48,7 +53,7 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
     settings = read_settings(config)
     config = config and str(Path(config).resolve())
     with _phase("preflight") as say:
-        preflight.need_right()
+        preflight.need_right("up")
         status = supervise.running(settings)
         # It dies again and again, or waits for meshnet.toml to be mended.
         kept = status is None and supervise.is_supervised(settings)
@@ -63,7 +68,7 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
     with _phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
-        _show_plan(settings)
+        print_plan(settings)
         return
     undo: list[Undo] = []
     try:
@@ -92,7 +97,7 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
 
 def _mesh(settings: Settings) -> "Snapshot | None":
     """What the mesh directory says, if there is one. Raises ConfigError, before anything is started."""
-    from meshnet.proxy.follow import load_directory
+    from meshnet.proxy.directory import load_directory
 
     return load_directory(settings.mesh.directory) if Path(settings.mesh.directory).is_dir() else None
 
@@ -195,20 +200,15 @@ def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
         if not result.ok:
             why = "; ".join([*result.differences, *result.misfits, *found])
             raise CommandError("the rules do not do what they should", why=why, fix=result.fix)
-        say(", ".join(found))
+        if why_not := unproved(result):
+            say(why_not, mark="!")
+        else:
+            say(", ".join(found))
 
 
 def _discovered(settings: Settings) -> Iterator[str]:
     for listener in preflight.listeners(settings):
         yield f"{listener.port} {listener.why_not or 'captured'}"
-
-
-def _show_plan(settings: Settings) -> None:
-    from meshnet_init.host import host_facts
-    from meshnet_init.plan import make_plan
-    from meshnet_init.render import nft_text
-
-    click.echo(nft_text(make_plan(settings, host_facts())))
 
 
 def _wait_until_ready(settings: Settings, output: supervise.Output, deaths: int) -> Status:
@@ -252,18 +252,18 @@ def _status(settings: Settings) -> Status | None:
 
 
 @contextmanager
-def _phase(name: str) -> Iterator[Callable[[str], None]]:
+def _phase(name: str) -> Iterator[Say]:
     """One line a phase: what came out, and how long it took."""
     started = time.monotonic()
-    said = ""
+    said, sign = "", "✓"
 
-    def say(text: str) -> None:
-        nonlocal said
-        said = text
+    def say(text: str, mark: str = "✓") -> None:
+        nonlocal said, sign
+        said, sign = text, mark
 
     try:
         yield say
     except CommandError:
         click.echo(f"✗ {name:<10} {time.monotonic() - started:5.1f}s", err=True)
         raise
-    click.echo(f"✓ {name:<10} {time.monotonic() - started:5.1f}s  {said}")
+    click.echo(f"{sign} {name:<10} {time.monotonic() - started:5.1f}s  {said}")

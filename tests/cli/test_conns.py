@@ -169,6 +169,7 @@ def test_the_totals_count_what_matches_and_say_that_there_is_more(meshnet: Meshn
     closed = msgspec.structs.replace(OPEN, state=State.CLOSED, reason=ReasonView(code=Reason.OK))
     sidecar.will_answer(listing(closed, REFUSED))
     assert meshnet("conns", "--all").output.endswith("\n0 open, 1 closed, 1 failed.\n")
+    assert meshnet("conns", "--all", "--failed").output.endswith(" 1 more does not match.\n")
 
 
 def test_how_far_back_to_look_is_what_the_sidecar_is_asked(meshnet: Meshnet, sidecar: Sidecar) -> None:

@@ -96,12 +96,19 @@ def test_others_with_the_same_id_are_listed_below_it(meshnet: Meshnet, sidecar: 
     assert told["others"] == json.loads(msgspec.json.encode([shadow, again]))
 
 
+def test_what_lasted_less_than_a_second_is_told_in_milliseconds(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(msgspec.structs.replace(REFUSED, duration_ms=42))
+    assert "\ntime        42ms from " in meshnet("explain", "k802").output
+
+
 def test_an_unknown_id_fails_with_a_hint_even_if_the_sidecar_has_none(meshnet: Meshnet, sidecar: Sidecar) -> None:
     sidecar.will_answer(Refused(error="no connection 'nope'"))
     result = meshnet("explain", "nope")
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: no connection 'nope'\nfix: meshnet conns --all -o name lists every connection the sidecar remembers\n"
+        "error: no connection 'nope'\n"
+        "why: it never was here, or more than admin.recent connections have ended since\n"
+        "fix: meshnet conns --all -o name lists every connection the sidecar remembers\n"
     )
 
 

@@ -27,7 +27,39 @@ def test_a_sidecar_that_fits_is_told(machine: Machine) -> None:
     assert f"sidecar: pid {status.pid}, which the rules fit\n" in done.stdout
     assert "the proxy answered" in done.stdout
     assert "fix" not in done.stdout
-    assert json.loads(machine.meshnet("rules", "verify", "-o", "json").stdout)["sidecar"] == "fits"
+    told = json.loads(machine.meshnet("rules", "verify", "-o", "json").stdout)
+    assert (told["apiVersion"], told["kind"], told["sidecar"]) == ("meshnet.dev/v1", "Verification", "fits")
+    assert [canary["byUs"] for canary in told["canaries"]] == [False, False]
+
+
+def test_where_there_are_no_rules_there_is_no_table_of_what_they_caught(machine: Machine) -> None:
+    done = machine.meshnet("rules", "verify")
+    assert done.returncode == 1
+    assert "! no rules are installed\n" in done.stdout
+    assert "CANARY" not in done.stdout
+
+
+@pytest.mark.parametrize("words", ["init", "init remove"])
+def test_init_without_the_right_to_says_what_to_type(machine: Machine, words: str) -> None:
+    done = machine.meshnet(*words.split(), by=("setpriv", "--bounding-set=-net_admin", "--"))
+    assert done.returncode == 5
+    assert done.stderr.endswith(f"fix: sudo meshnet {words}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "table"),
+    [
+        (["--backend", "iptables"], "*nat"),
+        (["--backend", "iptables", "--format", "nft"], "table inet"),
+        (["--backend", "nft"], "table inet"),
+        ([], "table inet"),
+    ],
+)
+def test_a_dry_run_prints_for_the_backend_that_was_asked_for(
+    machine: Machine, arguments: list[str], table: str
+) -> None:
+    shown = machine.meshnet("init", "--dry-run", *arguments).stdout
+    assert [each for each in ("*nat", "table inet") if each in shown] == [table]
 
 
 @pytest.mark.parametrize(

@@ -106,12 +106,26 @@ def test_down_leaves_nothing_and_a_second_down_has_nothing_to_do(machine: Machin
     assert re.findall(r"✓ (\w+) +(.+)", again.stdout) == [("rules", "there were none"), ("proxy", "there was none")]
 
 
+def test_a_host_that_nothing_can_leave_is_told_that_nothing_was_proved(machine: Machine) -> None:
+    machine.host.run("ip", "-4", "route", "flush", "default")
+    machine.host.run("ip", "-6", "route", "flush", "default")
+    unproved = "nothing proved: no route out of this host (add a route, then: meshnet rules verify)"
+    done = machine.meshnet("up")
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^! verify .*s  {re.escape(unproved)}$", done.stdout, re.MULTILINE)
+    assert "✓ verify" not in done.stdout
+    assert f"! {unproved}\n" in machine.meshnet("init", "--config", str(machine.config), "--verify").stdout
+    assert f"! {unproved}\n" in machine.meshnet("rules", "verify").stdout
+
+
 def test_a_dry_run_shows_the_rules_and_changes_nothing(machine: Machine) -> None:
     before = Nothing(machine)
     done = machine.meshnet("up", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "redirect to :15101" in done.stdout
     assert not before.changed()
+    machine.configure("[capture]\nbackend = 'iptables'\n")
+    assert "# iptables-restore --noflush\n" in machine.meshnet("up", "--dry-run").stdout
 
 
 def test_open_connections_live_through_up_and_down_which_waits_for_those_it_captured(
@@ -257,7 +271,7 @@ def test_without_the_right_to_change_rules_down_takes_nothing_away(machine: Mach
     rules = machine.rules()
     done = machine.meshnet("down", by=("setpriv", "--bounding-set=-net_admin", "--"))
     assert done.returncode == 5
-    assert "sudo" in done.stderr
+    assert "fix: sudo meshnet down\n" in done.stderr
     assert (machine.rules(), machine.status().pid) == (rules, pid)
 
 

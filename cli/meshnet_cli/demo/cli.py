@@ -15,6 +15,7 @@ import click
 import msgspec
 
 from meshnet.errors import CommandError
+from meshnet_cli import supervise
 from meshnet_cli.demo import sandbox
 from meshnet_cli.demo.proofs import PROOFS, Before, NotHeld
 from meshnet_cli.demo.stage import API_ADDRESS, Call, Stage
@@ -123,7 +124,8 @@ class Teller:
         first, *rest = proof.evidence.splitlines() or [""]
         self(f"{start}{mark} {proof.name:<{WIDTH}} {first}   {proof.seconds:.1f}s")
         if said := [line.strip(" |") for line in rest if any(map(str.isalpha, line))]:
-            self(f"{'':{WIDTH + 2}} {said[-1]}")  # the last line of what a program printed mostly says it
+            for line in said[-3:]:  # the end of what a program printed mostly says it
+                self(f"{'':{WIDTH + 2}} {line}")
 
 
 def _play(world: World, say: Teller, stay: bool) -> Iterator[Proof]:
@@ -187,8 +189,7 @@ def _stay(stage: Stage, say: Teller) -> None:
     doors = stage.world.directory / "hosts"
     doors.mkdir()
     for host in stage.world.hosts.values():
-        sidecar = stage.sidecar(host)
-        _write_door(doors / host.name, sidecar.process.pid if sidecar.process else 0, sidecar.settings.admin.socket)
+        _write_door(doors / host.name, host.namespace, stage.sidecar(host).config)
     web = ("sudo " if "SUDO_USER" in os.environ else "") + shlex.quote(str(doors / "web"))
     say.invite(f"""The mesh stays up until Ctrl-C. From another terminal, a command on one of the hosts, here web:
 
@@ -206,6 +207,9 @@ Resources: edit {stage.mesh.directory}/mesh.yaml, and the sidecars follow""")
             time.sleep(0.2)  # noqa: TID251 - waits for a person
     except Stopped:
         say("")
+    for sidecar in stage.mesh.sidecars.values():
+        if supervise.is_supervised(sidecar.settings):  # somebody typed `meshnet up`: that one is not our child
+            supervise.cut(sidecar.settings)
 
 
 def fetch(url: str, path: str) -> str:
@@ -216,12 +220,18 @@ def fetch(url: str, path: str) -> str:
     return f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}"
 
 
-def _write_door(path: Path, pid: int, admin: str) -> None:
-    """A script that runs its arguments, or a shell, inside the namespaces of `pid`."""
-    inside = "--user --preserve-credentials --mount --net" if _own_user_namespace() else "--mount --net"
+def _write_door(path: Path, namespace: int, config: Path) -> None:
+    """A script that runs its arguments, or a shell, on the host with that network namespace and meshnet.toml."""
+    # By way of this process, which lives as long as the world: whatever runs on the host may be killed.
+    pid = os.getpid()
+    inside = f"--mount --net=/proc/{pid}/fd/{namespace}"
+    if _own_user_namespace():
+        inside = f"--user --preserve-credentials {inside}"
     path.write_text(
         f"""#!/bin/sh
-export MESHNET_SOCKET={shlex.quote(admin)} PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH":/usr/sbin:/sbin
+unset MESHNET_SOCKET
+export MESHNET_CONFIG={shlex.quote(str(config))}
+export PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH":/usr/sbin:/sbin
 [ $# -gt 0 ] || set -- sh
 exec nsenter --target {pid} {inside} --wd="$PWD" "$@"
 """

@@ -156,7 +156,8 @@ class Sidecar:
 
     def meshnet(self, *arguments: str | Path, check: bool = True, timeout: float = 30.0) -> str:
         """What a `meshnet` command prints on this host. Raises ProgramFailed unless `check` is off."""
-        environment = _PYTHONPATH | {"MESHNET_SOCKET": self.settings.admin.socket}
+        # The second only because whoever runs us may have set it to another.
+        environment = _PYTHONPATH | {"MESHNET_CONFIG": str(self.config), "MESHNET_SOCKET": self.settings.admin.socket}
         return self.host.run(*_MESHNET, *arguments, check=check, timeout=timeout, **environment).stdout
 
     def status(self) -> Status:
