@@ -3,7 +3,6 @@
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from meshnet.decide.balance import Candidate
 from meshnet.errors import Reason
 from meshnet.model.service import Limits
 
@@ -104,7 +103,7 @@ _ADMITTED = Admitted()
 _REJECTED = Rejected()
 
 
-def below_endpoint_limit(limits: Limits, candidate: Candidate) -> bool:
-    """Whether one more connection to this endpoint stays within its own limit."""
+def below_endpoint_limit(limits: Limits, connections: int) -> bool:
+    """Whether an endpoint that has so many, those still being dialled included, may get one more."""
     most = limits.max_connections_per_endpoint
-    return not most or candidate.open + candidate.pending < most
+    return not most or connections < most

@@ -33,7 +33,7 @@ class Balance(enum.StrEnum):
     ROUND_ROBIN = "round_robin"
 
 
-class Limits(Model, frozen=True, kw_only=True):
+class Limits(Model, frozen=True, kw_only=True, gc=False):
     """They protect the endpoint side; 0 means no limit. Per service unless the name says endpoint."""
 
     max_connections: int = 1024
@@ -42,7 +42,7 @@ class Limits(Model, frozen=True, kw_only=True):
     max_connections_per_endpoint: int = 0
 
 
-class BreakerSettings(Model, frozen=True, kw_only=True):
+class BreakerSettings(Model, frozen=True, kw_only=True, gc=False):
     """It protects the caller: per endpoint, opened by consecutive failures the endpoint is to blame for.
 
     Times in seconds; `jitter` is the share by which an open time may be longer.
@@ -55,7 +55,7 @@ class BreakerSettings(Model, frozen=True, kw_only=True):
     reset_after: float = 60.0
 
 
-class ConnectSettings(Model, frozen=True, kw_only=True):
+class ConnectSettings(Model, frozen=True, kw_only=True, gc=False):
     """Connecting to an endpoint: seconds for one attempt and for all, and how many different endpoints to try."""
 
     attempt_timeout: float = 2.0
@@ -63,7 +63,7 @@ class ConnectSettings(Model, frozen=True, kw_only=True):
     attempts: int = 3
 
 
-class Traffic(Model, frozen=True, kw_only=True):
+class Traffic(Model, frozen=True, kw_only=True, gc=False):
     """Everything a TrafficPolicy says, with the defaults that hold without one."""
 
     balance: Balance = Balance.LEAST_CONN
@@ -72,7 +72,7 @@ class Traffic(Model, frozen=True, kw_only=True):
     connect: ConnectSettings = ConnectSettings()
 
 
-class Endpoint(Model, frozen=True, kw_only=True):
+class Endpoint(Model, frozen=True, kw_only=True, gc=False):
     """One address behind a service port, ready to be dialled."""
 
     address: Address
@@ -90,7 +90,7 @@ class Endpoint(Model, frozen=True, kw_only=True):
         return Address(self.address.host, self.tunnel_port)
 
 
-class ServicePort(Model, frozen=True, kw_only=True):
+class ServicePort(Model, frozen=True, kw_only=True, gc=False):
     """One port of one service: what a connection is routed to."""
 
     service: str

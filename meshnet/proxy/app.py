@@ -25,6 +25,7 @@ from meshnet.proxy import follow, inbound, last_good, outbound
 from meshnet.proxy.admin import AdminServer, admin_listener
 from meshnet.proxy.health import HealthServer
 from meshnet.proxy.identity import Identity
+from meshnet.proxy.lag import LoopLag
 from meshnet.proxy.log import AccessLog, access_format
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
@@ -38,7 +39,6 @@ _log = logging.getLogger("meshnet.proxy")
 _LOOPBACK = ("127.0.0.1", "::1")  # redirected output arrives there (man iptables-extensions, REDIRECT)
 _ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the interface it came in by
 _REAP_EVERY = 5.0  # seconds
-_LAG_EVERY = 1.0  # seconds
 _LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
 # Seconds. With Python's 5 ms a relay thread waits 9 ms (median) for its turn while trio is busy; with this, 0.7 ms.
 _SWITCH_INTERVAL = 0.0005
@@ -111,6 +111,8 @@ class _Sidecar:
         self._drain_asked = trio.Event()
         self._first_look = trio.Event()
         self._last_call = trio.Event()
+        self._lag = LoopLag()
+        state.metrics.lag = lambda: self._lag.last
         self._reload, self._reloads = trio.open_memory_channel[None](1)
 
     async def serve(self) -> None:
@@ -128,7 +130,7 @@ class _Sidecar:
                 nursery.start_soon(self._follow)
                 nursery.start_soon(state.identity.watch, self._renewed)
                 nursery.start_soon(self._reap)
-                nursery.start_soon(self._measure_lag)
+                nursery.start_soon(self._lag.run)
                 strands = Strands(nursery)
                 server = AdminServer(state, self._listeners, self._ask_drain)
                 nursery.start_soon(trio.serve_listeners, _guarded(server.handle), [admin_socket])
@@ -248,25 +250,27 @@ class _Sidecar:
     async def _follow(self) -> None:
         state, mesh = self._state, self._state.settings.mesh
 
-        def refused(problem: ConfigError) -> None:
-            stored = last_good.load(mesh.last_good, 1) if state.snapshot.version == 0 else None
-            if stored is not None:
-                state.apply(stored)
-                _log.warning("going on with the mesh that was good before the restart, from %s", mesh.last_good)
+        async def refused(problem: ConfigError) -> None:
+            if state.snapshot.version == 0:
+                stored = await trio.to_thread.run_sync(last_good.load, mesh.last_good, 1)
+                if stored is not None:
+                    await state.apply(stored)
+                    _log.warning("going on with the mesh that was good before the restart, from %s", mesh.last_good)
             state.config_problem = str(problem)
             state.metrics.config_refused += 1
             _log.error("mesh files refused, the last good state stays: %s", problem)
             self._first_look.set()
 
-        def apply(snapshot: Snapshot) -> None:
+        async def apply(snapshot: Snapshot) -> None:
             # The follower does not count the one that was kept from before a restart.
             snapshot = structs.replace(snapshot, version=state.snapshot.version + 1)
-            state.apply(snapshot)
-            _log.info("mesh version %d: %d services", snapshot.version, count_services(snapshot))
             try:
-                last_good.save(snapshot, mesh.last_good)
+                # First, so that whatever has been in force is so after a restart too.
+                await trio.to_thread.run_sync(last_good.save, snapshot, mesh.last_good)
             except OSError as error:
                 _log.warning("the mesh could not be kept for a restart: %s", error)
+            await state.apply(snapshot)
+            _log.info("mesh version %d: %d services", snapshot.version, count_services(snapshot))
             self._first_look.set()
 
         await follow.follow(mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
@@ -279,11 +283,3 @@ class _Sidecar:
         while True:
             await trio.sleep(_REAP_EVERY)
             self._state.pool.reap(time.monotonic())
-
-    async def _measure_lag(self) -> None:
-        lag = 0.0
-        self._state.metrics.lag = lambda: lag
-        while True:
-            due = trio.current_time() + _LAG_EVERY
-            await trio.sleep_until(due)
-            lag = max(0.0, trio.current_time() - due)

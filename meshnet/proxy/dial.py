@@ -2,11 +2,11 @@
 
 import socket
 import time
+from collections.abc import Sequence
 
 import trio
 
 from meshnet.codec.frames import MAX_DATA
-from meshnet.decide.balance import Candidate
 from meshnet.decide.breaker import counts_against_endpoint
 from meshnet.decide.limits import below_endpoint_limit
 from meshnet.decide.retry import Dial, GiveUp, Wait
@@ -28,21 +28,35 @@ async def dial_service(
     plan = Dial(connect, started)
     patience = Patience(started + connect.total_timeout, connect.attempt_timeout)
     budget = state.service(service).budget
+    endpoints = (pinned,) if pinned else service.endpoints
+    limits, learned, balancer = service.traffic.limits, state.endpoints, state.balancer(service)
     tried: set[Address] = set()
     last: ConnectionFailed | None = None
     early = b""
+    now = started
+
+    def load(endpoint: Endpoint) -> int | None:
+        """The connections it has, if it may be tried now: breaker willing, below its own limit, not tried before."""
+        known = learned.get(endpoint.address)
+        if known is None:
+            return 0
+        connections = known.open + known.pending
+        if not known.breaker.allows(now) or not below_endpoint_limit(limits, connections):
+            return None
+        return None if tried and endpoint.address in tried else connections
+
     while True:
         now = time.monotonic()
-        candidates = _candidates(service, pinned, tried, state, now)
-        step = plan.next(now, bool(candidates), last.reason if last else None, budget, state.dice)
+        endpoint = balancer.pick(service.traffic.balance, endpoints, load, state.dice)
+        step = plan.next(now, endpoint is not None, last.reason if last else None, budget, state.dice)
         if isinstance(step, GiveUp):
-            raise last or _nothing_to_try(service, pinned, state, now)
+            raise last or _nothing_to_try(service, endpoints, state, now)
         if isinstance(step, Wait):
             tried.clear()
             await in_task()
             await trio.sleep(step.seconds)
             continue
-        endpoint = state.balancer(service).pick(service.traffic.balance, candidates, state.dice)
+        assert endpoint is not None  # or there would have been nothing to try
         tried.add(endpoint.address)
         if endpoint.tunnel is not TunnelKind.NONE and not early:
             early = _early_data(client)
@@ -86,30 +100,13 @@ async def _try(
             known.breaker.abandoned(time.monotonic())
 
 
-def _candidates(
-    service: ServicePort, pinned: Endpoint | None, tried: set[Address], state: ProxyState, now: float
-) -> list[Candidate]:
-    """The endpoints that may be tried now: not tried before, breaker willing, below their own limit, not drained."""
-    candidates = []
-    for endpoint in (pinned,) if pinned else service.endpoints:
-        if endpoint.address in tried or endpoint.weight == 0:
-            continue
-        known = state.endpoints.get(endpoint.address)
-        if known is None:
-            candidates.append(Candidate(endpoint, 0, 0))
-            continue
-        candidate = Candidate(endpoint, known.open, known.pending)
-        if known.breaker.allows(now) and below_endpoint_limit(service.traffic.limits, candidate):
-            candidates.append(candidate)
-    return candidates
-
-
-def _nothing_to_try(service: ServicePort, pinned: Endpoint | None, state: ProxyState, now: float) -> ConnectionFailed:
-    endpoints = (pinned,) if pinned else service.endpoints
-    known = [state.endpoints[endpoint.address] for endpoint in endpoints if endpoint.address in state.endpoints]
-    waits = [held.breaker.open_for(now) for held in known if not held.breaker.allows(now)]
-    if not [endpoint for endpoint in endpoints if endpoint.weight]:
+def _nothing_to_try(
+    service: ServicePort, endpoints: Sequence[Endpoint], state: ProxyState, now: float
+) -> ConnectionFailed:
+    if not any(endpoint.weight for endpoint in endpoints):
         return ConnectionFailed(Reason.NO_ENDPOINT, f"{service.name} has no endpoint")
+    learned = [known.breaker for endpoint in endpoints if (known := state.endpoints.get(endpoint.address))]
+    waits = [breaker.open_for(now) for breaker in learned if not breaker.allows(now)]
     if waits:
         return ConnectionFailed(
             Reason.BREAKER_OPEN,

@@ -4,42 +4,37 @@ Events of the kernel say when to look, never what changed: the directory is read
 seconds finds what events miss (a link to a file elsewhere, a network file system, a folder that is not there yet).
 """
 
-import errno
+import hashlib
 import os
 import stat
-from collections.abc import AsyncIterable, Callable
+import sys
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import trio
-from msgspec import structs
 from watchfiles import Change, awatch
 
-from meshnet.codec.mesh import read_mesh
+from meshnet.codec.snapshot import decode_snapshot, encode_snapshot
 from meshnet.errors import ConfigError
 from meshnet.model.snapshot import Snapshot
+from meshnet.proxy.directory import Fingerprint, Refusal, fingerprint, is_resource_file, load_directory
 
-_MOST_BYTES = 16 << 20  # of all files together: some ten thousand services
+_READER = "meshnet.proxy.directory"  # a program too
+_LITTLE = 256 << 10  # bytes of all files together that take a tenth of a second at most: another program takes longer
 _QUIET = 100  # milliseconds without a change, so that a copy of many files is read once
 _PATIENCE = 1000  # milliseconds of changes without end, after which they are read all the same
 _LOOK_EVERY = 5000  # milliseconds
 _CONFIG_MAP = "..data"  # Kubernetes renames a new link over this one, and every file is a link through it
 
 
-def load_directory(directory: str, version: int = 1) -> Snapshot:
-    """The mesh that *.yaml and *.yml of `directory` describe; hidden files and folders are passed over.
-
-    Raises ConfigError that names every problem, a line each, a file or directory that cannot be read among them.
-    """
-    return read_mesh(_texts(directory), version)
-
-
 async def follow(
     directory: str,
     version: int,
-    apply: Callable[[Snapshot], None],
-    refused: Callable[[ConfigError], None],
+    apply: Callable[[Snapshot], Awaitable[None]],
+    refused: Callable[[ConfigError], Awaitable[None]],
     *,
     reload: AsyncIterable[object] | None = None,
 ) -> None:
@@ -48,7 +43,7 @@ async def follow(
     The first good state becomes snapshot `version` + 1, and each one after it counts on by one. A bad state is
     refused, once, and the last good one stays: so does it when the directory, or every resource file in it, is gone.
     What comes out of `reload` (a signal receiver or a memory channel) makes it look at once, and refuse again.
-    `apply` and `refused` are called in the task that runs this.
+    `apply` and `refused` are awaited in the task that runs this, one after the other.
     """
     follower = _Follower(directory, version, apply, refused)
     async with trio.open_nursery() as nursery:
@@ -58,17 +53,13 @@ async def follow(
         await follower.run()
 
 
-Fingerprint = tuple[tuple[str | int, ...], ...]
-"""What tells a file from another or from an older one, for each; None for a directory that cannot be listed."""
-
-
 @dataclass(slots=True)
 class _Follower:
     directory: str
     version: int
-    apply: Callable[[Snapshot], None]
-    refused: Callable[[ConfigError], None]
-    current: Snapshot | None = None
+    apply: Callable[[Snapshot], Awaitable[None]]
+    refused: Callable[[ConfigError], Awaitable[None]]
+    current: bytes = b""  # a digest of the mesh in force
     problem: str = ""  # why the state that was read last was refused
     repeat: bool = False  # refuse it again, for somebody asked
     seen: Fingerprint | None = None
@@ -87,7 +78,7 @@ class _Follower:
         while True:
             await self.wake.wait()
             self.wake = trio.Event()
-            seen = await trio.to_thread.run_sync(_fingerprint, self.directory)
+            seen = await trio.to_thread.run_sync(fingerprint, self.directory)
             if self.changed or seen != self.seen:
                 self.seen, self.changed = seen, False
                 await self.read()
@@ -95,26 +86,67 @@ class _Follower:
     async def read(self) -> None:
         repeat, self.repeat = self.repeat, False
         try:
-            # In a thread: a large mesh takes seconds, and no connection waits for it.
-            snapshot = await trio.to_thread.run_sync(self.load)
+            if self.seen is not None and sum(int(size) for *_, size, _, _ in self.seen) > _LITTLE:
+                snapshot, digest = await _read_elsewhere(self.directory, self.version + 1)
+            else:
+                snapshot, digest = await trio.to_thread.run_sync(self.load)
         except ConfigError as error:
             if str(error) != self.problem or repeat:
                 self.problem = str(error)
-                self.refused(error)
+                await self.refused(error)
             return
-        if self.problem or self.current is None or not _same(self.current, snapshot):
+        if self.problem or digest != self.current:
             self.problem = ""
-            self.current, self.version = snapshot, snapshot.version
-            self.apply(snapshot)
+            self.current, self.version = digest, snapshot.version
+            await self.apply(snapshot)
 
-    def load(self) -> Snapshot:
-        texts = _texts(self.directory)
-        if not texts and self.current is not None and not _same(self.current, Snapshot(version=0)):
-            # An unmounted volume looks like this. Without its endpoints a meshed service would get plain text.
-            raise ConfigError(
-                "no *.yaml file is left", file=self.directory, suggestion="to empty the mesh, leave one without content"
-            )
-        return read_mesh(texts, self.version + 1)
+    def load(self) -> tuple[Snapshot, bytes]:
+        nothing_to_lose = self.current in (b"", _EMPTY)
+        snapshot = load_directory(self.directory, self.version + 1, may_be_empty=nothing_to_lose)
+        return snapshot, _digest(encode_snapshot(snapshot))
+
+
+async def _read_elsewhere(directory: str, version: int) -> tuple[Snapshot, bytes]:
+    """The snapshot of `directory`, read by a program of its own, and its digest. Raises ConfigError."""
+    try:
+        done = await trio.run_process(
+            [sys.executable, "-m", _READER, directory],
+            capture_stdout=True,
+            check=False,
+            start_new_session=True,  # a Ctrl-C is for us
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot be read, for no program can be started: {error.strerror}", file=directory) from None
+    if done.returncode:
+        raise _refusal(done.stdout, done.returncode, directory)
+    try:
+        return await trio.to_thread.run_sync(_decoded, done.stdout, version)
+    except ValueError as error:
+        raise ConfigError(f"the program that reads it printed something else: {error}", file=directory) from None
+
+
+def _decoded(printed: bytes, version: int) -> tuple[Snapshot, bytes]:
+    lines = printed.splitlines(keepends=True)
+    return decode_snapshot(lines, version), _digest(lines)
+
+
+def _digest(lines: Iterable[bytes]) -> bytes:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line)
+    return digest.digest()
+
+
+_EMPTY = _digest(encode_snapshot(Snapshot(version=0)))
+
+
+def _refusal(printed: bytes, code: int, directory: str) -> ConfigError:
+    try:
+        said = msgspec.json.decode(printed, type=Refusal)
+    except msgspec.DecodeError:
+        return ConfigError(f"the program that reads it ended with {code}, perhaps for want of memory", file=directory)
+    return ConfigError(said.problem, file=said.file, line=said.line, suggestion=said.suggestion)
 
 
 async def _obey(reload: AsyncIterable[object], follower: _Follower) -> None:
@@ -129,7 +161,7 @@ async def _watch(follower: _Follower) -> None:
 
     def matters(_: Change, path: str) -> bool:
         folder, name = os.path.split(path)
-        if folder == directory and (_is_resource_file(name) or name == _CONFIG_MAP):
+        if folder == directory and (is_resource_file(name) or name == _CONFIG_MAP):
             return True
         return f"{directory}/".startswith(f"{path}/")
 
@@ -186,71 +218,3 @@ def _places(directory: str) -> list[tuple[str, int, int]]:
             if path != directory:
                 break
     return places
-
-
-def _fingerprint(directory: str) -> Fingerprint | None:
-    try:
-        infos = [(path, os.stat(path)) for path in _files(directory)]
-    except (OSError, ConfigError):
-        return None
-    return tuple((path, i.st_dev, i.st_ino, i.st_size, i.st_mtime_ns, i.st_ctime_ns) for path, i in infos)
-
-
-def _texts(directory: str) -> list[tuple[str, str]]:
-    """Path and text of each resource file, sorted by name."""
-    texts: list[tuple[str, str]] = []
-    room = _MOST_BYTES
-    for path in _files(directory):
-        content = _content(path, room)
-        room -= len(content)
-        try:
-            texts.append((path, content.decode("utf-8-sig")))
-        except UnicodeDecodeError as error:
-            line = content.count(b"\n", 0, error.start) + 1
-            raise ConfigError("not UTF-8 text", file=path, line=line) from None
-    return texts
-
-
-def _files(directory: str) -> list[str]:
-    try:
-        names = os.listdir(directory)
-    except FileNotFoundError:
-        raise ConfigError(
-            "there is no such directory", file=directory, suggestion="create it, or set directory in [mesh]"
-        ) from None
-    except OSError as error:
-        raise _unreadable(directory, error) from None
-    return [os.path.join(directory, name) for name in sorted(names) if _is_resource_file(name)]
-
-
-def _unreadable(path: str, error: OSError) -> ConfigError:
-    hint = f"let the sidecar's user read it: chmod o+rX {path}" if error.errno in (errno.EACCES, errno.EPERM) else ""
-    return ConfigError(f"cannot be read: {error.strerror}", file=path, suggestion=hint)
-
-
-def _is_resource_file(name: str) -> bool:
-    """Not what editors leave beside a file: .web.yaml.swp, #web.yaml#, .#web.yaml."""
-    return name.endswith((".yaml", ".yml")) and not name.startswith((".", "#"))
-
-
-def _content(path: str, room: int) -> bytes:
-    """Raises ConfigError, also if there are more than `room` bytes."""
-    try:
-        with open(path, "rb", opener=_open_without_waiting) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError("not a regular file", file=path)
-            content = file.read(room + 1)
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    if len(content) > room:
-        raise ConfigError(f"with this file the directory has more than {_MOST_BYTES >> 20} MiB", file=path)
-    return content
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """A pipe would wait for its writer."""
-    return os.open(path, flags | os.O_NONBLOCK)
-
-
-def _same(one: Snapshot, other: Snapshot) -> bool:
-    return structs.replace(one, version=other.version) == other

@@ -2,7 +2,6 @@
 
 import h11
 import trio
-from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from meshnet.proxy.metrics import Metrics
@@ -18,8 +17,7 @@ Answer = tuple[int, str, bytes]
 class HealthServer:
     def __init__(self, state: ProxyState, metrics: Metrics) -> None:
         self._state = state
-        self._registry = CollectorRegistry()
-        self._registry.register(metrics)
+        self._metrics = metrics
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serves one HTTP/1.1 connection, request after request."""
@@ -33,7 +31,7 @@ class HealthServer:
                             return
                         while not isinstance(await _next_event(connection, stream), h11.EndOfMessage):
                             pass
-                        status, content_type, body = self._answer(request.method, request.target)
+                        status, content_type, body = await self._answer(request.method, request.target)
                         await _send(connection, stream, status, content_type, body, bare=request.method == b"HEAD")
                     if connection.our_state is h11.MUST_CLOSE:
                         return
@@ -41,12 +39,12 @@ class HealthServer:
             except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 return
 
-    def _answer(self, method: bytes, target: bytes) -> Answer:
+    async def _answer(self, method: bytes, target: bytes) -> Answer:
         path = target.partition(b"?")[0]
         if method not in (b"GET", b"HEAD"):
             return 405, "text/plain", b"only GET\n"
         if path == b"/metrics":
-            return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
+            return 200, CONTENT_TYPE_LATEST, await self._metrics.scrape()
         if path == b"/healthz":
             return 200, "text/plain", b"ok\n"
         if path == b"/readyz":

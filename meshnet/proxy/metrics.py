@@ -3,16 +3,21 @@
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import trio
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from meshnet import __version__
+from meshnet.decide.breaker import BreakerState
 from meshnet.errors import Reason
 from meshnet.model.connection import Direction
 from meshnet.model.identity import short_name
 from meshnet.proxy.record import Record
+from meshnet.proxy.slices import slices
 
 if TYPE_CHECKING:
     from meshnet.proxy.state import ProxyState
@@ -21,7 +26,7 @@ _MAX_SERIES = 2000  # per sidecar; what comes later is counted in series named "
 _DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
 _CONNECTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _REPORTERS = {Direction.OUTBOUND: "source", Direction.INBOUND: "destination"}
-_BREAKER_STATES = {"closed": 0, "half-open": 1, "open": 2}
+_BREAKER_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
 # Istio's names for TCP telemetry, so that its dashboards can be used with a change of prefix.
 _LABELS = (
@@ -71,7 +76,7 @@ class Histogram:
         return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
 
 
-class Metrics(Collector):
+class Metrics:
     """Observes the registry. A connection's counters are added up under the labels it has when they move."""
 
     def __init__(self) -> None:
@@ -108,21 +113,30 @@ class Metrics(Collector):
         self._handshakes.add(milliseconds / 1000)
         self._resumed += resumed
 
-    def collect(self) -> Iterator[Metric]:
+    async def scrape(self) -> bytes:
+        """Everything as Prometheus reads it. Connections are looked at in slices, and a thread writes it all down."""
+        opened = {key: cell.opened for key, cell in self._cells.items()}
         open_now: dict[Key, int] = {}
-        for record in self.state.registry.open.values() if self.state else ():
-            # Before it is connected its labels are still growing; a counter must not move from one set to another.
-            if record.connected is not None:
-                self._flush(record)
-                key = self._key(record)
-                open_now[key] = open_now.get(key, 0) + 1
-        yield from self._connections(open_now)
+        for records in slices(self.state.registry.open.values() if self.state else ()):
+            for record in records:
+                # Before it is connected its labels are still growing; a counter must not move from one set to another.
+                # Ended since or not: `opened` is from before, and the next scrape must not find fewer.
+                if record.connected is not None:
+                    self._flush(record)
+                    key = self._key(record)
+                    open_now[key] = open_now.get(key, 0) + 1
+            await trio.lowlevel.checkpoint()
+        return await trio.to_thread.run_sync(generate_latest, _Scrape(self._families(opened, open_now)))
+
+    def _families(self, opened: dict[Key, int], open_now: dict[Key, int]) -> Iterator[Metric]:
+        """In a thread: what it goes through never changes, or is copied at once."""
+        yield from self._connections(opened, open_now)
         yield self._durations.family("meshnet_tcp_connection_duration_seconds", "How long connections lasted.")
         yield self._connects.family("meshnet_tcp_connect_seconds", "From accept until both legs were up.")
         yield self._handshakes.family("meshnet_tls_handshake_seconds", "TLS handshakes of tunnels this side opened.")
         yield _counter("meshnet_tls_resumed", "Handshakes that resumed a session.", self._resumed)
         authorized = CounterMetricFamily("meshnet_authz", "Calls judged by access policy.", labels=["action", "policy"])
-        for verdict, count in self._authorized.items():
+        for verdict, count in list(self._authorized.items()):
             authorized.add_metric(verdict, count)
         yield authorized
         yield _counter("meshnet_dropped_series", "Label sets counted under other.", self._dropped_series)
@@ -135,7 +149,7 @@ class Metrics(Collector):
         if self.state is not None:
             yield from _mesh(self.state)
 
-    def _connections(self, open_now: dict[Key, int]) -> Iterator[Metric]:
+    def _connections(self, opened_before: dict[Key, int], open_now: dict[Key, int]) -> Iterator[Metric]:
         labels = list(_LABELS)
         opened = CounterMetricFamily("meshnet_tcp_connections_opened", "Connections accepted.", labels=labels)
         closed = CounterMetricFamily("meshnet_tcp_connections_closed", "Connections ended.", labels=labels)
@@ -147,12 +161,12 @@ class Metrics(Collector):
         is_open = GaugeMetricFamily("meshnet_tcp_connections_open", "Connections open now.", labels=labels)
         for key in {**self._cells, **open_now}:
             values, cell, now_open = _label_values(key), self._cells.get(key) or Cell(), open_now.get(key, 0)
-            opened.add_metric(values, cell.opened + now_open)
+            opened.add_metric(values, opened_before.get(key, 0) + now_open)
             closed.add_metric(values, cell.closed)
             sent.add_metric(values, cell.sent)
             received.add_metric(values, cell.received)
             is_open.add_metric(values, now_open)
-            for reason, count in cell.failed.items():
+            for reason, count in list(cell.failed.items()):
                 failed.add_metric([*values, str(reason)], count)
         yield from (opened, closed, failed, sent, received, is_open)
 
@@ -183,6 +197,14 @@ class Metrics(Collector):
         return key
 
 
+@dataclass(frozen=True, slots=True)
+class _Scrape(Collector):
+    families: Iterator[Metric]
+
+    def collect(self) -> Iterator[Metric]:
+        return self.families
+
+
 def _label_values(key: Key) -> list[str]:
     reporter, source, service, destination, security = key
     return [
@@ -207,18 +229,18 @@ def _workload(identity: str) -> tuple[str, str, str]:
 def _mesh(state: "ProxyState") -> Iterable[Metric]:
     now = time.monotonic()
     breakers = GaugeMetricFamily(
-        "meshnet_breaker_state", "0 closed, 1 half-open, 2 open.", labels=["service", "endpoint"]
+        "meshnet_breaker_state", "0 closed, 1 half-open, 2 open, of endpoints dialled.", labels=["service", "endpoint"]
     )
     counts = GaugeMetricFamily("meshnet_endpoints", "Endpoints by state.", labels=["service", "state"])
     for service in state.snapshot.services:
-        by_state = {"healthy": 0, "ejected": 0}
+        name, ejected = service.name, 0
         for endpoint in service.endpoints:
-            known = state.endpoints.get(endpoint.address)
-            breaker = str(known.breaker.state(now)) if known else "closed"
-            breakers.add_metric([service.name, endpoint.name], _BREAKER_STATES[breaker])
-            by_state["ejected" if breaker == "open" else "healthy"] += 1
-        for name, count in by_state.items():
-            counts.add_metric([service.name, name], count)
+            if (known := state.endpoints.get(endpoint.address)) is not None:
+                breaker = known.breaker.state(now)
+                breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
+                ejected += breaker is BreakerState.OPEN
+        counts.add_metric([name, "healthy"], len(service.endpoints) - ejected)
+        counts.add_metric([name, "ejected"], ejected)
     yield breakers
     yield counts
     if state.identity.credentials is not None:

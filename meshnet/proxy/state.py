@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from meshnet.decide.limits import Admitted, Limiter, Rejected, Ticket
 from meshnet.decide.retry import RetryBudget
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.service import Endpoint, Mode, ServicePort
+from meshnet.model.service import Endpoint, Limits, Mode, ServicePort
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
@@ -22,11 +23,15 @@ from meshnet.net.strand import in_task
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
+from meshnet.proxy.slices import slices
 from meshnet.relay import Relays
 from meshnet.tunnel.pool import Pool
 
 if TYPE_CHECKING:
     from meshnet.proxy.inbound import ServedTunnel
+
+ServiceKey = tuple[str, str]
+"""Namespace and name."""
 
 _LOCAL_SERVICES_KEPT = 5.0  # seconds; an address can come and go with its interface
 
@@ -74,9 +79,9 @@ class ProxyState:
         self.addresses = addresses
         self.mark = mark
         self.dice = random.Random()
-        self.services: dict[tuple[str, str], ServiceState] = {}  # by namespace and name
+        self.services: dict[ServiceKey, ServiceState] = {}
         self.endpoints: dict[Address, EndpointState] = {}
-        self._balancers: dict[str, Balancer] = {}  # by the name of a service port
+        self._balancers: dict[tuple[str, str, int], Balancer] = {}  # by namespace and name of the service, and port
         self._local_services: dict[int, tuple[float, ServicePort | None]] = {}  # by the application's port
         self.snapshot = snapshot
         self.applied_at = time.monotonic()
@@ -85,42 +90,29 @@ class ProxyState:
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 
-    def apply(self, snapshot: Snapshot) -> None:
-        """Puts a new snapshot in force. Nothing that is open ends, but for what access now denies."""
+    async def apply(self, snapshot: Snapshot) -> None:
+        """Puts a new snapshot in force, all of it at once. Nothing that is open ends, but for what access now denies.
+
+        When it returns, those have ended, and what is gone is forgotten. Other tasks run meanwhile; calls must not
+        overlap.
+        """
+        access, limits = await trio.to_thread.run_sync(_compiled, snapshot)
         self.snapshot = snapshot
         self.applied_at = time.monotonic()
         self.config_problem = ""
-        self.access = AccessRules(snapshot.policies, snapshot.default_action)
+        self.access = access
         self._local_services.clear()
-        now = time.monotonic()
-        for service in snapshot.services:
-            if held := self.services.get((service.namespace, service.service)):
-                held.limiter.settings = service.traffic.limits
-                self._wake(held, held.limiter.changed(now))
-            for endpoint in service.endpoints:
-                if known := self.endpoints.get(endpoint.address):
-                    known.breaker.settings = service.traffic.breaker
-        gone = self.endpoints.keys() - snapshot.by_endpoint.keys()
-        for address in gone:
-            if not self.endpoints[address].open and not self.endpoints[address].pending:
-                del self.endpoints[address]
-        self.review()
+        for key, held in self.services.items():
+            if (new := limits.get(key)) is not None and new is not held.limiter.settings:
+                held.limiter.settings = new
+                self._wake(held, held.limiter.changed(self.applied_at))
+        await self._review()
+        await self._forget(limits.keys(), snapshot)
 
     def need_mesh(self) -> None:
         """Raises ConnectionFailed(config.none) while it is not known what is meshed and who may call."""
         if self.snapshot.version == 0:
             raise ConnectionFailed(Reason.CONFIG_NONE, self.config_problem or "the mesh files have not been read yet")
-
-    def review(self) -> None:
-        """Asks access again of every connection that it once let in."""
-        for record in list(self.registry.open.values()):
-            if record.call is None:
-                continue
-            verdict = self.access.decide(record.call)
-            if isinstance(verdict, Deny):
-                record.abort(
-                    Reason.AUTHZ_REVOKED, EndedBy.POLICY, f"{verdict.by} no longer allows it", policy=verdict.by
-                )
 
     def check(self, call: Call) -> str:
         """The name of the policy that allows `call`. Raises ConnectionFailed(authz.denied)."""
@@ -154,12 +146,15 @@ class ProxyState:
         return self.snapshot.mode if service is None else service.mode
 
     def balancer(self, service: ServicePort) -> Balancer:
-        return self._balancers.get(service.name) or self._balancers.setdefault(service.name, Balancer())
+        key = (service.namespace, service.service, service.port)
+        return self._balancers.get(key) or self._balancers.setdefault(key, Balancer())
 
     def endpoint(self, endpoint: Endpoint, service: ServicePort) -> EndpointState:
+        """What is known of it, from now on by the settings of `service`."""
         known = self.endpoints.get(endpoint.address)
         if known is None:
             known = self.endpoints[endpoint.address] = EndpointState(Breaker(service.traffic.breaker))
+        known.breaker.settings = service.traffic.breaker
         return known
 
     def service(self, service: ServicePort) -> ServiceState:
@@ -204,6 +199,39 @@ class ProxyState:
     def is_local(self, host: str) -> bool:
         return host in self.addresses
 
+    async def _review(self) -> None:
+        """Asks access again of every connection that it once let in; who has come since was asked by it anyway."""
+        for records in slices(self.registry.open.values()):
+            for record in records:
+                if record.call is None:
+                    continue
+                verdict = self.access.decide(record.call)
+                if isinstance(verdict, Deny):
+                    record.abort(
+                        Reason.AUTHZ_REVOKED, EndedBy.POLICY, f"{verdict.by} no longer allows it", policy=verdict.by
+                    )
+            await trio.lowlevel.checkpoint()
+
+    async def _forget(self, services: Collection[ServiceKey], snapshot: Snapshot) -> None:
+        """What was known of services and endpoints that are gone, unless a connection has to do with them still."""
+        for keys in slices(self.services):
+            for key in keys:
+                held = self.services[key]
+                if key not in services and not held.limiter.open and not held.waiting:
+                    del self.services[key]
+            await trio.lowlevel.checkpoint()
+        for ports in slices(self._balancers):
+            for port in ports:
+                if port[:2] not in services:
+                    del self._balancers[port]
+            await trio.lowlevel.checkpoint()
+        for addresses in slices(self.endpoints):
+            for address in addresses:
+                known = self.endpoints[address]
+                if address not in snapshot.by_endpoint and not known.open and not known.pending:
+                    del self.endpoints[address]
+            await trio.lowlevel.checkpoint()
+
     def _local_service(self, port: int) -> ServicePort | None:
         for address, (service, _) in self.snapshot.by_endpoint.items():
             if address.port == port and self.is_local(address.host):
@@ -213,3 +241,9 @@ class ProxyState:
     def _wake(self, held: ServiceState, admitted: list[Ticket]) -> None:
         for ticket in admitted:
             held.waiting[ticket].set()
+
+
+def _compiled(snapshot: Snapshot) -> tuple[AccessRules, dict[ServiceKey, Limits]]:
+    """What takes long of a snapshot that is not in force yet."""
+    limits = {(service.namespace, service.service): service.traffic.limits for service in snapshot.services}
+    return AccessRules(snapshot.policies, snapshot.default_action), limits

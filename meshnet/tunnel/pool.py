@@ -6,7 +6,7 @@ that is not fresh, which says nothing about the endpoint.
 """
 
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -21,6 +21,7 @@ from meshnet.net.strand import in_task
 from meshnet.tunnel.client import ClientTunnel, Key, connect
 
 _HANDSHAKES_AT_ONCE = 32  # a burst to a cold peer queues here instead of starving the tunnels that already stand
+_DEMAND_LEFT = 0.9  # at each reaping: what was needed once is thought to be needed half as much half a minute later
 _PING_AFTER = 30.0  # seconds idle; an answer is expected by the next reaping
 
 
@@ -53,7 +54,8 @@ class Pool:
         self._leased: dict[Key, int] = {}
         self._tickets: dict[Key, tuple[object, tls.Ticket]] = {}
         self._turns = _HANDSHAKES_AT_ONCE
-        self._waiting: dict[_Waiter, None] = {}  # in the order they came
+        self._waiting: OrderedDict[Key, OrderedDict[_Waiter, None]] = OrderedDict()  # by peer, in the order they came
+        self._demand: dict[Key, float] = {}  # the most that were leased at once, fading
         self.on_handshake: Callable[[float, bool], None] = lambda ms, resumed: None
 
     async def lease(
@@ -121,7 +123,19 @@ class Pool:
         return {key: (len(self._idle.get(key, ())), self._leased.get(key, 0)) for key in keys}
 
     def reap(self, now: float) -> None:
-        """Closes what is idle too long, near its certificate's end, retired or dead; pings the rest now and then."""
+        """Closes what is idle too long, near its certificate's end, retired or dead; pings the rest now and then.
+
+        And, oldest first, what is more than the peer was lately asked for at once. `now` is monotonic; to be called
+        every few seconds.
+        """
+        for key, demand in list(self._demand.items()):
+            leased = self._leased.get(key, 0)
+            demand = self._demand[key] = max(leased, demand * _DEMAND_LEFT)
+            idle = self._idle.get(key, deque())
+            while idle and leased + len(idle) > max(demand, 1.0):
+                idle.popleft().channel.close()
+            if not leased and not idle:
+                del self._demand[key]
         for key, idle in list(self._idle.items()):
             for tunnel in list(idle):
                 if not self._is_worth_keeping(tunnel, now - tunnel.idle_since):
@@ -144,7 +158,7 @@ class Pool:
             self._turns -= 1
             return None
         waiter = _Waiter(key)
-        self._waiting[waiter] = None
+        self._waiting.setdefault(key, OrderedDict())[waiter] = None
         try:
             await in_task()
             with trio.move_on_after(patience):
@@ -158,32 +172,44 @@ class Pool:
                 self._end_turn()
             raise
         finally:
-            self._waiting.pop(waiter, None)
+            self._forget(waiter)
         raise ConnectionFailed(
             Reason.LIMIT_QUEUE_TIMEOUT, f"too many handshakes at once: no tunnel to {key[0]} within {patience:.1f} s"
         )
 
     def _end_turn(self) -> None:
-        """First come, first served, whoever the peer is."""
-        waiter = next(iter(self._waiting), None)
-        if waiter is None:
+        """The peers in turn, so that a burst to one does not hold up another; for each, first come, first served."""
+        if not self._waiting:
             self._turns += 1
-        else:
-            del self._waiting[waiter]
-            waiter.turn.set()
+            return
+        key, waiters = next(iter(self._waiting.items()))
+        self._waiting.move_to_end(key)
+        self._call(next(iter(waiters)))
 
     def _hand_over(self, tunnel: ClientTunnel) -> bool:
-        waiter = next((waiter for waiter in self._waiting if waiter.key == tunnel.key), None)
-        if waiter is None:
+        waiters = self._waiting.get(tunnel.key)
+        if waiters is None:
             return False
-        del self._waiting[waiter]
+        waiter = next(iter(waiters))
         waiter.tunnel = tunnel
-        waiter.turn.set()
+        self._call(waiter)
         return True
+
+    def _call(self, waiter: _Waiter) -> None:
+        self._forget(waiter)
+        waiter.turn.set()
+
+    def _forget(self, waiter: _Waiter) -> None:
+        waiters: OrderedDict[_Waiter, None] = self._waiting.get(waiter.key, OrderedDict())
+        waiters.pop(waiter, None)
+        if not waiters:
+            self._waiting.pop(waiter.key, None)
 
     def _lent(self, tunnel: ClientTunnel) -> ClientTunnel:
         tunnel.leases += 1
-        self._leased[tunnel.key] = self._leased.get(tunnel.key, 0) + 1
+        leased = self._leased[tunnel.key] = self._leased.get(tunnel.key, 0) + 1
+        if leased > self._demand.get(tunnel.key, 0.0):
+            self._demand[tunnel.key] = leased
         return tunnel
 
     def _take(self, key: Key) -> ClientTunnel | None:

@@ -2,11 +2,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from meshnet.decide.balance import Candidate
 from meshnet.decide.limits import Admitted, Limiter, Queued, Rejected, Ticket, below_endpoint_limit
 from meshnet.errors import Reason
-from meshnet.model.address import Address
-from meshnet.model.service import Endpoint, Limits
+from meshnet.model.service import Limits
 
 
 def limiter(connections: int = 0, pending: int = 0, timeout: float = 3.0) -> Limiter:
@@ -133,8 +131,7 @@ def test_leaving_without_having_been_in_is_an_error() -> None:
 def test_an_endpoints_own_limit_counts_what_is_open_and_what_is_being_dialled(
     most: int, opened: int, pending: int, below: bool
 ) -> None:
-    candidate = Candidate(Endpoint(address=Address("10.0.0.1", 80)), opened, pending)
-    assert below_endpoint_limit(Limits(max_connections_per_endpoint=most), candidate) is below
+    assert below_endpoint_limit(Limits(max_connections_per_endpoint=most), opened + pending) is below
 
 
 SIZES = st.integers(0, 4)

@@ -11,8 +11,10 @@ import trio
 
 from meshnet.errors import ConfigError
 from meshnet.model.snapshot import Snapshot
+from meshnet.proxy import directory as directory_module
 from meshnet.proxy import follow as follow_module
-from meshnet.proxy.follow import follow, load_directory
+from meshnet.proxy.directory import load_directory
+from meshnet.proxy.follow import follow
 
 SERVICE = """\
 apiVersion: meshnet.dev/v1
@@ -41,10 +43,10 @@ async def following(directory: Path, version: int = 0) -> AsyncIterator[Watcher]
     send, receive = trio.open_memory_channel[tuple[int, list[int]] | str](math.inf)
     ask, asked = trio.open_memory_channel[None](1)
 
-    def apply(snapshot: Snapshot) -> None:
+    async def apply(snapshot: Snapshot) -> None:
         send.send_nowait((snapshot.version, [service.port for service in snapshot.services]))
 
-    def refused(error: ConfigError) -> None:
+    async def refused(error: ConfigError) -> None:
         send.send_nowait(str(error))
 
     async def run() -> None:
@@ -86,14 +88,13 @@ async def test_a_bad_state_is_refused_once_and_the_good_one_after_it_is_applied(
 
 async def test_what_changes_nothing_makes_no_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read, texts_read = trio.open_memory_channel[None](math.inf)
-    texts_of = follow_module._texts
 
-    def counting(directory: str) -> list[tuple[str, str]]:
-        texts = texts_of(directory)
+    def counting(directory: str, version: int, *, may_be_empty: bool) -> Snapshot:
+        snapshot = load_directory(directory, version, may_be_empty=may_be_empty)
         trio.from_thread.run_sync(read.send_nowait, None)
-        return texts
+        return snapshot
 
-    monkeypatch.setattr(follow_module, "_texts", counting)
+    monkeypatch.setattr(follow_module, "load_directory", counting)
     (tmp_path / "web.yaml").write_text(SERVICE % 80)
     async with following(tmp_path) as watcher:
         assert await watcher.next() == (1, [80])
@@ -182,13 +183,16 @@ async def test_a_change_behind_a_link_to_elsewhere_is_found(tmp_path: Path, monk
 
 async def test_a_signal_receiver_can_ask_for_a_reload(tmp_path: Path) -> None:
     send, receive = trio.open_memory_channel[str](math.inf)
+
+    async def apply(_: Snapshot) -> None:
+        raise AssertionError("there is nothing to apply")
+
+    async def refused(error: ConfigError) -> None:
+        await send.send(str(error))
+
     with trio.open_signal_receiver(signal.SIGHUP) as hangups:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                lambda: follow(
-                    str(tmp_path / "x"), 0, lambda _: None, lambda error: send.send_nowait(str(error)), reload=hangups
-                )
-            )
+            nursery.start_soon(lambda: follow(str(tmp_path / "x"), 0, apply, refused, reload=hangups))
             with trio.fail_after(20):
                 first = await receive.receive()
                 os.kill(os.getpid(), signal.SIGHUP)
@@ -234,9 +238,64 @@ def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert refusal() == "a.yaml:2: not UTF-8 text"
     file.write_text("\ufeff# a mark of the byte order is fine\n")
     load_directory(str(tmp_path))
-    monkeypatch.setattr(follow_module, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(directory_module, "_MOST_BYTES", 1 << 20)
     file.write_text("#" * (1 << 19))
     (tmp_path / "b.yaml").write_text("#" * (1 << 19))
     load_directory(str(tmp_path))
     (tmp_path / "c.yaml").write_text("#")
     assert refusal() == "c.yaml: with this file the directory has more than 1 MiB"
+
+
+def large(name: str = "many") -> str:
+    """More than is read within the sidecar."""
+    endpoints = "".join(f"  - address: 10.2.{number >> 8}.{number & 255}\n" for number in range(10_000))
+    return (
+        SERVICE.replace("name: web", f"name: {name}") % 80
+        + "# "
+        + "x" * (256 << 10)
+        + "\n---\n"
+        + (
+            f"apiVersion: meshnet.dev/v1\nkind: Service\nmetadata: {{name: all}}\nspec:\n  ports: [{{port: 7}}]\n"
+            f"  endpoints:\n{endpoints}"
+        )
+    )
+
+
+async def test_a_large_mesh_is_read_by_another_program_to_the_same_end(tmp_path: Path) -> None:
+    (tmp_path / "web.yaml").write_text(large())
+    async with following(tmp_path) as watcher:
+        assert await watcher.next() == (1, [7, 80])
+        (tmp_path / "web.yaml").write_text("# new words\n" + large())
+        (tmp_path / "db.yaml").write_text(SERVICE % 5432)
+        assert await watcher.next() == (2, [7, 80, 5432])
+        (tmp_path / "db.yaml").unlink()
+        (tmp_path / "web.yaml").write_text(SERVICE % 81)
+        assert await watcher.next() == (3, [81])
+
+
+async def test_what_is_wrong_with_a_large_mesh_is_told_as_it_is_of_a_small_one(tmp_path: Path) -> None:
+    (tmp_path / "web.yaml").write_text(large("Web"))
+    with pytest.raises(ConfigError) as caught:
+        load_directory(str(tmp_path))
+    async with following(tmp_path) as watcher:
+        assert await watcher.next() == str(caught.value)
+
+
+async def test_when_a_large_mesh_is_gone_the_last_good_state_stays(tmp_path: Path) -> None:
+    (tmp_path / "web.yaml").write_text(large())
+    async with following(tmp_path) as watcher:
+        assert await watcher.next() == (1, [7, 80])
+        (tmp_path / "web.yaml").unlink()
+        assert "no *.yaml file is left" in str(await watcher.next())
+
+
+async def test_a_reader_that_cannot_do_its_work_refuses_the_mesh(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "web.yaml").write_text(large())
+    monkeypatch.setattr(follow_module, "_READER", "signal")  # a program that prints nothing of use
+    async with following(tmp_path) as watcher:
+        assert "does not begin like a snapshot" in str(await watcher.next())
+    monkeypatch.setattr(follow_module.sys, "executable", str(tmp_path / "no-such-program"))
+    async with following(tmp_path) as watcher:
+        assert "no program can be started: No such file or directory" in str(await watcher.next())

@@ -6,9 +6,11 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from meshnet.codec.frames import Open
 from meshnet.errors import ConnectionFailed, Reason
@@ -19,6 +21,7 @@ from meshnet.tunnel.client import ClientTunnel
 from meshnet.tunnel.pool import Pool
 from tests.proxy.conftest import Hosts
 from tests.proxy.peer import TUNNEL_PORT, credentials
+from tests.world import eventually
 
 pytestmark = pytest.mark.netns
 
@@ -27,14 +30,14 @@ IDLE_TIMEOUT, MAX_IDLE = 300.0, 2
 Body = Callable[[Pool, Address, str], Awaitable[None]]
 
 
-def with_pool(hosts: Hosts, body: Body, *, ttl: timedelta = timedelta(hours=1)) -> None:
+def with_pool(hosts: Hosts, body: Body, *, ttl: timedelta = timedelta(hours=1), max_idle: int = MAX_IDLE) -> None:
     """Runs `body` on `web` with a pool and who is to be called: the sidecar of `api`."""
     issued = hosts.mesh.authority.issue(hosts.mesh.identity("web"), now=datetime.now(UTC), ttl=ttl)
     held = credentials(issued)
     address, identity = Address(hosts.api.address, TUNNEL_PORT), hosts.mesh.identity("api")
 
     async def run() -> None:
-        pool = Pool(lambda: held, PythonTls(), mark=ProxySection().mark, idle_timeout=IDLE_TIMEOUT, max_idle=MAX_IDLE)
+        pool = Pool(lambda: held, PythonTls(), mark=ProxySection().mark, idle_timeout=IDLE_TIMEOUT, max_idle=max_idle)
         try:
             await body(pool, address, identity)
         finally:
@@ -162,3 +165,111 @@ def test_a_lease_that_is_cancelled_within_its_handshake_leaves_nothing(hosts: Ho
         assert len(os.listdir("/proc/self/fd")) == before
 
     with_pool(hosts, body)
+
+
+def connections(hosts: Hosts) -> int:
+    """TCP connections between `web` and the tunnel port of `api`."""
+    with hosts.web.entered():
+        lines = Path("/proc/thread-self/net/tcp").read_text().splitlines()
+    return sum(f":{TUNNEL_PORT:04X} 01 " in line for line in lines)
+
+
+BURST, AT_ONCE = 2000, 32
+
+
+@pytest.mark.parametrize("all_at_once", [False, True])
+def test_a_burst_to_a_cold_peer_makes_few_handshakes_at_once_and_serves_all(hosts: Hosts, all_at_once: bool) -> None:
+    process = hosts.sidecar(hosts.api).process
+    assert process is not None
+
+    async def body(pool: Pool, address: Address, identity: str) -> None:
+        handshakes = 0
+        asked: list[int] = []
+        served: list[int] = []
+        everybody = trio.Event()
+
+        def count(milliseconds: float, resumed: bool) -> None:
+            nonlocal handshakes
+            handshakes += 1
+
+        async def connection(number: int) -> None:
+            asked.append(number)
+            tunnel = await pool.lease(address, identity, patience=100.0, timeout=100.0)
+            served.append(number)
+            if len(served) == BURST:
+                everybody.set()
+            if all_at_once:
+                await everybody.wait()
+            pool.give_back(tunnel, reusable=True)
+
+        pool.on_handshake = count
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            async with trio.open_nursery() as nursery:
+                for number in range(BURST):
+                    nursery.start_soon(connection, number)
+                await eventually(lambda: connections(hosts) == AT_ONCE)
+                await trio.testing.wait_all_tasks_blocked()
+                assert connections(hosts) == AT_ONCE
+                os.kill(process.pid, signal.SIGCONT)
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        assert sorted(served) == sorted(asked) == list(range(BURST))
+        if all_at_once:
+            assert handshakes == BURST
+            turns = {number: turn for turn, number in enumerate(asked)}
+            # First come, first served, but for how long a handshake takes and how trio mixes tasks that wake at once.
+            assert max(abs(turns[number] - turn) for turn, number in enumerate(served)) <= 4 * AT_ONCE
+        else:
+            assert AT_ONCE <= handshakes <= BURST / 2  # a tunnel that comes back goes to who waits
+        assert pool.counts() == {(address, identity): (MAX_IDLE, 0)}
+
+    with_pool(hosts, body)
+
+
+def test_who_waits_for_one_peer_is_not_held_up_by_a_burst_to_another(hosts: Hosts) -> None:
+    process = hosts.sidecar(hosts.api).process
+    assert process is not None
+    other, name = Address(hosts.twin.address, TUNNEL_PORT), hosts.mesh.identity("twin")
+
+    async def body(pool: Pool, address: Address, identity: str) -> None:
+        served: list[str] = []
+
+        async def connection(peer: Address, identity: str, who: str) -> None:
+            tunnel = await pool.lease(peer, identity, patience=100.0, timeout=100.0)
+            served.append(who)
+            pool.give_back(tunnel, reusable=False)
+
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(10 * AT_ONCE):
+                    nursery.start_soon(connection, address, identity, "burst")
+                await eventually(lambda: connections(hosts) == AT_ONCE)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(connection, other, name, "single")
+                await trio.testing.wait_all_tasks_blocked()
+                os.kill(process.pid, signal.SIGCONT)
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        assert served.index("single") < 4 * AT_ONCE
+
+    with_pool(hosts, body)
+
+
+def test_tunnels_of_a_burst_are_kept_while_they_may_be_needed_again_and_then_let_go(hosts: Hosts) -> None:
+    async def body(pool: Pool, address: Address, identity: str) -> None:
+        tunnels = [await pool.lease(address, identity) for _ in range(8)]
+        for tunnel in tunnels:
+            pool.give_back(tunnel, reusable=True)
+        now = tunnels[-1].idle_since
+        kept = [idle(pool)]
+        for second in range(1, 26):
+            pool.reap(now + second)
+            kept.append(idle(pool))
+        assert kept[:2] == [8, 7]
+        assert kept == sorted(kept, reverse=True)
+        assert kept[6] >= 4  # half a minute of reapings
+        assert kept[-1] == 1
+
+    with_pool(hosts, body, max_idle=8)

@@ -1,0 +1,59 @@
+"""How late trio's loop is, and where it stood when it was very late."""
+
+import logging
+import sys
+import threading
+import time
+import traceback
+
+import trio
+
+_log = logging.getLogger("meshnet.proxy")
+
+_STALL = 0.25  # seconds without a turn of the loop, from which on it is told where it stood
+
+
+class LoopLag:
+    """`last` is by how many seconds the loop was late lately.
+
+    The loop beats, and a thread of its own looks at that: what stalls the loop does not stall the thread. A stall is
+    logged once, when it is over, with its length and the stack that the loop's thread had when it became one.
+    """
+
+    def __init__(self, stall: float = _STALL) -> None:
+        self._stall = stall
+        self._beat = (0.0, 0.0)  # when, and how late
+        self._over = threading.Event()
+
+    @property
+    def last(self) -> float:
+        return self._beat[1]
+
+    async def run(self) -> None:
+        """Runs until cancelled."""
+        every = self._stall / 2
+        self._beat = (time.monotonic(), 0.0)
+        threading.Thread(target=self._watch, args=(threading.get_ident(), every), name="watchdog", daemon=True).start()
+        try:
+            while True:
+                due = trio.current_time() + every
+                await trio.sleep_until(due)
+                self._beat = (time.monotonic(), max(0.0, trio.current_time() - due))
+        finally:
+            self._over.set()
+
+    def _watch(self, loop: int, every: float) -> None:
+        """In the thread. `loop` is the ident of the loop's."""
+        seen, stack = self._beat, ""
+        while not self._over.wait(every / 2):
+            beat = self._beat
+            if beat is not seen:
+                if beat[1] >= self._stall:
+                    _log.warning("the event loop stood still for %.2f s\n%s", beat[1], stack or _UNSEEN)
+                seen, stack = beat, ""
+            elif not stack and time.monotonic() - beat[0] - every >= self._stall:
+                frame = sys._current_frames().get(loop)
+                stack = "".join(traceback.format_stack(frame)).rstrip()
+
+
+_UNSEEN = "  (where is not known: Python's lock was held all the time, or the process did not run)"

@@ -1,0 +1,15 @@
+"""Long work in trio's thread, a little at a time."""
+
+from collections.abc import Collection, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_SIZE = 256  # at a few microseconds an item a slice takes a millisecond; trio's other tasks may run after each
+
+
+def slices(items: Collection[T]) -> Iterator[list[T]]:
+    """The items there are now, whatever is added or removed meanwhile."""
+    now = list(items)
+    for start in range(0, len(now), _SIZE):
+        yield now[start : start + _SIZE]

@@ -1,0 +1,171 @@
+"""How the sidecar's work grows: choosing among endpoints, taking up a large mesh, a scrape of its metrics.
+
+Nothing is sent: the parts that could stall the event loop run in one, with real files, while a probe that wants to run
+every millisecond notes how late it was. `python -m tests.bench.growth`, or `scripts/bench --growth`; half a minute.
+"""
+
+import gc
+import random
+import sys
+import tempfile
+import timeit
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from time import thread_time
+
+import trio
+
+from meshnet.decide.balance import Balancer
+from meshnet.model.address import Address
+from meshnet.model.service import Balance, Endpoint
+from meshnet.model.settings import Settings
+from meshnet.model.snapshot import Snapshot
+from meshnet.net.addresses import LocalAddresses
+from meshnet.proxy.follow import follow
+from meshnet.proxy.identity import Identity
+from meshnet.proxy.metrics import Metrics
+from meshnet.proxy.registry import Registry
+from meshnet.proxy.state import ProxyState
+from meshnet.relay.ladder import best_relay
+from meshnet.tunnel.pool import Pool
+
+ENDPOINTS = (1, 2, 5, 10, 100, 1000, 10_000)
+MESHES = ((1, 1), (100, 2), (1000, 2), (5000, 2), (1, 1000), (1, 10_000))
+"""Services, and the endpoints of each."""
+
+_PROBE_EVERY = 0.001  # seconds
+
+
+def main() -> None:
+    print(_table(("endpoints", *(f"{kind}, µs" for kind in Balance)), [_choosing(count) for count in ENDPOINTS]))
+    rows = [trio.run(_growing, services, endpoints) for services, endpoints in MESHES]
+    print(_table(("services", "endpoints of each", "to take up, s", "lag, ms", "scrape, ms", "its lag, ms"), rows))
+
+
+def _choosing(count: int) -> tuple[object, ...]:
+    """CPU time of one choice, nobody being out."""
+    endpoints = tuple(Endpoint(address=_address(number)) for number in range(count))
+    dice = random.Random(1)
+
+    def cost(kind: Balance) -> float:
+        balancer = Balancer()
+        choices = timeit.Timer(lambda: balancer.pick(kind, endpoints, lambda _: 1, dice), timer=thread_time)
+        return round(min(choices.repeat(repeat=5, number=10_000)) / 10_000 * 1e6, 2)
+
+    return count, *map(cost, Balance)
+
+
+async def _growing(services: int, endpoints: int) -> tuple[object, ...]:
+    """Three changes of the whole mesh, every endpoint of which is known; of each figure the median."""
+    sys.setswitchinterval(0.0005)  # all three as a sidecar does
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    applied, changes = trio.open_memory_channel[Snapshot](1)
+    taken: list[tuple[float, float]] = []
+    scraped: list[tuple[float, float]] = []
+    with tempfile.TemporaryDirectory(prefix="meshnet-growth-") as directory:
+        async with _state() as state, trio.open_nursery() as nursery:
+
+            async def apply(snapshot: Snapshot) -> None:
+                await state.apply(snapshot)
+                await applied.send(snapshot)
+
+            async def refused(problem: Exception) -> None:
+                raise problem
+
+            async def following() -> None:
+                await follow(directory, 0, apply, refused)
+
+            nursery.start_soon(following)
+            await changes.receive()
+            for revision in range(3):
+                _write(Path(directory), services, endpoints, revision)
+                async with _probe() as lags:
+                    started = trio.current_time()
+                    snapshot = await changes.receive()
+                taken.append((trio.current_time() - started, max(lags)))
+                for service in snapshot.services:
+                    for endpoint in service.endpoints:
+                        state.endpoint(endpoint, service)
+                async with _probe() as lags:
+                    started = trio.current_time()
+                    await state.metrics.scrape()
+                scraped.append((trio.current_time() - started, max(lags)))
+            nursery.cancel_scope.cancel()
+    (seconds, lag), (scrape, its_lag) = sorted(taken)[1], sorted(scraped)[1]
+    return services, endpoints, round(seconds, 2), *(round(each * 1000, 1) for each in (lag, scrape, its_lag))
+
+
+@asynccontextmanager
+async def _state() -> AsyncIterator[ProxyState]:
+    settings, metrics = Settings(), Metrics()
+    with ExitStack() as stack:
+        async with best_relay("python", 1) as relays:
+            metrics.state = ProxyState(
+                settings,
+                Snapshot(version=0),
+                identity=Identity(settings.identity, relays.tls),
+                metrics=metrics,
+                registry=Registry(keep=1, observer=metrics, log=None),
+                relays=relays,
+                pool=Pool(lambda: None, relays.tls, mark=0, idle_timeout=1.0, max_idle=1),
+                addresses=stack.enter_context(LocalAddresses()),
+                mark=0,
+            )
+            yield metrics.state
+
+
+@asynccontextmanager
+async def _probe() -> AsyncIterator[list[float]]:
+    """By how many seconds a task was late that wanted to run every millisecond."""
+    lags = [0.0]
+
+    async def run() -> None:
+        while True:
+            due = trio.current_time() + _PROBE_EVERY
+            await trio.sleep_until(due)
+            lags.append(trio.current_time() - due)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        yield lags
+        nursery.cancel_scope.cancel()
+
+
+def _write(directory: Path, services: int, endpoints: int, revision: int) -> None:
+    """At once, as a rename: half a file would be read too."""
+    documents = [_service(f"service-{number}", number * endpoints, endpoints) for number in range(services)]
+    documents.append(_service(f"revision-{revision}", services * endpoints, 1))
+    draft = directory / ".draft"
+    draft.write_text("---\n".join(documents))
+    draft.rename(directory / "mesh.yaml")
+
+
+def _service(name: str, first: int, endpoints: int) -> str:
+    lines = [
+        "apiVersion: meshnet.dev/v1",
+        "kind: Service",
+        f"metadata: {{name: {name}}}",
+        "spec:",
+        "  ports: [{port: 80}]",
+        "  endpoints:",
+    ]
+    for number in range(first, first + endpoints):
+        lines.append(f"  - address: {_address(number).host}")
+        lines.append("    tunnel: meshnet")
+        lines.append(f"    identity: spiffe://prod/ns/default/sa/{name}")
+    return "\n".join(lines) + "\n"
+
+
+def _address(number: int) -> Address:
+    return Address(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 80)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    lines = [head, ("--:",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The event loop's lag, and what is told of a stall, on the real clock."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.testing
+
+from meshnet.proxy.lag import LoopLag
+from tests.world import eventually
+
+STALL = 0.05
+
+
+def stall_until(condition: Callable[[], object]) -> None:
+    """Holds up the loop, but not the lock of Python."""
+    while not condition():
+        threading.Event().wait(0.001)
+
+
+async def test_a_stall_is_told_once_with_its_length_and_where_the_loop_stood(caplog: pytest.LogCaptureFixture) -> None:
+    async with trio.open_nursery() as nursery:
+        lag = LoopLag(STALL)
+        nursery.start_soon(lag.run)
+        await trio.testing.wait_all_tasks_blocked()
+        end = trio.current_time() + 6 * STALL
+        stall_until(lambda: trio.current_time() > end)
+        await eventually(lambda: caplog.records)
+        await eventually(lambda: lag.last < STALL)
+        nursery.cancel_scope.cancel()
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("meshnet.proxy", logging.WARNING)
+    first, *_ = record.message.splitlines()
+    assert first.startswith("the event loop stood still for 0.")
+    assert float(first.removesuffix(" s").rpartition(" ")[2]) >= 4 * STALL
+    assert "in stall_until" in record.message
+
+
+async def test_each_stall_is_told_and_its_lag_can_be_seen(caplog: pytest.LogCaptureFixture) -> None:
+    async with trio.open_nursery() as nursery:
+        lag = LoopLag(STALL)
+        nursery.start_soon(lag.run)
+        await trio.testing.wait_all_tasks_blocked()
+        for stalls in (1, 2):
+            end = trio.current_time() + 4 * STALL
+            stall_until(lambda end=end: trio.current_time() > end)  # type: ignore[misc] # the default is for B023
+            await eventually(lambda stalls=stalls: len(caplog.records) == stalls)  # type: ignore[misc] # as above
+        nursery.cancel_scope.cancel()
+    assert len(caplog.records) == 2
+
+
+async def test_its_thread_ends_with_it() -> None:
+    def watched() -> bool:
+        return any(thread.name == "watchdog" for thread in threading.enumerate())
+
+    await eventually(lambda: not watched())  # by an earlier test
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(LoopLag(STALL).run)
+        await eventually(watched)
+        nursery.cancel_scope.cancel()
+    await eventually(lambda: not watched())
