@@ -20,6 +20,7 @@ _PARITY = Target(1.0)
 _TARGETS = {
     # test, figure: plain, mTLS
     ("rr1", CPU): (Target(0.9), Target(0.9)),
+    ("rr32", CPU): (Target(0.9), Target(0.9)),
     ("rr64", CPU): (Target(0.9), Target(0.9)),
     ("stream1", CPU): (Target(0.9), Target(1.0)),
     ("stream8", CPU): (Target(0.9), Target(1.0)),

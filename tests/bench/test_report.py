@@ -32,6 +32,7 @@ def test_the_targets_are_those_that_were_set() -> None:
     }
     assert at_most == {
         ("rr1", CPU): (Target(0.9), Target(0.9)),
+        ("rr32", CPU): (Target(0.9), Target(0.9)),
         ("rr64", CPU): (Target(0.9), Target(0.9)),
         ("rr64", P99): (Target(1.0), Target(1.0)),
         ("stream1", CPU): (Target(0.9), Target(1.0)),
