@@ -55,11 +55,14 @@ async def test_counters_can_be_read_at_any_time_by_anybody(relay: NativeRelay) -
                 if (sent := live()[0]) != seen[-1]:
                     seen.append(sent)
 
+        async def send() -> None:
+            await it.client.send_all(bytes(32 * MEGABYTE))
+            await it.client.send_eof()
+
         nursery.start_soon(trio.to_thread.run_sync, watch)
         try:
-            nursery.start_soon(it.client.send_all, bytes(32 * MEGABYTE))
+            nursery.start_soon(send)
             await read_exactly(it.server, 32 * MEGABYTE)
-            await it.client.send_eof()
             await it.server.send_eof()
             assert (await it.first.result()).reason is Reason.OK
         finally:
