@@ -109,6 +109,19 @@ class Outcome:
     late: Sequence[Frame] = ()
 
 
+TUNNEL_CLOSED = "the peer sidecar closed the tunnel within a lease"
+_FAR_LEG = frozenset({Reason.PEER_RST, Reason.KEEPALIVE_DEAD})  # said of the leg behind the peer sidecar
+
+
+def reset_by_peer(text: str, far: EndedBy) -> tuple[Reason, EndedBy, str]:
+    """What a RESET frame with the reason `text` means for an Outcome. `far`: who is behind the peer sidecar."""
+    try:
+        reason = Reason(text)
+    except ValueError:
+        reason = Reason.PEER_RST  # a newer peer knows more reasons
+    return reason, far if text in _FAR_LEG else EndedBy.PEER_PROXY, f"the peer sidecar reset the lease: {text}"
+
+
 class Relay(Protocol):
     """Moves bytes until both directions are over."""
 

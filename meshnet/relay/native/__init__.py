@@ -14,7 +14,7 @@ from meshnet.codec import frames
 from meshnet.codec.frames import Data, Fin, Frame, Kind, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
 from meshnet.net.strand import Wait, on_strand
-from meshnet.relay import Link, Outcome, PlainLeg, Tally, TunnelLeg
+from meshnet.relay import TUNNEL_CLOSED, Link, Outcome, PlainLeg, Tally, TunnelLeg, reset_by_peer
 from meshnet.relay.native.tls import NativeChannel, NativeTls
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ _REASONS = (
 )
 _ABORTED, _LOST, _PROTOCOL, _RESET = 1, 5, 6, 7
 _ENDED_BY = (EndedBy.CLIENT, EndedBy.SERVER, EndedBy.PROXY, EndedBy.PEER_PROXY)
-_FAR_LEG = frozenset({Reason.PEER_RST, Reason.KEEPALIVE_DEAD})  # said of the leg behind the peer sidecar
 
 
 class _Waiter:
@@ -70,23 +69,27 @@ class NativeRelay:
 
     def __init__(self) -> None:
         self._cores: list[Core] = []
+        self._tls: NativeTls | None = None
 
     @property
     def tls(self) -> NativeTls:
-        relay, handshakes = self._cores
-        return NativeTls(handshakes, relay)
+        """Raises RuntimeError when the relay has not been started."""
+        if self._tls is None:
+            raise RuntimeError("the relay is not started")
+        return self._tls
 
     async def __aenter__(self) -> Self:
         if MISSING:
             raise RuntimeError(MISSING)
         resets = tuple(_reset_payload(reason) for reason in _REASONS)
-        self._cores = [_core.Core(resets), _core.Core(resets)]
+        relay, handshakes = self._cores = [_core.Core(resets), _core.Core(resets)]
+        self._tls = NativeTls(handshakes, relay)
         for core in self._cores:
             trio.lowlevel.spawn_system_task(_listen, core)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        cores, self._cores = self._cores, []
+        cores, self._cores, self._tls = self._cores, [], None
         for core in cores:
             core.stop()
             trio.lowlevel.notify_closing(core.fileno())
@@ -194,7 +197,7 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
         return Outcome(link.abort_reason, link.abort_by, reusable=reusable, late=late)
     detail = os.strerror(error) if error else ""
     if reason == _LOST and not error:
-        detail = "the peer sidecar closed the tunnel within a lease"
+        detail = TUNNEL_CLOSED
     elif reason == _PROTOCOL:
         detail = "the peer sidecar broke meshnet/1 within a lease"
     return Outcome(_REASONS[reason], _ENDED_BY[ended_by], detail, reusable=reusable, late=late)
@@ -209,13 +212,8 @@ def _reset_by_peer(payload: bytes, from_client: bool, reusable: bool, late: Sequ
     except ValueError as error:
         detail = f"the peer sidecar broke meshnet/1 within a lease: {error}"
         return Outcome(Reason.TUNNEL_PROTOCOL, EndedBy.PEER_PROXY, detail)
-    try:
-        reason = Reason(text)
-    except ValueError:
-        reason = Reason.PEER_RST  # a newer peer knows more reasons
-    near = EndedBy.CLIENT if from_client else EndedBy.SERVER
-    ended_by = near if text in _FAR_LEG else EndedBy.PEER_PROXY
-    return Outcome(reason, ended_by, f"the peer sidecar reset the lease: {text}", reusable=reusable, late=late)
+    reason, ended_by, detail = reset_by_peer(text, EndedBy.CLIENT if from_client else EndedBy.SERVER)
+    return Outcome(reason, ended_by, detail, reusable=reusable, late=late)
 
 
 def _reset_payload(reason: str) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from meshnet.codec.frames import HEADER_SIZE, MAX_DATA, MAX_RECORD, Data, Fin, Frame, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
 from meshnet.net.python_tls import PythonChannel
-from meshnet.relay import TunnelLeg
+from meshnet.relay import TUNNEL_CLOSED, TunnelLeg, reset_by_peer
 from meshnet.relay.python.side import RESET_ON_CLOSE, Side
 
 if TYPE_CHECKING:  # it holds sides
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # it holds sides
 
 _RECORDS_PER_EVENT = 4  # then others get their turn
 _TROUBLE = EPOLLERR | EPOLLHUP
-_FAR_LEG = frozenset({Reason.PEER_RST, Reason.KEEPALIVE_DEAD})  # said of the leg behind the peer sidecar
 
 
 class TunnelSide(Side):
@@ -263,18 +262,13 @@ class TunnelSide(Side):
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
 
     def _on_reset(self, text: str) -> None:
-        try:
-            reason = Reason(text)
-        except ValueError:
-            reason = Reason.PEER_RST  # a newer peer knows more reasons
-        ended_by = self.who if text in _FAR_LEG else EndedBy.PEER_PROXY
-        self.pair.fail(reason, ended_by, f"the peer sidecar reset the lease: {text}")
+        self.pair.fail(*reset_by_peer(text, self.who))
 
     def _lose(self, detail: str | None = None) -> None:
         reason = Reason.KEEPALIVE_DEAD if self._error == errno.ETIMEDOUT else Reason.TUNNEL_LOST
         if self._error:
             detail = os.strerror(self._error)
-        self._break(reason, detail or "the peer sidecar closed the tunnel within a lease")
+        self._break(reason, detail or TUNNEL_CLOSED)
 
     def _break(self, reason: Reason, detail: str) -> None:
         self._kill()
