@@ -75,10 +75,11 @@ class Dial:
 
     __slots__ = ("_attempts", "_tried", "_until", "_waited")
 
-    def __init__(self, settings: ConnectSettings, started: float) -> None:
+    def __init__(self, settings: ConnectSettings, started: float, tried: int = 0) -> None:
+        """`tried`: attempts that were made before this."""
         self._attempts = settings.attempts
         self._until = started + settings.total_timeout
-        self._tried = 0
+        self._tried = tried
         self._waited = False
 
     def next(

@@ -47,7 +47,7 @@ class LocalAddresses:
         Not "can a socket be bound to it": with net.ipv4.ip_nonlocal_bind one can be bound to anything.
         """
         if self._has_news.poll(0):
-            self._read_news()
+            self.forget()
         known = self._known.get(host)
         if known is None:
             if len(self._known) >= _MOST_KEPT:
@@ -55,7 +55,12 @@ class LocalAddresses:
             known = self._known[host] = self._ask(host)
         return known
 
-    def _read_news(self) -> None:
+    def fileno(self) -> int:
+        """Readable when the kernel has told of a change."""
+        return self._news.fileno()
+
+    def forget(self) -> None:
+        """After a change."""
         self._known.clear()
         try:
             while True:

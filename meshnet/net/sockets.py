@@ -17,7 +17,7 @@ _log = logging.getLogger("meshnet.net")
 
 _BACKLOG = 4096
 _ACCEPT_BATCH = 64  # then trio's other tasks get their turn
-_ACCEPT_PAUSE = 0.1  # seconds without descriptors before the next try
+ACCEPT_PAUSE = 0.1  # seconds without descriptors before the next try
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 # A client leg's keepalive stays below the 60 s after which conntrack forgets a half-closed connection (CLOSE_WAIT):
@@ -73,10 +73,21 @@ async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket
         while True:
             await trio.lowlevel.wait_readable(listener)
             if not _accept_some(listener, carry, _ACCEPT_BATCH):
-                await trio.sleep(_ACCEPT_PAUSE)
+                await trio.sleep(ACCEPT_PAUSE)
     finally:
-        _accept_some(listener, carry, _BACKLOG)
-        listener.close()
+        accept_the_rest(listener, carry)
+
+
+def accept_the_rest(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
+    """Takes those that still wait at `listener`, and closes it."""
+    _accept_some(listener, carry, _BACKLOG)
+    listener.close()
+
+
+def adopt(fd: int, host: str) -> socket.socket:
+    """A socket object for the descriptor of a connected, non-blocking TCP socket with a peer at `host`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
 
 
 def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
@@ -114,14 +125,21 @@ async def connect(address: Address, *, mark: int, timeout: float, local: bool = 
                 await trio.lowlevel.wait_writable(sock)
                 code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code == errno.EALREADY:
-            raise ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
+            raise connect_failure(address, errno.ETIMEDOUT, timeout)
         if code:
-            reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
-            raise ConnectionFailed(reason, f"{address}: {os.strerror(code)}")
+            raise connect_failure(address, code, timeout)
     except BaseException:
         sock.close()
         raise
     return sock
+
+
+def connect_failure(address: Address, code: int, timeout: float) -> ConnectionFailed:
+    """What the errno `code` of a connect to `address` means, or of one that took `timeout` seconds."""
+    if code == errno.ETIMEDOUT:
+        return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
+    reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
+    return ConnectionFailed(reason, f"{address}: {os.strerror(code)}")
 
 
 def can_mark(mark: int) -> bool:

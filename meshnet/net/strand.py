@@ -23,6 +23,7 @@ class Strands:
     def __init__(self, nursery: trio.Nursery) -> None:
         self.nursery = nursery
         self.running: set[Strand] = set()
+        self.closed = False
 
     def start(self, life: Coroutine[Any, Any, None]) -> None:
         """Runs `life` up to its first wait; it must not raise."""
@@ -31,7 +32,8 @@ class Strands:
         strand.go_on()
 
     def close(self) -> None:
-        """Ends all that are no tasks, where they wait, by GeneratorExit."""
+        """Ends all that are no tasks, where they wait, by GeneratorExit; no other is to be started."""
+        self.closed = True
         for strand in list(self.running):
             strand.close()
 

@@ -13,21 +13,23 @@ from contextlib import ExitStack
 import trio
 from msgspec import structs
 
-from meshnet.errors import CommandError, ConfigError, EndedBy, Reason
+from meshnet.errors import CommandError, ConfigError, ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
+from meshnet.model.connection import Direction
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import Strands
-from meshnet.proxy import follow, inbound, last_good, outbound
+from meshnet.proxy import follow, inbound, last_good, orders, outbound
 from meshnet.proxy.admin import AdminServer, admin_listener
 from meshnet.proxy.health import HealthServer
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.lag import LoopLag
 from meshnet.proxy.log import AccessLog, access_format
 from meshnet.proxy.metrics import Metrics
+from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.state import ProxyState
 from meshnet.proxy.status import count_services
@@ -135,12 +137,15 @@ class _Sidecar:
                 server = AdminServer(state, self._listeners, self._ask_drain)
                 nursery.start_soon(trio.serve_listeners, _guarded(server.handle), [admin_socket])
                 nursery.start_soon(trio.serve_listeners, _guarded(HealthServer(state, state.metrics).handle), health)
-                for carry, found in (
-                    (outbound.carry, outbound_sockets),
-                    (inbound.carry_plain, inbound_sockets),
-                    (inbound.serve_tunnel, tunnel_sockets),
+                nursery.start_soon(self._follow_addresses)
+                state.registry.catch_up = state.relays.catch_up
+                state.orders.go_on = self._goer_on(strands)
+                for carry, found, direction in (
+                    (outbound.carry, outbound_sockets, Direction.OUTBOUND),
+                    (inbound.carry_plain, inbound_sockets, Direction.INBOUND),
+                    (inbound.serve_tunnel, tunnel_sockets, None),
                 ):
-                    nursery.start_soon(self._accept, found, self._starter(strands, carry))
+                    nursery.start_soon(self._accept, found, direction, self._starter(strands, carry))
                 # What is alive now stays: the collector need not look at it again with every connection's garbage.
                 gc.collect()
                 gc.freeze()
@@ -164,12 +169,21 @@ class _Sidecar:
                 fix="meshnet status",
             ) from error
 
-    async def _accept(self, listeners: list[socket.socket], start: Callable[[socket.socket, Address], None]) -> None:
+    async def _accept(
+        self,
+        listeners: list[socket.socket],
+        direction: Direction | None,
+        start: Callable[[socket.socket, Address], None],
+    ) -> None:
+        """`direction`: of the applications' connections that come here; None: peers' tunnels do."""
         # Who comes before the mesh is known waits in the kernel: nothing is known to be meshed, or denied, until then.
         await self._first_look.wait()
         async with trio.open_nursery() as nursery:
             for sock in listeners:
-                nursery.start_soon(sockets.accept_forever, sock, start)
+                if direction is None:
+                    nursery.start_soon(sockets.accept_forever, sock, start)
+                else:
+                    nursery.start_soon(self._state.relays.available[0].accept_forever, sock, direction, start)
             await self._last_call.wait()
             nursery.cancel_scope.cancel()
 
@@ -185,9 +199,23 @@ class _Sidecar:
                 sock.close()
 
         def start(sock: socket.socket, peer: Address) -> None:
-            strands.start(carry_one(sock, peer))
+            if strands.closed:
+                sock.close()
+            else:
+                strands.start(carry_one(sock, peer))
 
         return start
+
+    def _goer_on(self, strands: Strands) -> Callable[[Record, ConnectionFailed], None]:
+        state = self._state
+
+        def go_on(record: Record, failed: ConnectionFailed) -> None:
+            if strands.closed:
+                orders.fail(record, failed)
+            else:
+                strands.start(outbound.carry_on(record, failed, state))
+
+        return go_on
 
     def _listen(self, name: str, port: int, hosts: tuple[str, ...]) -> list[socket.socket]:
         found = []
@@ -275,7 +303,16 @@ class _Sidecar:
 
         await follow.follow(mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
 
+    async def _follow_addresses(self) -> None:
+        """An address that comes or goes may turn what was another host's into ours."""
+        addresses = self._state.addresses
+        while True:
+            await trio.lowlevel.wait_readable(addresses.fileno())
+            addresses.forget()
+            self._state.orders.revoke_all()
+
     def _renewed(self) -> None:
+        self._state.orders.revoke_all()
         self._state.metrics.renewals += 1
         self._state.pool.close_idle()
 
@@ -283,3 +320,4 @@ class _Sidecar:
         while True:
             await trio.sleep(_REAP_EVERY)
             self._state.pool.reap(time.monotonic())
+            self._state.orders.reap(time.monotonic())

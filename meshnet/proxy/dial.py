@@ -11,7 +11,6 @@ from meshnet.decide.breaker import counts_against_endpoint
 from meshnet.decide.limits import below_endpoint_limit
 from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
-from meshnet.model.address import Address
 from meshnet.model.service import Endpoint, ServicePort, TunnelKind
 from meshnet.net.strand import in_task
 from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
@@ -20,18 +19,26 @@ from meshnet.proxy.state import EndpointState, ProxyState
 
 
 async def dial_service(
-    service: ServicePort, pinned: Endpoint | None, client: socket.socket, record: Record, state: ProxyState
+    service: ServicePort,
+    pinned: Endpoint | None,
+    client: socket.socket,
+    record: Record,
+    state: ProxyState,
+    failed: ConnectionFailed | None = None,
 ) -> EndpointLeg:
-    """A leg to one of the service's endpoints. Raises ConnectionFailed with the reason of the last attempt."""
+    """A leg to one of the service's endpoints. Raises ConnectionFailed with the reason of the last attempt.
+
+    `failed`: how an attempt at the endpoint that `record` names has ended before.
+    """
     connect = service.traffic.connect
     started = record.opened if record.queued is None else time.monotonic()
-    plan = Dial(connect, started)
+    plan = Dial(connect, started, 1 if failed else 0)
     patience = Patience(started + connect.total_timeout, connect.attempt_timeout)
     budget = state.service(service).budget
     endpoints = (pinned,) if pinned else service.endpoints
     limits, learned, balancer = service.traffic.limits, state.endpoints, state.balancer(service)
-    tried: set[Address] = set()
-    last: ConnectionFailed | None = None
+    tried = {endpoint.address for endpoint in endpoints if failed and endpoint.name == record.endpoint}
+    last = failed
     early = b""
     now = started
 
@@ -92,6 +99,7 @@ async def _try(
         known.last_error = f"{failure.reason}: {failure.detail}"
         if counts_against_endpoint(failure.reason):
             known.breaker.failed(time.monotonic(), state.dice)
+            state.orders.revoke(known.orders)
             judged = True
         raise
     finally:

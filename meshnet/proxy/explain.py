@@ -21,6 +21,8 @@ def trace(record: Record) -> tuple[str, ...]:
         steps.append(f"policy: {record.policy}")
     if record.queued is not None:
         steps.append(f"limits: waited {record.queued * 1000:.0f} ms for a free connection")
+    if record.by_order:
+        steps.append("order: decided before, for all connections from there to here; the relay dialled by itself")
     for number, attempt in enumerate(record.attempts, 1):
         detail = f": {attempt.detail}" if attempt.detail else ""
         steps.append(f"attempt {number}: {attempt.endpoint} {attempt.result} after {attempt.ms:g} ms{detail}")

@@ -15,7 +15,7 @@ from meshnet.proxy.admission import admit
 from meshnet.proxy.attempt import reach_address
 from meshnet.proxy.carry import relay
 from meshnet.proxy.state import ProxyState
-from meshnet.relay import PlainLeg, TunnelLeg
+from meshnet.relay import PlainLeg, Target, TunnelLeg
 from meshnet.tunnel.protocol import Role, Tunnel
 
 _APP_CONNECT_TIMEOUT = 1.0  # seconds; the application is on this host
@@ -26,8 +26,10 @@ async def carry_plain(client: socket.socket, source: Address, state: ProxyState)
     """A connection that came in plain text. Owns `client` from here on; one record comes out."""
     with state.registry.life(Direction.INBOUND, source, client) as record:
         target = record.original = original_destination(client)
+        decided = state.orders.generation
         admit("", target, record, state, tunnelled=False)
         leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
+        state.orders.offer(record, Target(target, state.mark, True, _APP_CONNECT_TIMEOUT), decided)
         await relay(PlainLeg(client), leg, record, state)
 
 

@@ -16,6 +16,7 @@ from meshnet.decide.breaker import BreakerState
 from meshnet.errors import Reason
 from meshnet.model.connection import Direction
 from meshnet.model.identity import short_name
+from meshnet.proxy.passed import Passed
 from meshnet.proxy.record import Record
 from meshnet.proxy.slices import slices
 
@@ -87,6 +88,7 @@ class Metrics:
         self._handshakes = Histogram(_CONNECTS)
         self._resumed = 0
         self._dropped_series = 0
+        self._ordered = 0
         self._authorized: dict[tuple[str, str], int] = {}
         self.config_refused = 0
         self.renewals = 0
@@ -102,6 +104,7 @@ class Metrics:
             self._durations.add(record.ended - record.opened)
         if record.connected is not None:
             self._connects.add(record.connected - record.opened)
+        self._ordered += record.by_order
         if record.call is not None:  # judged here, not by a peer
             verdict = (
                 "deny" if record.reason in (Reason.AUTHZ_DENIED, Reason.AUTHZ_REVOKED) else "allow",
@@ -109,12 +112,30 @@ class Metrics:
             )
             self._authorized[verdict] = self._authorized.get(verdict, 0) + 1
 
+    def passed(self, passed: Passed) -> None:
+        """As `ended`, of one that ended well under an order."""
+        told, facts = passed.told, passed.facts
+        reporter = _REPORTERS[told.flow.direction]
+        cell = self._cell(self._within_bounds((reporter, told.source_identity, told.service, "", "none")))
+        cell.opened += 1
+        cell.closed += 1
+        cell.sent += facts.sent
+        cell.received += facts.received
+        self._durations.add(facts.ended - facts.opened)
+        self._connects.add(facts.connected - facts.opened)
+        if told.call is not None:
+            verdict = ("allow", told.policy)
+            self._authorized[verdict] = self._authorized.get(verdict, 0) + 1
+        self._ordered += 1
+
     def handshake(self, milliseconds: float, resumed: bool) -> None:
         self._handshakes.add(milliseconds / 1000)
         self._resumed += resumed
 
     async def scrape(self) -> bytes:
         """Everything as Prometheus reads it. Connections are looked at in slices, and a thread writes it all down."""
+        if self.state:
+            self.state.registry.catch_up()
         opened = {key: cell.opened for key, cell in self._cells.items()}
         open_now: dict[Key, int] = {}
         for records in slices(self.state.registry.open.values() if self.state else ()):
@@ -140,6 +161,7 @@ class Metrics:
             authorized.add_metric(verdict, count)
         yield authorized
         yield _counter("meshnet_dropped_series", "Label sets counted under other.", self._dropped_series)
+        yield _counter("meshnet_ordered_connections", "Connections that a standing order covered.", self._ordered)
         yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
         yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)
         yield _gauge("meshnet_event_loop_lag_seconds", "How late the event loop last was.", self.lag())
@@ -172,10 +194,7 @@ class Metrics:
 
     def _flush(self, record: Record) -> Cell:
         """Adds what moved since the last look, so that a long connection shows before it ends."""
-        key = self._key(record)
-        cell = self._cells.get(key)
-        if cell is None:
-            cell = self._cells[key] = Cell()
+        cell = self._cell(self._key(record))
         record.tally.refresh()
         sent, received = record.tally.sent, record.tally.received
         cell.sent += sent - record.flushed_sent
@@ -183,14 +202,21 @@ class Metrics:
         record.flushed_sent, record.flushed_received = sent, received
         return cell
 
+    def _cell(self, key: Key) -> Cell:
+        return self._cells.get(key) or self._cells.setdefault(key, Cell())
+
     def _key(self, record: Record) -> Key:
-        key = (
-            _REPORTERS[record.direction],
-            record.source_identity,
-            record.service,
-            record.destination_identity,
-            "mutual_tls" if record.security == "mtls" else "none",
+        return self._within_bounds(
+            (
+                _REPORTERS[record.direction],
+                record.source_identity,
+                record.service,
+                record.destination_identity,
+                "mutual_tls" if record.security == "mtls" else "none",
+            )
         )
+
+    def _within_bounds(self, key: Key) -> Key:
         if key not in self._cells and len(self._cells) >= _MAX_SERIES:
             self._dropped_series += 1
             return _OTHER

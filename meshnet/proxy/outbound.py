@@ -3,6 +3,7 @@
 import socket
 
 from meshnet.decide.route import Passthrough, Refuse, ToService, route
+from meshnet.decide.standing import endpoint_for_all
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.canary import CANARY_GREETING, is_canary
@@ -10,12 +11,12 @@ from meshnet.model.connection import Direction
 from meshnet.model.service import Endpoint, ServicePort
 from meshnet.net import sockets
 from meshnet.net.original import original_destination
-from meshnet.proxy.attempt import reach_address
+from meshnet.proxy.attempt import EndpointLeg, reach_address
 from meshnet.proxy.carry import relay
 from meshnet.proxy.dial import dial_service
 from meshnet.proxy.record import Record
-from meshnet.proxy.state import ProxyState
-from meshnet.relay import PlainLeg
+from meshnet.proxy.state import ProxyState, ServiceState
+from meshnet.relay import PlainLeg, Target
 
 _PASSTHROUGH_TIMEOUT = 10.0  # seconds; nothing else is to be tried, so longer than an attempt at an endpoint
 
@@ -28,21 +29,47 @@ async def carry(client: socket.socket, source: Address, state: ProxyState) -> No
             _answer_canary(client, destination)
             record.end(Reason.OK, EndedBy.PROXY, "capture canary")
             return
-        state.need_mesh()
-        # Whether it is local matters for our own ports only, and the kernel is not asked for nothing.
-        is_local = destination.port in state.own_ports and state.is_local(destination.host)
-        match route(state.snapshot, destination, state.own_ports, is_local):
-            case ToService(service=service, pinned=pinned):
-                await _to_service(client, service, pinned, record, state)
-            case Passthrough():
-                leg = await reach_address(destination, record, state, _PASSTHROUGH_TIMEOUT)
-                await relay(PlainLeg(client), leg, record, state)
-            case Refuse(reason=reason, detail=detail):
-                raise ConnectionFailed(reason, detail)
+        await _carry(client, destination, record, state)
+
+
+async def carry_on(record: Record, failed: ConnectionFailed, state: ProxyState) -> None:
+    """One that an order began, and whose endpoint could not be reached: so `failed` its first attempt."""
+    with record:
+        assert record.original is not None  # no order is for a connection
+        assert record.client is not None  # that has lost either
+        await _carry(record.client, record.original, record, state, failed)
+
+
+async def _carry(
+    client: socket.socket,
+    destination: Address,
+    record: Record,
+    state: ProxyState,
+    failed: ConnectionFailed | None = None,
+) -> None:
+    state.need_mesh()
+    decided = state.orders.generation
+    # Whether it is local matters for our own ports only, and the kernel is not asked for nothing.
+    is_local = destination.port in state.own_ports and state.is_local(destination.host)
+    match route(state.snapshot, destination, state.own_ports, is_local):
+        case ToService(service=service, pinned=pinned):
+            await _to_service(client, service, pinned, record, state, decided, failed)
+        case Passthrough():
+            leg = await reach_address(destination, record, state, _PASSTHROUGH_TIMEOUT)
+            state.orders.offer(record, Target(destination, state.mark, False, _PASSTHROUGH_TIMEOUT), decided)
+            await relay(PlainLeg(client), leg, record, state)
+        case Refuse(reason=reason, detail=detail):
+            raise ConnectionFailed(reason, detail)
 
 
 async def _to_service(
-    client: socket.socket, service: ServicePort, pinned: Endpoint | None, record: Record, state: ProxyState
+    client: socket.socket,
+    service: ServicePort,
+    pinned: Endpoint | None,
+    record: Record,
+    state: ProxyState,
+    decided: int,
+    failed: ConnectionFailed | None,
 ) -> None:
     record.service = service.name
     record.source_identity = state.identity.name
@@ -52,10 +79,31 @@ async def _to_service(
     try:
         if record.queued is not None and sockets.was_reset(client):
             raise ConnectionFailed(Reason.PEER_RST, "the client gave up in the queue", ended_by=EndedBy.CLIENT)
-        leg = await dial_service(service, pinned, client, record, state)
+        leg = await dial_service(service, pinned, client, record, state, failed)
+        _offer_order(service, pinned, held, leg, record, state, decided)
         await relay(PlainLeg(client), leg, record, state, leg.early_frames)
     finally:
         state.leave(held)
+
+
+def _offer_order(
+    service: ServicePort,
+    pinned: Endpoint | None,
+    held: ServiceState,
+    leg: EndpointLeg,
+    record: Record,
+    state: ProxyState,
+    decided: int,
+) -> None:
+    """For the connections to come, if they can only be treated as this one was."""
+    known = leg.known
+    if known is None or leg.tunnel is not None:
+        return
+    endpoint = endpoint_for_all(service, pinned, known.breaker.state(record.opened))
+    if endpoint is None or state.is_local(endpoint.address.host):
+        return
+    target = Target(endpoint.address, state.mark, False, service.traffic.connect.attempt_timeout)
+    state.orders.offer(record, target, decided, held, known)
 
 
 def _answer_canary(client: socket.socket, destination: Address) -> None:

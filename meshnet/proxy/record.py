@@ -15,7 +15,7 @@ from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
 from meshnet.net import sockets
-from meshnet.relay import Link, Outcome, Tally
+from meshnet.relay import Link, OrderedLink, Outcome, Tally
 
 if TYPE_CHECKING:
     from meshnet.proxy.registry import Registry
@@ -47,6 +47,7 @@ class Record:
         "abort_detail",
         "abort_reason",
         "attempts",
+        "by_order",
         "call",
         "cipher",
         "client",
@@ -86,10 +87,17 @@ class Record:
         source: Address,
         client: socket.socket | None,
         connection_id: str = "",
+        *,
+        opened: float | None = None,
     ) -> None:
+        """`opened`: when it was, of one that an order began."""
         self._registry = registry
         self.opened_at = time.time()
         self.opened = time.monotonic()
+        self.by_order = opened is not None
+        if opened is not None:
+            self.opened_at += opened - self.opened
+            self.opened = opened
         self.id = connection_id or new_id(self.opened_at)
         self.direction = direction
         self.source = source
@@ -118,7 +126,7 @@ class Record:
         self.ended_by: EndedBy | None = None
         self.detail = ""
         self.call: Call | None = None
-        self.link: Link | None = None
+        self.link: Link | OrderedLink | None = None
         self.abort_reason: Reason | None = None
         self.abort_by = EndedBy.PROXY
         self.abort_detail = ""
@@ -224,7 +232,7 @@ class Record:
                 peer_identity=self.destination_identity
                 if self.direction is Direction.OUTBOUND
                 else self.source_identity,
-                handshake_ms=_rounded(self.handshake_ms),
+                handshake_ms=None if self.handshake_ms is None else round(self.handshake_ms, 3),
                 resumed=self.resumed,
             )
             if self.security is Security.MTLS
@@ -234,12 +242,12 @@ class Record:
             attempts=tuple(self.attempts),
             bytes_sent=tally.sent,
             bytes_received=tally.received,
-            opened_at=_rfc3339(self.opened_at),
-            closed_at=_rfc3339(self.opened_at + self.ended - self.opened) if self.ended else "",
-            duration_ms=round((until - self.opened) * 1000, 3),
-            connect_ms=_rounded(self.connected and (self.connected - self.opened) * 1000),
-            queue_ms=_rounded(self.queued and self.queued * 1000),
-            idle_ms=_rounded((until - tally.moved_at) * 1000 if tally.moved_at else None),
+            opened_at=rfc3339(self.opened_at),
+            closed_at=rfc3339(self.opened_at + self.ended - self.opened) if self.ended else "",
+            duration_ms=milliseconds(until - self.opened),
+            connect_ms=None if self.connected is None else milliseconds(self.connected - self.opened),
+            queue_ms=None if self.queued is None else milliseconds(self.queued),
+            idle_ms=milliseconds(until - tally.moved_at) if tally.moved_at else None,
             reason=None
             if self.reason is None
             else ReasonView(code=self.reason, message=self.detail, ended_by=self.ended_by, phase=self.phase),
@@ -247,13 +255,14 @@ class Record:
         )
 
 
-def _rounded(milliseconds: float | None) -> float | None:
-    return None if milliseconds is None else round(milliseconds, 3)
+def milliseconds(seconds: float) -> float:
+    """As records show them."""
+    return round(seconds * 1000, 3)
 
 
-def _rfc3339(wall: float) -> str:
-    milliseconds = int(wall * 1000)
-    return f"{_second(milliseconds // 1000)}.{milliseconds % 1000:03d}Z"
+def rfc3339(wall: float) -> str:
+    whole = int(wall * 1000)
+    return f"{_second(whole // 1000)}.{whole % 1000:03d}Z"
 
 
 @functools.lru_cache(maxsize=64)  # a busy second has many records

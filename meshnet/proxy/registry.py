@@ -13,6 +13,7 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.admin import ConnectionEvent
 from meshnet.model.connection import Direction, State
+from meshnet.proxy.passed import Passed
 from meshnet.proxy.record import Record
 
 _FOLLOWER_BUFFER = 1024  # events a slow reader may lag behind before it is told that it lost some
@@ -24,6 +25,8 @@ class Observer(Protocol):
     """Metrics, for one."""
 
     def ended(self, record: Record) -> None: ...
+
+    def passed(self, passed: Passed) -> None: ...
 
 
 class Follower:
@@ -46,9 +49,9 @@ class Follower:
 class Registry:
     """`log` gets each ended connection; `node` is a name for this host."""
 
-    def __init__(self, *, keep: int, observer: Observer, log: Callable[[Record], None] | None) -> None:
+    def __init__(self, *, keep: int, observer: Observer, log: Callable[[Record | Passed], None] | None) -> None:
         self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
-        self.recent: deque[Record] = deque(maxlen=keep)
+        self.recent: deque[Record | Passed] = deque(maxlen=keep)
         self.opened_total = 0
         self.failed_total = 0
         self._observer = observer
@@ -56,6 +59,8 @@ class Registry:
         self._followers: set[Follower] = set()
         self.empty = trio.Event()
         self.empty.set()
+        self.catch_up: Callable[[], None] = lambda: None
+        """Brings in what the relay has begun or ended by itself, before somebody looks."""
 
     def life(
         self, direction: Direction, source: Address, client: socket.socket | None, connection_id: str = ""
@@ -64,6 +69,8 @@ class Registry:
         return Record(self, direction, source, client, connection_id)
 
     def began(self, record: Record) -> None:
+        if id(record) in self.open:
+            return  # under an order, and goes on without it
         if not self.open:
             self.empty = trio.Event()
         self.open[id(record)] = record
@@ -75,7 +82,8 @@ class Registry:
             self._tell("open", record)
 
     def ended(self, record: Record) -> None:
-        self.open.pop(id(record), None)
+        if self.open.pop(id(record), None) is None:
+            self.opened_total += 1  # it came and went under an order
         # What only a living connection needs is let go, for a thousand of these are kept.
         record.client = record.link = None
         self.recent.append(record)
@@ -88,14 +96,27 @@ class Registry:
         if not self.open:
             self.empty.set()
 
+    def passed(self, passed: Passed) -> None:
+        """As `began` and `ended` of a connection that ended well."""
+        self.opened_total += 1
+        self.recent.append(passed)
+        self._observer.passed(passed)
+        if self._log is not None:
+            self._log(passed)
+        if self._followers:
+            self._tell("close", passed)
+
     def find(self, connection_id: str) -> Record | None:
         """The one that got the id from us, else the newest: a peer cannot put another in the place of ours."""
+        self.catch_up()
         newest_first = chain(reversed(self.open.values()), reversed(self.recent))
-        found = [record for record in newest_first if record.id == connection_id]
-        return next((record for record in found if record.direction is Direction.OUTBOUND), next(iter(found), None))
+        every = [record for record in newest_first if record.id == connection_id]
+        found = next((record for record in every if record.direction is Direction.OUTBOUND), next(iter(every), None))
+        return found.record(self) if isinstance(found, Passed) else found
 
-    def listing(self, *, recent: float, everything: bool) -> Iterator[Record]:
+    def listing(self, *, recent: float, everything: bool) -> Iterator[Record | Passed]:
         """Open ones, and of the ended those that failed within `recent` seconds, or all that are kept."""
+        self.catch_up()
         now = time.monotonic()
         for record in self.recent:
             if everything or (record.failed and record.ended is not None and now - record.ended <= recent):
@@ -103,6 +124,7 @@ class Registry:
         yield from self.open.values()
 
     def follow(self) -> Follower:
+        self.catch_up()
         follower = Follower()
         for record in self.open.values():
             follower.tell(ConnectionEvent(event="open", connection=record.view()))
@@ -113,10 +135,11 @@ class Registry:
         self._followers.discard(follower)
 
     def abort_all(self, reason: Reason, ended_by: EndedBy) -> None:
+        self.catch_up()
         for record in list(self.open.values()):
             record.abort(reason, ended_by)
 
-    def _tell(self, event: str, record: Record) -> None:
+    def _tell(self, event: str, record: Record | Passed) -> None:
         message = ConnectionEvent(event=event, connection=record.view())
         for follower in self._followers:
             follower.tell(message)

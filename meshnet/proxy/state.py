@@ -11,7 +11,7 @@ import trio
 from meshnet.decide.access import AccessRules, Call, Deny
 from meshnet.decide.balance import Balancer
 from meshnet.decide.breaker import Breaker
-from meshnet.decide.limits import Admitted, Limiter, Rejected, Ticket
+from meshnet.decide.limits import Admitted, Limiter, Queued, Rejected, Ticket
 from meshnet.decide.retry import RetryBudget
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
@@ -22,6 +22,8 @@ from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import in_task
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
+from meshnet.proxy.orders import Orders, StandingOrder
+from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.slices import slices
 from meshnet.relay import Relays
@@ -44,6 +46,7 @@ class EndpointState:
     open: int = 0
     pending: int = 0
     last_error: str = ""
+    orders: set[StandingOrder] = field(default_factory=set)
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class ServiceState:
     limiter: Limiter
     budget: RetryBudget = field(default_factory=RetryBudget)
     waiting: dict[Ticket, trio.Event] = field(default_factory=dict)
+    orders: set[StandingOrder] = field(default_factory=set)  # which have places of the limits
 
 
 class ProxyState:
@@ -87,6 +91,7 @@ class ProxyState:
         self.applied_at = time.monotonic()
         self.config_problem = ""
         self.access = AccessRules(snapshot.policies, snapshot.default_action)
+        self.orders = Orders(self)
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 
@@ -101,6 +106,7 @@ class ProxyState:
         self.applied_at = time.monotonic()
         self.config_problem = ""
         self.access = access
+        self.orders.revoke_all()
         self._local_services.clear()
         for key, held in self.services.items():
             if (new := limits.get(key)) is not None and new is not held.limiter.settings:
@@ -171,6 +177,11 @@ class ProxyState:
         """
         started = time.monotonic()
         outcome = held.limiter.enter(started)
+        if not isinstance(outcome, Admitted) and held.orders:
+            if isinstance(outcome, Queued):
+                held.limiter.give_up(outcome.ticket, started)
+            self.orders.revoke(held.orders)  # and with them the places that they do not use
+            outcome = held.limiter.enter(started)
         if isinstance(outcome, Admitted):
             return None
         if isinstance(outcome, Rejected):
@@ -193,23 +204,28 @@ class ProxyState:
             )
         return time.monotonic() - started
 
-    def leave(self, held: ServiceState) -> None:
-        self._wake(held, held.limiter.leave(time.monotonic()))
+    def leave(self, held: ServiceState, connections: int = 1) -> None:
+        now = time.monotonic()
+        for _ in range(connections):
+            self._wake(held, held.limiter.leave(now))
 
     def is_local(self, host: str) -> bool:
         return host in self.addresses
 
+    def review(self, record: Record) -> None:
+        """Ends a connection that access would not let in now."""
+        if record.call is None:
+            return
+        verdict = self.access.decide(record.call)
+        if isinstance(verdict, Deny):
+            record.abort(Reason.AUTHZ_REVOKED, EndedBy.POLICY, f"{verdict.by} no longer allows it", policy=verdict.by)
+
     async def _review(self) -> None:
         """Asks access again of every connection that it once let in; who has come since was asked by it anyway."""
+        self.registry.catch_up()
         for records in slices(self.registry.open.values()):
             for record in records:
-                if record.call is None:
-                    continue
-                verdict = self.access.decide(record.call)
-                if isinstance(verdict, Deny):
-                    record.abort(
-                        Reason.AUTHZ_REVOKED, EndedBy.POLICY, f"{verdict.by} no longer allows it", policy=verdict.by
-                    )
+                self.review(record)
             await trio.lowlevel.checkpoint()
 
     async def _forget(self, services: Collection[ServiceKey], snapshot: Snapshot) -> None:

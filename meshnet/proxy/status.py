@@ -32,6 +32,7 @@ def not_ready_because(state: ProxyState) -> tuple[str, ...]:
 
 
 def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
+    state.registry.catch_up()
     problems = not_ready_because(state)
     return Status(
         node=node_name(),

@@ -6,10 +6,12 @@ A relay is anything with `name`, `fits` and `run`; tests/relay/contract.py says 
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from meshnet.codec.frames import Frame
 from meshnet.errors import EndedBy, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Direction
 from meshnet.net.tls import Channel, Tls
 
 
@@ -122,6 +124,95 @@ def reset_by_peer(text: str, far: EndedBy) -> tuple[Reason, EndedBy, str]:
     return reason, far if text in _FAR_LEG else EndedBy.PEER_PROXY, f"the peer sidecar reset the lease: {text}"
 
 
+class Flow(NamedTuple):
+    """All connections of a kind: how they came, from which host, and where they were going."""
+
+    direction: Direction
+    source: str
+    original: Address
+
+
+class Target(NamedTuple):
+    """Where connections of a flow are dialled: `mark` for SO_MARK, `local` on this host, `patience` in seconds."""
+
+    address: Address
+    mark: int
+    local: bool
+    patience: float
+
+
+class Facts(NamedTuple):
+    """What became of a connection under an order; monotonic seconds, 0 for what has not been yet.
+
+    `port` is its client's. `owes`: the order was revoked while the connection lived, so its place is not the order's
+    again. `client`: the descriptor of the client leg, of which no byte was read, when the endpoint could not be
+    reached; -1 when the connection was carried to its end. `error` is an errno.
+    """
+
+    port: int
+    opened: float
+    connected: float
+    ended: float
+    sent: int
+    received: int
+    moved_at: float
+    client_done: bool
+    endpoint_done: bool
+    reason: int
+    ended_by: int
+    error: int
+    owes: bool
+    client: int
+
+
+class OrderedLink(Protocol):
+    """A connection that an order began and that goes on. `abort` as in Link."""
+
+    abort_reason: Reason
+    abort_by: EndedBy
+
+    @property
+    def abort(self) -> Callable[[], None] | None: ...
+
+    def live(self) -> tuple[int, int, bool, bool, float]:
+        """For Tally.live."""
+
+    def facts(self) -> Facts: ...
+
+    def outcome(self) -> Outcome:
+        """Once it has ended."""
+
+
+class Watcher(Protocol):
+    """Who is told of a connection that goes on under an order."""
+
+    def connected(self) -> None:
+        """Its endpoint is up."""
+
+    def ended(self) -> None: ...
+
+
+class Issuer(Protocol):
+    """Who gave an order is told what comes of it, of each connection once: by one of the two."""
+
+    def began(self, link: OrderedLink) -> Watcher: ...
+
+    def came_and_went(self, facts: Facts, outcome: Outcome) -> None: ...
+
+
+class Order(Protocol):
+    """What a relay does by itself with all connections of a flow, until the order is revoked."""
+
+    def revoke(self) -> int | None:
+        """No connection begins under it any more. The places that no connection has; None: it was revoked before."""
+
+    def widen(self, places: int) -> None:
+        """Gives it so many more."""
+
+    def state(self) -> tuple[int, int, float]:
+        """Its places, how many are taken, and when a connection last came under it: monotonic seconds, or 0."""
+
+
 class Relay(Protocol):
     """Moves bytes until both directions are over."""
 
@@ -132,6 +223,10 @@ class Relay(Protocol):
     def tls(self) -> Tls:
         """Whose channels it takes."""
 
+    @property
+    def takes_orders(self) -> bool:
+        """Whether `order` may be called."""
+
     def fits(self, link: Link) -> bool: ...
 
     async def run(self, link: Link, tally: Tally) -> Outcome:
@@ -140,6 +235,20 @@ class Relay(Protocol):
         Cancelled: resets both legs with `link.abort_reason`, waits at most a second for the tunnel's peer, and only
         then raises trio.Cancelled, the tally exact and every descriptor of a plain leg closed.
         """
+
+    async def accept_forever(
+        self, listener: socket.socket, direction: Direction, carry: Callable[[socket.socket, Address], object]
+    ) -> None:
+        """As meshnet.net.sockets.accept_forever; `carry` is called with connections that no order covers."""
+
+    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
+        """From now on the relay itself dials and carries connections of `flow`, at most `places` at once.
+
+        Of several orders for a flow the latest is in force.
+        """
+
+    def catch_up(self) -> None:
+        """Tells issuers and watchers at once what they would soon be told anyway."""
 
 
 @dataclass(slots=True)
@@ -153,6 +262,10 @@ class Relays:
     def tls(self) -> Tls:
         """Whose channels the fastest one takes."""
         return self.available[0].tls
+
+    def catch_up(self) -> None:
+        for relay in self.available:
+            relay.catch_up()
 
     def choose(self, link: Link) -> Relay:
         return next(relay for relay in self.available if relay.fits(link))

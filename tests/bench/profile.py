@@ -13,10 +13,11 @@ from tests.bench.rounds import Plan
 from tests.bench.subjects import absent, subject
 from tests.bench.table import MESHNET
 from tests.bench.tests import CPU, MODES, TESTS, Test
-from tests.bench.tools import Tool, perf, py_spy, strace
+from tests.bench.tools import Tool, perf, py_spy, strace, threads
 
 _SECONDS = 3.0  # of each tool
 _TOOLS: dict[str, Tool] = {
+    "CPU time by thread, all sidecars": threads,
     "Python functions, while the GIL is held (py-spy)": py_spy,
     "Symbols, user [.] and kernel [k] (perf)": perf,
     "System calls (strace)": strace,

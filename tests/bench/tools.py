@@ -3,6 +3,7 @@
 One that is not installed, or is not allowed to look, says so instead.
 """
 
+import os
 import re
 import shutil
 import signal
@@ -78,6 +79,34 @@ def strace(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, u
         _, said = tracer.communicate(timeout=_PATIENCE)
     counted = output.read_text() if output.exists() else ""
     return calls(counted, units, unit) or [f"strace saw nothing: {said.strip()}"]
+
+
+def threads(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, unit: str) -> Sequence[str]:
+    """Microseconds of CPU for a unit of work, by thread (proc(5), task/*/stat)."""
+    before = _thread_times(pids)
+    units = drive(seconds)
+    spent = Counter[tuple[str, str]]()
+    for (_, name), times in _thread_times(pids).items():
+        for part, time in zip(("user", "kernel"), times, strict=True):
+            spent[name, part] += time
+    for (_, name), times in before.items():
+        for part, time in zip(("user", "kernel"), times, strict=True):
+            spent[name, part] -= time
+    names = sorted({name for name, _ in spent}, key=lambda name: -spent[name, "user"] - spent[name, "kernel"])
+    each = 1e6 / os.sysconf("SC_CLK_TCK") / units
+    rows = [f"| {name} | {spent[name, 'user'] * each:.1f} | {spent[name, 'kernel'] * each:.1f} |" for name in names]
+    return [f"| thread | user, us/{unit} | kernel, us/{unit} |", "|---|---|---|", *rows]
+
+
+def _thread_times(pids: Sequence[int]) -> dict[tuple[int, str], tuple[int, int]]:
+    """User and kernel time in ticks, by thread's id and name."""
+    found = {}
+    for pid in pids:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            name, _, rest = (task / "stat").read_text().partition("(")[2].rpartition(")")
+            fields = rest.split()
+            found[int(task.name), name] = int(fields[11]), int(fields[12])
+    return found
 
 
 def functions(stacks: Sequence[str]) -> list[str]:

@@ -182,6 +182,17 @@ class LimiterLife(RuleBasedStateMachine):
                 assert not room
                 assert not place
 
+    @rule(most=st.integers(0, 5))
+    def some_are_reserved(self, most: int) -> None:
+        limit = self.limiter.settings.max_connections
+        count = self.limiter.reserve(most)
+        if self.waiting:
+            assert not count, "nobody overtakes the queue"
+        else:
+            free = max(0, limit - self.inside)
+            assert count == (min(most, free // 2) if limit else most)
+        self.inside += count
+
     @precondition(lambda self: self.inside > len(self.called))
     @rule()
     def somebody_without_a_ticket_leaves(self) -> None:

@@ -159,3 +159,9 @@ def test_every_plan_ends_in_time_and_within_its_attempts(data: st.DataObject, at
     assert tries <= attempts
     assert waits <= tries
     assert now <= settings.total_timeout
+
+
+def test_attempts_that_were_made_elsewhere_count() -> None:
+    dial = Dial(ConnectSettings(attempts=2), 0.0, tried=1)
+    assert ask(dial, 0.0, last=Reason.CONNECT_REFUSED) == Try()
+    assert ask(dial, 0.0, last=Reason.CONNECT_REFUSED) == GiveUp(Reason.CONNECT_REFUSED)

@@ -4,7 +4,8 @@ It is optional: `MISSING` says why it is not there, and then the Python relay se
 """
 
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 import outcome
@@ -13,8 +14,24 @@ import trio
 from meshnet.codec import frames
 from meshnet.codec.frames import Data, Fin, Frame, Kind, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
+from meshnet.model.address import Address
+from meshnet.model.connection import Direction
 from meshnet.net.strand import Wait, on_strand
-from meshnet.relay import TUNNEL_CLOSED, Link, Outcome, PlainLeg, Tally, TunnelLeg, reset_by_peer
+from meshnet.relay import (
+    TUNNEL_CLOSED,
+    Flow,
+    Issuer,
+    Link,
+    Order,
+    Outcome,
+    PlainLeg,
+    Tally,
+    Target,
+    TunnelLeg,
+    reset_by_peer,
+)
+from meshnet.relay.native.doors import DIRECTIONS, Door, NativeOrder
+from meshnet.relay.native.reasons import ABORTED, ENDED_BY, LOST, PROTOCOL, REASONS, RESET
 from meshnet.relay.native.tls import NativeChannel, NativeTls
 
 if TYPE_CHECKING:
@@ -27,20 +44,6 @@ try:
     MISSING = ""
 except ImportError as error:
     MISSING = f"not built: {error}"
-
-# In the order of core.h's enums.
-_REASONS = (
-    Reason.OK,
-    Reason.DRAIN,  # aborted: whoever did it says why
-    Reason.PEER_RST,
-    Reason.KEEPALIVE_DEAD,
-    Reason.INTERNAL,
-    Reason.TUNNEL_LOST,
-    Reason.TUNNEL_PROTOCOL,
-    Reason.PEER_RST,  # reset by the peer sidecar, which says why
-)
-_ABORTED, _LOST, _PROTOCOL, _RESET = 1, 5, 6, 7
-_ENDED_BY = (EndedBy.CLIENT, EndedBy.SERVER, EndedBy.PROXY, EndedBy.PEER_PROXY)
 
 
 class _Waiter:
@@ -66,10 +69,12 @@ class NativeRelay:
     """Use as an async context manager. Raises RuntimeError where the core is not built, OSError if it cannot start."""
 
     name = "native"
+    takes_orders = True
 
     def __init__(self) -> None:
         self._cores: list[Core] = []
         self._tls: NativeTls | None = None
+        self._orders: set[NativeOrder] = set()  # in force
 
     @property
     def tls(self) -> NativeTls:
@@ -81,8 +86,8 @@ class NativeRelay:
     async def __aenter__(self) -> Self:
         if MISSING:
             raise RuntimeError(MISSING)
-        resets = tuple(_reset_payload(reason) for reason in _REASONS)
-        relay, handshakes = self._cores = [_core.Core(resets), _core.Core(resets)]
+        resets = tuple(_reset_payload(reason) for reason in REASONS)
+        relay, handshakes = self._cores = [_core.Core(resets, "relay"), _core.Core(resets, "handshakes")]
         self._tls = NativeTls(handshakes, relay)
         for core in self._cores:
             trio.lowlevel.spawn_system_task(_listen, core)
@@ -90,6 +95,8 @@ class NativeRelay:
 
     async def __aexit__(self, *exc_info: object) -> None:
         cores, self._cores, self._tls = self._cores, [], None
+        for order in list(self._orders):
+            order.revoke()
         for core in cores:
             core.stop()
             trio.lowlevel.notify_closing(core.fileno())
@@ -142,6 +149,36 @@ class NativeRelay:
         assert link.outcome is not None
         return link.outcome
 
+    async def accept_forever(
+        self, listener: socket.socket, direction: Direction, carry: Callable[[socket.socket, Address], object]
+    ) -> None:
+        """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
+        if not self._cores:
+            raise RuntimeError("the relay is not started")
+        await Door(direction, carry).accept_forever(self._cores[0], listener)
+
+    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
+        """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
+        if not self._cores:
+            raise RuntimeError("the relay is not started")
+        order = NativeOrder(issuer, self._orders)
+        order.handle = self._cores[0].order(
+            DIRECTIONS.index(flow.direction),
+            flow.source,
+            (flow.original.host, flow.original.port),
+            (target.address.host, target.address.port),
+            target.mark,
+            target.local,
+            target.patience,
+            places,
+            order,
+        )
+        return order
+
+    def catch_up(self) -> None:
+        if self._cores:
+            _wake(self._cores[0])
+
 
 class _Early:
     """What a link begins with: bytes for both legs, and how far the tunnel's peer is with its half of the lease."""
@@ -191,16 +228,16 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
                 late = leg.wire.receive(memoryview(data))
             except TunnelError:
                 reusable = False
-    if reason == _RESET or (reason == _ABORTED and early.reset):
+    if reason == RESET or (reason == ABORTED and early.reset):
         return _reset_by_peer(early.reset or reset, leg is not None and leg is link.client, reusable, late)
-    if reason == _ABORTED:
+    if reason == ABORTED:
         return Outcome(link.abort_reason, link.abort_by, reusable=reusable, late=late)
     detail = os.strerror(error) if error else ""
-    if reason == _LOST and not error:
+    if reason == LOST and not error:
         detail = TUNNEL_CLOSED
-    elif reason == _PROTOCOL:
+    elif reason == PROTOCOL:
         detail = "the peer sidecar broke meshnet/1 within a lease"
-    return Outcome(_REASONS[reason], _ENDED_BY[ended_by], detail, reusable=reusable, late=late)
+    return Outcome(REASONS[reason], ENDED_BY[ended_by], detail, reusable=reusable, late=late)
 
 
 _END_NAMES = {int(Kind.FIN): "FIN", int(Kind.RESET): "RESET"}
@@ -230,6 +267,9 @@ async def _listen(core: "Core") -> None:
 
 
 def _wake(core: "Core") -> None:
-    for waiter in core.news():
-        assert isinstance(waiter, _Waiter | NativeChannel)
-        waiter.wake()
+    for said in core.news():
+        if type(said) is tuple:
+            who, what, about = said
+            who.hear(what, about)
+        else:
+            said.wake()  # type: ignore[attr-defined] # a _Waiter, a NativeChannel or one of doors.py

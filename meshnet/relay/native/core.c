@@ -91,6 +91,9 @@ void core_tell(struct core *core, struct news *news)
     news->next = NULL;
     *core->last_fresh = news;
     core->last_fresh = &news->next;
+    core->urgent |= !news->quiet;
+    if (!core->unrung++)
+        core->unrung_since = core->now;
 }
 
 /* Python's side */
@@ -125,6 +128,7 @@ struct news *core_take_news(struct core *core)
     struct news *news = core->told;
     core->told = NULL;
     core->last_told = &core->told;
+    core->rung = false;
     pthread_mutex_unlock(&core->lock);
     return news;
 }
@@ -168,6 +172,12 @@ static void carry_out(struct command *command)
         break;
     case COMMAND_CLOSE:
         tunnel_close(command->target);
+        break;
+    case COMMAND_LISTEN:
+        listener_open(command->target);
+        break;
+    case COMMAND_UNLISTEN:
+        listener_close(command->target);
         break;
     }
     free(command->bytes);
@@ -221,19 +231,33 @@ static void drop_ended(struct core *core)
     }
 }
 
+static bool bell_is_due(const struct core *core)
+{
+    return core->unrung &&
+           (core->urgent || core->unrung >= QUIET_MOST || core->now - core->unrung_since >= QUIET_NS);
+}
+
 static void report(struct core *core)
 {
-    if (!core->fresh)
+    bool due = bell_is_due(core);
+    if (!core->fresh && !due)
         return;
     drop_ended(core);
     pthread_mutex_lock(&core->lock);
-    bool first = !core->told;
-    *core->last_told = core->fresh;
-    core->last_told = core->last_fresh;
+    if (core->fresh) {
+        *core->last_told = core->fresh;
+        core->last_told = core->last_fresh;
+    }
+    bool ring_now = due && !core->rung;
+    core->rung |= due;
     pthread_mutex_unlock(&core->lock);
     core->fresh = NULL;
     core->last_fresh = &core->fresh;
-    if (first)
+    if (due) {
+        core->unrung = 0;
+        core->urgent = false;
+    }
+    if (ring_now)
         ring(core->bell);
 }
 
@@ -246,9 +270,16 @@ static int patience(struct core *core)
     pthread_mutex_unlock(&core->lock);
     if (busy || core->ready)
         return 0;
-    if (!core->lingering)
+    uint64_t until = UINT64_MAX;
+    if (core->lingering)
+        until = core->lingering->linger_until;
+    if (core->dial_due && core->dial_due < until)
+        until = core->dial_due;
+    if (core->unrung && core->unrung_since + QUIET_NS < until)
+        until = core->unrung_since + QUIET_NS;
+    if (until == UINT64_MAX)
         return -1;
-    return (int)((core->lingering->linger_until - core->now) / 1000000u) + 1;
+    return until <= core->now ? 0 : (int)((until - core->now) / 1000000u) + 1;
 }
 
 static void *run(void *argument)
@@ -266,12 +297,15 @@ static void *run(void *argument)
                 hush(core->wake);
             else if (source->kind == SOURCE_TUNNEL)
                 tunnel_on_event((struct tunnel *)source, events[which].events);
+            else if (source->kind == SOURCE_LISTENER)
+                listener_on_event((struct listener *)source);
             else
                 plain_on_event((struct leg *)source, events[which].events);
         }
         go_on = obey(core);
         take_turns(core);
         cut_lingering(core);
+        dial_give_up(core);
         report(core);
     }
     while (core->links)
@@ -306,8 +340,10 @@ int core_open(struct core *core)
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int error = pthread_create(&core->thread, NULL, run, core);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!error)
+    if (!error) {
+        pthread_setname_np(core->thread, core->name);
         return 0;
+    }
     errno = error;
 failed:;
     int reason = errno;

@@ -2,7 +2,11 @@
  *
  *   module.c      what Python sees: Core and Link
  *   handles.c     and for tunnels: Context, Session, Tunnel
+ *   doors.c       and for what it accepts by itself: Listener, Order
  *   core.c        a thread: its epoll, commands in, news out
+ *   listen.c      connections come in: the ones that no order covers are for Python
+ *   order.c       what Python has decided about all connections of a kind, until it takes that back
+ *   dial.c        a connection under an order: its endpoint is dialled here
  *   link.c        the life of a link: two FINs or the first failure end it, and it is reported once
  *   plain.c       a plain TCP leg: one recv and one send a message, splice when there is much
  *   pipes.c       the pipes for splice
@@ -12,8 +16,8 @@
  *   frame.c       the frames of a lease, taken apart
  *   libssl.c      finds OpenSSL
  *
- * It decides nothing: who may talk to whom is settled before a link gets here, and no tunnel carries a lease before
- * Python has looked at its peer's certificate.
+ * It decides nothing: who may talk to whom is settled before a link gets here, or by an order that Python has given
+ * for exactly such connections, and no tunnel carries a lease before Python has looked at its peer's certificate.
  */
 #ifndef MESHNET_CORE_H
 #define MESHNET_CORE_H
@@ -26,6 +30,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 #define PLAIN_READ (16 * FRAME_MAX_DATA) /* what one recv of a plain leg takes at most: sixteen full records */
@@ -37,6 +42,9 @@
 #define MAX_INBOX (64 * 1024) /* bytes that wait for Python before a tunnel is read no further */
 #define MAX_HELD (1024 * 1024) /* the same of bytes that wait for a peer who makes us answer, and does not read */
 #define LINGER_NS 1000000000u /* a lease may still wait for the end that the tunnel's peer owes */
+#define QUIET_NS 10000000u    /* news that nobody waits for may wait for more of its kind */
+#define QUIET_MOST 64         /* until there are so many */
+#define ORDER_BUCKETS 1024
 
 /* Keep in step with _REASONS and _ENDED_BY in __init__.py. */
 enum reason {
@@ -58,15 +66,31 @@ struct tunnel;
 
 /* What epoll's events lead to. */
 struct source {
-    enum { SOURCE_PLAIN, SOURCE_TUNNEL } kind;
+    enum { SOURCE_PLAIN, SOURCE_TUNNEL, SOURCE_LISTENER } kind;
+};
+
+/* An IP address and a port as they are on the wire; an IPv4 address fills the first four bytes. No padding. */
+struct address {
+    uint8_t host[16];
+    uint16_t port, family;
 };
 
 /* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD it is said once, and gives back a
  * reference that the core has held: behind it, no thread touches what it belongs to.
  */
 struct news {
-    enum { NEWS_LINK_ENDED, NEWS_LINK_ABORTED, NEWS_TUNNEL_HEARD, NEWS_TUNNEL_GONE } kind;
-    void *owner; /* the Python object */
+    enum {
+        NEWS_LINK_ENDED,
+        NEWS_LINK_ABORTED,
+        NEWS_LINK_BEGUN, /* under an order; and again when its endpoint is up */
+        NEWS_TUNNEL_HEARD,
+        NEWS_TUNNEL_GONE,
+        NEWS_ACCEPTED,
+        NEWS_LISTENER_STUCK,
+        NEWS_LISTENER_GONE
+    } kind;
+    bool quiet;  /* nobody waits for it: it may wait for others */
+    void *owner; /* the link, what was accepted, or the Python object */
     bool told;   /* in a list; guarded by core->lock */
     struct news *next;
 };
@@ -89,6 +113,44 @@ struct backlog {
     size_t size;
 };
 
+/* A listening socket that several processes may share. Belongs to the core's thread from `listener_open` on. */
+struct listener {
+    struct source source;
+    struct core *core;
+    int fd;
+    int direction;
+    bool watched;
+    int error; /* errno, when it is stuck */
+    struct news stuck, gone;
+};
+
+/* A connection that no order covers. */
+struct accepted {
+    int fd;
+    struct address source;
+    struct listener *listener;
+    struct news news;
+};
+
+/* Connections from `source` (whatever its port) that were going to `original` are dialled to `target`. */
+struct order {
+    struct core *core;
+    int direction;
+    struct address source, original;
+    struct sockaddr_storage target;
+    socklen_t target_size;
+    uint32_t mark;     /* SO_MARK of the endpoint leg, if not 0 */
+    bool local;        /* the endpoint is on this host, where nobody vanishes without a word */
+    uint64_t patience; /* nanoseconds for the endpoint to answer */
+    void *object;      /* the Python one, which lives until `order_is_done` */
+    /* Guarded by core->lock: */
+    bool revoked;
+    unsigned places, taken; /* how many links it may have at once, and how many of these are in use */
+    unsigned links;         /* that Python has not heard the end of */
+    uint64_t used_at;
+    struct order *next; /* in its bucket */
+};
+
 /* One side of a link. Belongs to the core's thread from the link's start on. */
 struct leg {
     struct source source; /* of a plain leg */
@@ -106,6 +168,7 @@ struct leg {
     bool hung_up;  /* epoll said that more than bytes is there to read: a FIN, an error */
     bool fin_due;  /* the peer has ended: FIN behind what is held */
     bool closed;
+    bool dialling; /* its handshake is under way: nothing can be sent yet */
     bool bulk; /* reads fill the buffer: splice */
     struct backlog held;
     struct pipe *pipe; /* the same, of a bulk stream; never both */
@@ -113,6 +176,7 @@ struct leg {
 
 struct link {
     struct core *core;
+    void *object; /* the Python one, if there is one */
     struct leg client, endpoint;
     /* Read by Python at any time. Bytes handed to the next socket; moved_at: nanoseconds, CLOCK_MONOTONIC. */
     _Atomic uint64_t sent, received, moved_at;
@@ -138,6 +202,16 @@ struct link {
     struct link *next_linger, **linger_place;
     struct link *next, **place;
     struct news ended, aborted;
+    /* Of a link under an order: */
+    struct order *order;
+    struct address source;
+    /* Nanoseconds, CLOCK_MONOTONIC, and 0 before it is so; read by Python at any time. */
+    _Atomic uint64_t opened_at, connected_at, ended_at;
+    uint64_t dial_until;
+    struct link *next_dialling, **dialling_place; /* in core->dialling while it dials */
+    bool handed_back; /* the endpoint could not be reached (`error`): the client leg is Python's */
+    bool owes;        /* the order was revoked before the link ended: its place is still to be given back */
+    struct news begun;
 };
 
 /* Where in the backlog of a tunnel a frame ends, and how many of the application's bytes it carries. */
@@ -188,7 +262,9 @@ enum command_kind {
     COMMAND_ADOPT,
     COMMAND_SAY,
     COMMAND_READ,
-    COMMAND_CLOSE
+    COMMAND_CLOSE,
+    COMMAND_LISTEN,
+    COMMAND_UNLISTEN
 };
 
 struct command {
@@ -201,6 +277,7 @@ struct command {
 
 struct core {
     pthread_t thread;
+    char name[16]; /* as tools show the thread: pthread_setname_np(3) */
     int epoll, wake, bell; /* eventfds: commands wait; news wait */
     uint8_t *plain;        /* PLAIN_READ bytes, with room for the first frame's header before them */
     uint8_t *cipher;       /* CIPHER_READ */
@@ -213,12 +290,19 @@ struct core {
     struct tunnel *tunnels;
     struct link *ready;
     struct link *lingering, **last_lingering;
+    struct link *dialling;
+    uint64_t dial_due;                /* when the first of them may be out of time; 0: none */
     struct news *fresh, **last_fresh; /* of this round */
+    unsigned unrung;                  /* news since the bell was last rung */
+    uint64_t unrung_since;
+    bool urgent;                      /* somebody waits for one of them */
     struct backlog resets[REASONS];   /* payloads of RESET frames, by reason */
 
     pthread_mutex_t lock; /* guards what follows */
     struct command *commands, **last_command;
     struct news *told, **last_told;
+    bool rung;
+    struct order *orders[ORDER_BUCKETS];
     bool stopping;
     _Atomic bool asleep; /* only then does a command need to wake it */
 };
@@ -237,13 +321,36 @@ void core_make_ready(struct core *core, struct link *link);
 void core_linger(struct core *core, struct link *link);
 void core_stop_lingering(struct core *core, struct link *link);
 
+/* listen.c */
+void listener_open(struct listener *listener);
+void listener_on_event(struct listener *listener);
+void listener_close(struct listener *listener);
+
+/* order.c */
+void order_add(struct order *order);
+struct order *order_take(struct core *core, int direction, const struct address *source,
+                         const struct address *original);
+bool order_leave(struct order *order);
+bool order_revoke(struct order *order, unsigned *unused);
+void order_widen(struct order *order, unsigned places);
+bool order_is_done(struct order *order, unsigned heard);
+bool address_of(struct address *address, const struct sockaddr_storage *from);
+
+/* dial.c */
+void dial_begin(struct order *order, int client, const struct address *source);
+void dial_on_event(struct leg *leg, uint32_t events);
+void dial_forget(struct link *link);
+void dial_give_up(struct core *core);
+
 /* link.c */
-void link_init(struct link *link, struct core *core);
+struct link *link_new(struct core *core);
+void link_enlist(struct link *link);
 void link_set_plain(struct leg *leg, int fd);
 void link_set_tunnel(struct leg *leg, struct tunnel *tunnel);
 void link_start(struct link *link);
 void link_abort(struct link *link, uint8_t *reset, size_t size);
 void link_free(struct link *link);
+void link_end(struct link *link);
 void link_continue(struct link *link);
 void link_on_fin(struct leg *leg);
 void link_fail(struct link *link, enum reason reason, enum ended_by who, int error);

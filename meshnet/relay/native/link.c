@@ -5,12 +5,19 @@
 #include <errno.h>
 #include <stdlib.h>
 
-void link_init(struct link *link, struct core *core)
+/* NULL: no memory. */
+struct link *link_new(struct core *core)
 {
-    *link = (struct link){
-        .core = core, .ended_by = BY_PROXY, .ended.kind = NEWS_LINK_ENDED, .aborted.kind = NEWS_LINK_ABORTED};
+    struct link *link = calloc(1, sizeof *link);
+    if (!link)
+        return NULL;
+    link->core = core;
+    link->ended_by = BY_PROXY;
+    link->ended = (struct news){.kind = NEWS_LINK_ENDED, .owner = link};
+    link->aborted = (struct news){.kind = NEWS_LINK_ABORTED, .owner = link};
     link->client = (struct leg){.link = link, .peer = &link->endpoint, .who = BY_CLIENT, .fd = -1};
     link->endpoint = (struct leg){.link = link, .peer = &link->client, .who = BY_SERVER, .fd = -1};
+    return link;
 }
 
 void link_set_plain(struct leg *leg, int fd)
@@ -31,11 +38,12 @@ void link_free(struct link *link)
     free(link->endpoint.held.bytes);
     free(link->own_reset);
     free(link->peer_reset);
+    free(link);
 }
 
 bool link_is_full(const struct leg *leg)
 {
-    return leg->tunnel ? leg->tunnel->held.size > 0 : leg->held.size || leg->pipe;
+    return leg->tunnel ? leg->tunnel->held.size > 0 : leg->held.size || leg->pipe || leg->dialling;
 }
 
 void link_pull(struct leg *leg)
@@ -46,7 +54,7 @@ void link_pull(struct leg *leg)
         plain_pull(leg);
 }
 
-static void end(struct link *link)
+void link_end(struct link *link)
 {
     struct core *core = link->core;
     struct leg *legs[] = {&link->client, &link->endpoint};
@@ -62,6 +70,11 @@ static void end(struct link *link)
         link->next->place = link->place;
     if (link->lingers)
         core_stop_lingering(core, link);
+    atomic_store(&link->ended_at, core->now);
+    if (link->order) {
+        dial_forget(link);
+        link->owes = !order_leave(link->order);
+    }
     core_tell(core, &link->ended);
 }
 
@@ -82,15 +95,21 @@ static void write_early(struct leg *leg)
     free(early.bytes);
 }
 
-void link_start(struct link *link)
+void link_enlist(struct link *link)
 {
     struct core *core = link->core;
-    struct leg *legs[] = {&link->client, &link->endpoint};
     link->next = core->links;
     link->place = &core->links;
     if (link->next)
         link->next->place = &link->next;
     core->links = link;
+}
+
+void link_start(struct link *link)
+{
+    struct core *core = link->core;
+    struct leg *legs[] = {&link->client, &link->endpoint};
+    link_enlist(link);
     for (int which = 0; which < 2; which++) {
         struct tunnel *tunnel = legs[which]->tunnel;
         if (!tunnel)
@@ -193,9 +212,9 @@ void link_settle(struct link *link)
         return;
     if (!link->failed) {
         if (link->client.out_done && link->endpoint.out_done)
-            end(link);
+            link_end(link);
     } else if (link->client.over && link->endpoint.over) {
-        end(link);
+        link_end(link);
     } else if (!link->lingers) {
         core_linger(link->core, link);
     }

@@ -6,16 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-typedef struct {
-    PyObject_HEAD
-    struct link link;
-    PyObject *core;    /* until it has ended: must outlive it, as must the tunnels */
-    PyObject *tunnels[2];
-    PyObject *waiter;  /* what Core.news gives back; NULL when it has */
-    bool aborting;
-} LinkObject;
-
-static PyTypeObject *link_type;
+PyTypeObject *link_type;
 
 PyObject *module_allocate(PyTypeObject *type)
 {
@@ -42,7 +33,8 @@ void *module_core_is_closed(void)
 static void link_dealloc(PyObject *object)
 {
     LinkObject *self = (LinkObject *)object;
-    link_free(&self->link);
+    if (self->link)
+        link_free(self->link);
     Py_XDECREF(self->waiter);
     Py_XDECREF(self->tunnels[0]);
     Py_XDECREF(self->tunnels[1]);
@@ -58,8 +50,8 @@ static PyObject *link_abort_(PyObject *object, PyObject *arguments)
         return NULL;
     if (reset.len > FRAME_MAX_CONTROL)
         PyErr_SetString(PyExc_ValueError, "a RESET of that size is none");
-    else if (self->waiter && !self->aborting && ((CoreObject *)self->core)->open) {
-        if (core_post(self->link.core, COMMAND_ABORT, &self->link, reset.buf, (size_t)reset.len)) {
+    else if (!self->ended && !self->aborting && ((CoreObject *)self->core)->open) {
+        if (core_post(self->link->core, COMMAND_ABORT, self->link, reset.buf, (size_t)reset.len)) {
             PyErr_NoMemory();
         } else {
             self->aborting = true;
@@ -74,7 +66,7 @@ static PyObject *link_abort_(PyObject *object, PyObject *arguments)
 
 static PyObject *link_counts(PyObject *object, PyObject *unused)
 {
-    struct link *link = &((LinkObject *)object)->link;
+    struct link *link = ((LinkObject *)object)->link;
     (void)unused;
     return Py_BuildValue("KKNNd", (unsigned long long)atomic_load(&link->sent),
                          (unsigned long long)atomic_load(&link->received),
@@ -83,19 +75,35 @@ static PyObject *link_counts(PyObject *object, PyObject *unused)
                          (double)atomic_load(&link->moved_at) / 1e9);
 }
 
-static PyObject *link_result(PyObject *object, PyObject *unused)
+PyObject *module_link_result(struct link *link)
 {
-    LinkObject *self = (LinkObject *)object;
-    struct link *link = &self->link;
-    (void)unused;
-    if (self->waiter) {
-        PyErr_SetString(PyExc_RuntimeError, "the link has not ended");
-        return NULL;
-    }
     return Py_BuildValue("iiiNNiiy#", (int)link->reason, (int)link->ended_by, link->error,
                          PyBool_FromLong(link->reusable), PyBool_FromLong(link->unread), (int)link->sent_end,
                          (int)link->received_end,
                          link->peer_reset ? (const char *)link->peer_reset : "", (Py_ssize_t)link->peer_reset_size);
+}
+
+static PyObject *link_result(PyObject *object, PyObject *unused)
+{
+    LinkObject *self = (LinkObject *)object;
+    (void)unused;
+    if (!self->ended) {
+        PyErr_SetString(PyExc_RuntimeError, "the link has not ended");
+        return NULL;
+    }
+    return module_link_result(self->link);
+}
+
+static PyObject *link_await(PyObject *object, PyObject *waiter)
+{
+    LinkObject *self = (LinkObject *)object;
+    if (self->ended || self->waiter) {
+        PyErr_SetString(PyExc_RuntimeError, "the link has ended, or somebody waits for it");
+        return NULL;
+    }
+    Py_INCREF(waiter);
+    self->waiter = waiter;
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef link_methods[] = {
@@ -106,6 +114,10 @@ static PyMethodDef link_methods[] = {
     {"result", link_result, METH_NOARGS,
      "result() -> (reason, ended_by, errno, reusable, unread, sent_end, received_end, reset)\n\n"
      "Of a link that has ended. The ends are the kinds of frames that ended the halves of its lease, 0: none did."},
+    {"await_end", link_await, METH_O,
+     "await_end(waiter)\n\n`waiter` comes back from `news` when the link has ended; of one that an order began."},
+    {"facts", doors_facts, METH_NOARGS,
+     "facts() -> tuple\n\nOf a link that an order began: see `doors.c`."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -153,15 +165,17 @@ static bool take_resets(struct core *core, PyObject *resets)
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"resets", NULL};
+    static char *names[] = {"resets", "name", NULL};
     PyObject *resets;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!", names, &PyTuple_Type, &resets))
+    const char *name;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!s", names, &PyTuple_Type, &resets, &name))
         return NULL;
     PyObject *object = module_allocate(type);
     if (!object)
         return NULL;
     CoreObject *self = (CoreObject *)object;
     self->core.bell = -1;
+    strncpy(self->core.name, name, sizeof self->core.name - 1);
     if (take_resets(&self->core, resets)) {
         if (!core_open(&self->core)) {
             self->open = true;
@@ -184,7 +198,7 @@ static bool copy_early(struct leg *leg, const Py_buffer *bytes)
 /* A descriptor, or a tunnel between leases. */
 static bool take_leg(LinkObject *made, int which, PyObject *given, int received_end, const Py_buffer *unread)
 {
-    struct leg *leg = which ? &made->link.endpoint : &made->link.client;
+    struct leg *leg = which ? &made->link->endpoint : &made->link->client;
     if (!PyObject_TypeCheck(given, tunnel_type)) {
         long fd = PyLong_AsLong(given);
         if (fd < 0 || fd > INT_MAX) {
@@ -208,7 +222,7 @@ static bool take_leg(LinkObject *made, int which, PyObject *given, int received_
         return true;
     /* Before what has come since. */
     struct backlog inbox = {0};
-    struct core *core = made->link.core;
+    struct core *core = made->link->core;
     pthread_mutex_lock(&core->lock);
     bool fits = backlog_append(&inbox, unread->buf, (size_t)unread->len) &&
                 (!tunnel->tunnel.inbox.size ||
@@ -236,12 +250,16 @@ static PyObject *core_start(PyObject *object, PyObject *arguments)
                           &received_end, &unread, &waiter))
         return NULL;
     LinkObject *made = NULL;
+    struct link *link = NULL;
     if (!self->open)
         module_core_is_closed();
-    else if ((made = (LinkObject *)module_allocate(link_type))) {
-        struct link *link = &made->link;
-        link_init(link, &self->core);
-        link->ended.owner = link->aborted.owner = made;
+    else if (!(link = link_new(&self->core)))
+        PyErr_NoMemory();
+    else if (!(made = (LinkObject *)module_allocate(link_type)))
+        link_free(link);
+    else {
+        made->link = link;
+        link->object = made;
         atomic_store(&link->sent, sent);
         Py_INCREF(object);
         made->core = object;
@@ -249,7 +267,7 @@ static PyObject *core_start(PyObject *object, PyObject *arguments)
             if (link->client.tunnel && link->endpoint.tunnel)
                 PyErr_SetString(PyExc_ValueError, "one of the legs must be a socket");
             else if (!copy_early(&link->client, &to_client) || !copy_early(&link->endpoint, &to_endpoint) ||
-                core_post(&self->core, COMMAND_START, link, NULL, 0))
+                     core_post(&self->core, COMMAND_START, link, NULL, 0))
                 PyErr_NoMemory();
         }
         if (PyErr_Occurred()) {
@@ -267,26 +285,55 @@ static PyObject *core_start(PyObject *object, PyObject *arguments)
     return (PyObject *)made;
 }
 
+/* A link that Python has an object for is over. */
+static int add_end(PyObject *waiters, LinkObject *ended)
+{
+    PyObject *waiter = ended->waiter;
+    ended->waiter = NULL;
+    ended->ended = true;
+    int error = waiter ? PyList_Append(waiters, waiter) : 0;
+    Py_XDECREF(waiter);
+    doors_heard_end(ended->link);
+    /* Whoever keeps it for its counts need not keep these: a descriptor, and much memory. */
+    Py_CLEAR(ended->tunnels[0]);
+    Py_CLEAR(ended->tunnels[1]);
+    Py_CLEAR(ended->core);
+    Py_DECREF((PyObject *)ended); /* the core's */
+    return error;
+}
+
+static int add(PyObject *waiters, PyObject *told)
+{
+    int error = !told ? -1 : told == Py_None ? 0 : PyList_Append(waiters, told);
+    Py_XDECREF(told);
+    return error;
+}
+
 static int add_news(PyObject *waiters, struct news *news)
 {
-    int error = 0;
-    if (news->kind == NEWS_TUNNEL_HEARD) {
-        PyObject *waiter = handles_heard(news->owner);
+    PyObject *waiter;
+    struct link *link = news->owner;
+    switch (news->kind) {
+    case NEWS_LINK_ENDED:
+        return link->object ? add_end(waiters, link->object) : add(waiters, doors_ended(link));
+    case NEWS_LINK_BEGUN:
+        return add(waiters, doors_begun(link));
+    case NEWS_ACCEPTED:
+        return add(waiters, doors_accepted(news->owner));
+    case NEWS_LISTENER_STUCK:
+        return add(waiters, doors_stuck(news->owner));
+    case NEWS_TUNNEL_HEARD:
+        waiter = handles_heard(news->owner);
         return waiter ? PyList_Append(waiters, waiter) : 0;
+    case NEWS_LINK_ABORTED:
+        Py_DECREF((PyObject *)link->object); /* the core's */
+        return 0;
+    case NEWS_LISTENER_GONE:
+    case NEWS_TUNNEL_GONE:
+        Py_DECREF((PyObject *)news->owner); /* the core's */
+        return 0;
     }
-    if (news->kind == NEWS_LINK_ENDED) {
-        LinkObject *ended = news->owner;
-        PyObject *waiter = ended->waiter;
-        ended->waiter = NULL;
-        error = PyList_Append(waiters, waiter);
-        Py_DECREF(waiter);
-        /* Whoever keeps it for its counts need not keep these: a descriptor, and much memory. */
-        Py_CLEAR(ended->tunnels[0]);
-        Py_CLEAR(ended->tunnels[1]);
-        Py_CLEAR(ended->core);
-    }
-    Py_DECREF((PyObject *)news->owner); /* the core's */
-    return error;
+    return 0;
 }
 
 static PyObject *core_news(PyObject *object, PyObject *unused)
@@ -350,6 +397,16 @@ static PyObject *core_shake(PyObject *object, PyObject *arguments)
     return handles_shake((CoreObject *)object, arguments);
 }
 
+static PyObject *core_listen(PyObject *object, PyObject *arguments)
+{
+    return doors_listen((CoreObject *)object, arguments);
+}
+
+static PyObject *core_order(PyObject *object, PyObject *arguments)
+{
+    return doors_order((CoreObject *)object, arguments);
+}
+
 static PyMethodDef core_methods[] = {
     {"start", core_start, METH_VARARGS,
      "start(client, endpoint, to_client, to_endpoint, sent, received_end, unread, waiter) -> Link\n\n"
@@ -361,14 +418,25 @@ static PyMethodDef core_methods[] = {
      "shake(context, fd, is_client, session, waiter) -> Tunnel\n\n"
      "Takes over the descriptor of a connected, non-blocking TCP socket and begins a TLS handshake on it. `waiter`\n"
      "comes back from `news` when it is over, one way or the other, and later whenever there is something to take."},
-    {"news", core_news, METH_NOARGS, "news() -> list\n\nThe waiters of what has happened since."},
+    {"listen", core_listen, METH_VARARGS,
+     "listen(fd, direction, waiter) -> Listener\n\n"
+     "Takes over the descriptor of a listening, non-blocking TCP socket. `news` has (waiter, 3, (fd, family, host, port))\n"
+     "for each connection that no order covers, and (waiter, 4, errno) when it can accept no more for now."},
+    {"order", core_order, METH_VARARGS,
+     "order(direction, source, original, target, mark, local, patience, places, waiter) -> Order\n\n"
+     "Connections that come in at listeners of that direction from host `source` and were going to `original` are dialled\n"
+     "to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once. `news` has\n"
+     "(waiter, 0, Link) for one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) for\n"
+     "one that has come and gone."},
+    {"news", core_news, METH_NOARGS,
+     "news() -> list\n\nThe waiters of what has happened since; with what there is to say, for listeners and orders."},
     {"fileno", core_fileno, METH_NOARGS, "fileno() -> int\n\nReadable while `news` has something to say."},
     {"stop", core_stop, METH_NOARGS, "stop()\n\nEnds the thread. Links that still run are reset, and have ended."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot core_slots[] = {
-    {Py_tp_doc, "Core(resets)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET frame for each\n"
+    {Py_tp_doc, "Core(resets, name)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET frame for each\n"
                 "reason. Raises OSError."},
     {Py_tp_new, core_new},
     {Py_tp_dealloc, core_dealloc},
@@ -393,7 +461,7 @@ static int add_types(PyObject *module)
         PyModule_AddObjectRef(module, "Core", core_type))
         return -1;
     Py_DECREF(core_type);
-    return handles_add(module);
+    return doors_add(module) ? -1 : handles_add(module);
 }
 
 static PyModuleDef_Slot module_slots[] = {

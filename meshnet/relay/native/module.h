@@ -23,12 +23,38 @@ typedef struct {
     bool closing;
 } TunnelObject;
 
-extern PyTypeObject *tunnel_type;
+typedef struct {
+    PyObject_HEAD
+    struct link *link;
+    PyObject *core;    /* until it has ended: must outlive it, as must the tunnels */
+    PyObject *tunnels[2];
+    PyObject *waiter;  /* what Core.news gives back; NULL when it has */
+    bool aborting;
+    bool ended;
+} LinkObject;
+
+/* Of what Core.news says beside waiters. Keep in step with Heard in __init__.py. */
+enum heard { HEARD_BEGUN, HEARD_CONNECTED, HEARD_ENDED, HEARD_ACCEPTED, HEARD_STUCK };
+
+extern PyTypeObject *tunnel_type, *link_type;
 
 PyObject *module_allocate(PyTypeObject *type);
 void module_release(PyObject *object);
 /* NULL with an exception set. */
 void *module_core_is_closed(void);
+
+PyObject *module_link_result(struct link *link);
+
+int doors_add(PyObject *module);
+PyObject *doors_listen(CoreObject *core, PyObject *arguments);
+PyObject *doors_order(CoreObject *core, PyObject *arguments);
+/* What to tell Python, or NULL with an exception set; None: nothing. */
+PyObject *doors_facts(PyObject *link, PyObject *unused);
+PyObject *doors_begun(struct link *link);
+PyObject *doors_ended(struct link *link);
+PyObject *doors_accepted(struct accepted *accepted);
+PyObject *doors_stuck(struct listener *listener);
+void doors_heard_end(struct link *link);
 
 int handles_add(PyObject *module);
 PyObject *handles_shake(CoreObject *core, PyObject *arguments);

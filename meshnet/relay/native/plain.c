@@ -25,7 +25,9 @@ static void fail(struct leg *leg, int error)
 
 static void shut_down(struct leg *leg)
 {
-    if (shutdown(leg->fd, SHUT_WR)) {
+    /* When this was the last thing to do, close says it too: all that came here has been read. */
+    bool is_last = leg->in_done && leg->peer->out_done;
+    if (!is_last && shutdown(leg->fd, SHUT_WR)) {
         fail(leg, errno);
         return;
     }
@@ -173,7 +175,8 @@ void plain_write(struct leg *leg, struct iovec *pieces, int count)
     }
     while (count && !leg->closed) {
         struct msghdr message = {.msg_iov = pieces, .msg_iovlen = (size_t)count};
-        ssize_t sent = sendmsg(leg->fd, &message, MSG_NOSIGNAL);
+        ssize_t sent = count == 1 ? send(leg->fd, pieces->iov_base, pieces->iov_len, MSG_NOSIGNAL)
+                                  : sendmsg(leg->fd, &message, MSG_NOSIGNAL);
         if (sent < 0) {
             if (errno == EINTR)
                 continue;
@@ -208,6 +211,10 @@ void plain_on_event(struct leg *leg, uint32_t events)
 {
     if (leg->closed)
         return;
+    if (leg->dialling) {
+        dial_on_event(leg, events);
+        return;
+    }
     if (events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR))
         leg->hung_up = true;
     if (events & EPOLLIN)

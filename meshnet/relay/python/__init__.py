@@ -5,13 +5,18 @@ loop.py, pair.py (the life of a link), plain.py and tunnel.py (the two kinds of 
 """
 
 import functools
+import socket
+from collections.abc import Callable
 from typing import Self
 
 import trio
 
+from meshnet.model.address import Address
+from meshnet.model.connection import Direction
+from meshnet.net import sockets
 from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.net.strand import in_task
-from meshnet.relay import Link, Outcome, PlainLeg, Tally
+from meshnet.relay import Flow, Issuer, Link, Order, Outcome, PlainLeg, Tally, Target
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.thread import RelayThread
 from meshnet.relay.python.young import YOUNG_EVENTS, YoungLoop, wake_tasks
@@ -21,6 +26,7 @@ class PythonRelay:
     """Use as an async context manager, or call `start` and `close`; both belong to the trio thread."""
 
     name = "python"
+    takes_orders = False  # to decide once for many connections pays only where the rest is not Python's work either
 
     def __init__(self, threads: int = 1, *, young_events: int = YOUNG_EVENTS) -> None:
         self.tls = PythonTls()
@@ -85,6 +91,18 @@ class PythonRelay:
 
         result: Outcome = await trio.lowlevel.wait_task_rescheduled(cancel)
         return result
+
+    async def accept_forever(
+        self, listener: socket.socket, direction: Direction, carry: Callable[[socket.socket, Address], object]
+    ) -> None:
+        """See meshnet.relay.Relay."""
+        await sockets.accept_forever(listener, carry)
+
+    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
+        raise NotImplementedError("this relay takes no orders")
+
+    def catch_up(self) -> None:
+        """Nobody is ever behind."""
 
     def _idlest_thread(self) -> RelayThread:
         return min(self._threads, key=lambda thread: len(thread.pairs))

@@ -16,8 +16,9 @@ import trio
 
 from meshnet.codec.frames import Fin, GoAway, encode
 from meshnet.errors import ConnectionFailed, Reason
-from meshnet.relay.native import _REASONS, NativeRelay
+from meshnet.relay.native import NativeRelay
 from meshnet.relay.native._core import Core, Link, Tunnel
+from meshnet.relay.native.reasons import REASONS
 from meshnet.relay.native.tls import NativeTls
 from tests.relay.lease_contract import HalfRigMaker
 from tests.relay.native.leaks import nothing_left
@@ -39,7 +40,7 @@ from tests.world import eventually, wait_for
 
 
 def new_core() -> Core:
-    return Core((b"",) * len(_REASONS))
+    return Core((b"",) * len(REASONS), "test")
 
 
 def start(core: Core, client: int | Tunnel, endpoint: int | Tunnel, waiter: object = "link") -> Link:
@@ -282,7 +283,7 @@ def test_both_legs_may_be_full_of_events_before_the_link_begins(ends: str) -> No
             link = start(core, near.detach(), far.detach())
             assert news(core) == ["link"]
             reason, *_ = link.result()
-            assert _REASONS[reason] is (Reason.OK if ends == "two fins" else Reason.PEER_RST)
+            assert REASONS[reason] is (Reason.OK if ends == "two fins" else Reason.PEER_RST)
             if ends == "two fins":
                 assert (server.recv(9), server.recv(9), client.recv(9), client.recv(9)) == (b"early", b"", b"bird", b"")
                 assert link.counts()[:4] == (5, 4, True, True)

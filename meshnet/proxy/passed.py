@@ -1,0 +1,139 @@
+"""A connection that came and went under an order, and ended well: what is kept of it until somebody asks for more.
+
+Nearly all connections of a busy host are such, and a whole record for each would cost more than carrying it.
+"""
+
+import functools
+from typing import TYPE_CHECKING
+
+from meshnet.errors import EndedBy, Phase, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
+from meshnet.proxy.record import Record, milliseconds, new_id, rfc3339
+from meshnet.relay import Facts, Flow, Outcome
+
+if TYPE_CHECKING:
+    from meshnet.proxy.registry import Registry
+
+_PLAIN = TlsView(mode=Security.PLAIN)
+
+
+class Told:
+    """What the records of all connections under an order say alike."""
+
+    __slots__ = (
+        "call",
+        "destination",
+        "endpoint",
+        "flow",
+        "original",
+        "policy",
+        "relay",
+        "service",
+        "source_identity",
+    )
+
+    def __init__(self, of: Record, flow: Flow, endpoint: str, relay: str) -> None:
+        """`of` is the record of the connection for which it was decided."""
+        self.flow = flow
+        self.endpoint = endpoint
+        self.relay = relay
+        self.service = of.service
+        self.source_identity = of.source_identity
+        self.policy = of.policy
+        self.call = of.call
+        self.original = str(flow.original)
+        self.destination = Peer(address=self.original, service=self.service)
+
+    def record(self, registry: "Registry", facts: Facts, connection_id: str = "") -> Record:
+        """Of one that has not ended, as far as it says."""
+        source = Address(self.flow.source, facts.port)
+        record = Record(registry, self.flow.direction, source, None, connection_id, opened=facts.opened)
+        record.original = self.flow.original
+        record.service = self.service
+        record.source_identity = self.source_identity
+        record.policy = self.policy
+        record.call = self.call
+        record.endpoint = self.endpoint
+        record.phase = Phase.CONNECT
+        if facts.connected:
+            self.note_connected(record, facts)
+        return record
+
+    def note_connected(self, record: Record, facts: Facts) -> None:
+        ms = milliseconds(facts.connected - facts.opened)
+        record.attempts.append(Attempt(endpoint=self.endpoint, result="ok", ms=ms))
+        record.connected = facts.connected
+        record.phase = Phase.DATA
+        record.security = Security.PLAIN
+        record.relay = self.relay
+
+    def note_end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
+        tally = record.tally
+        tally.live = None
+        tally.sent, tally.received, tally.moved_at = facts.sent, facts.received, facts.moved_at
+        tally.client_done, tally.endpoint_done = facts.client_done, facts.endpoint_done
+        record.finish(outcome)
+        record.ended = facts.ended
+
+
+class Passed:
+    """`opened_at`: seconds since the epoch."""
+
+    __slots__ = ("_outcome", "facts", "id", "opened_at", "told")
+    failed = False
+
+    def __init__(self, told: Told, facts: Facts, outcome: Outcome, opened_at: float) -> None:
+        """Only of one that was connected, and whose reason is ok."""
+        self.id = new_id(opened_at)
+        self.opened_at = opened_at
+        self.told = told
+        self.facts = facts
+        self._outcome = outcome
+
+    def record(self, registry: "Registry") -> Record:
+        record = self.told.record(registry, self.facts, self.id)
+        record.opened_at = self.opened_at
+        self.told.note_end(record, self.facts, self._outcome)
+        return record
+
+    @property
+    def ended(self) -> float:
+        return self.facts.ended
+
+    @property
+    def direction(self) -> Direction:
+        return self.told.flow.direction
+
+    def view(self) -> Connection:
+        """As `Record.view`."""
+        told, facts = self.told, self.facts
+        port, opened, connected, ended, sent, received, moved_at = facts[:7]
+        host = told.flow.source
+        connect_ms = milliseconds(connected - opened)
+        return Connection(
+            id=self.id,
+            direction=told.flow.direction,
+            state=State.CLOSED,
+            source=Peer(address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}", identity=told.source_identity),
+            destination=told.destination,
+            original_destination=told.original,
+            endpoint=told.endpoint,
+            tls=_PLAIN,
+            policy=told.policy,
+            relay=told.relay,
+            attempts=(Attempt(endpoint=told.endpoint, result="ok", ms=connect_ms),),
+            bytes_sent=sent,
+            bytes_received=received,
+            opened_at=rfc3339(self.opened_at),
+            closed_at=rfc3339(self.opened_at + ended - opened),
+            duration_ms=milliseconds(ended - opened),
+            connect_ms=connect_ms,
+            idle_ms=milliseconds(ended - moved_at) if moved_at else None,
+            reason=_ended(self._outcome.ended_by),
+        )
+
+
+@functools.cache
+def _ended(by: EndedBy) -> ReasonView:
+    return ReasonView(code=Reason.OK, ended_by=by, phase=Phase.DATA)

@@ -1,0 +1,146 @@
+/* A connection under an order: its endpoint is dialled here, and the link goes on as any other.
+ *
+ * If the endpoint cannot be reached, Python gets the client leg back, of which no byte has been read, and decides anew.
+ */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+/* As meshnet/net/sockets.py has it for endpoint legs. */
+#define KEEPALIVE_IDLE 60
+#define KEEPALIVE_INTERVAL 10
+#define KEEPALIVE_COUNT 6
+#define USER_TIMEOUT_MS 60000
+
+static bool set(int fd, int level, int option, int value)
+{
+    return !setsockopt(fd, level, option, &value, sizeof value);
+}
+
+static bool tune(int fd, const struct order *order)
+{
+    return (!order->mark || set(fd, SOL_SOCKET, SO_MARK, (int)order->mark)) &&
+           set(fd, IPPROTO_TCP, TCP_NODELAY, 1) &&
+           (order->local || (set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) &&
+                             set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE) &&
+                             set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL) &&
+                             set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_COUNT) &&
+                             set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS)));
+}
+
+/* 0, or errno. */
+static int dial(struct link *link)
+{
+    const struct order *order = link->order;
+    int fd = socket(order->target.ss_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    if (fd < 0)
+        return errno;
+    link_set_plain(&link->endpoint, fd);
+    if (!tune(fd, order))
+        return errno;
+    /* It is never connected on return, as far as it says: epoll will tell, also of what is already so. */
+    if (connect(fd, (const struct sockaddr *)&order->target, order->target_size) && errno != EINPROGRESS)
+        return errno;
+    struct core *core = link->core;
+    if (core_watch(core, link->client.fd, &link->client.source) || core_watch(core, fd, &link->endpoint.source))
+        return errno;
+    return 0;
+}
+
+/* Out of the list of those that are being dialled, if it is there. */
+void dial_forget(struct link *link)
+{
+    if (!link->dialling_place)
+        return;
+    *link->dialling_place = link->next_dialling;
+    if (link->next_dialling)
+        link->next_dialling->dialling_place = link->dialling_place;
+    link->dialling_place = NULL;
+    link->endpoint.dialling = false;
+}
+
+/* Gives the client leg back; the endpoint leg is closed. */
+static void hand_back(struct link *link, int error)
+{
+    link->handed_back = true;
+    link->error = error;
+    link->ended.quiet = false;
+    core_unwatch(link->core, link->client.fd);
+    link->client.closed = true;
+    if (link->endpoint.fd < 0)
+        link->endpoint.closed = true;
+    link_end(link);
+}
+
+/* Owns `client`, and a place of the order. */
+void dial_begin(struct order *order, int client, const struct address *source)
+{
+    struct core *core = order->core;
+    struct link *link = link_new(core);
+    if (!link) {
+        /* A place stays taken; with no memory left for a link, that is not what ends us. */
+        close(client);
+        return;
+    }
+    link->order = order;
+    link->source = *source;
+    link->ended.quiet = true;
+    link->begun = (struct news){.kind = NEWS_LINK_BEGUN, .owner = link, .quiet = true};
+    link_set_plain(&link->client, client);
+    link->endpoint.dialling = true;
+    link->dial_until = core->now + order->patience;
+    atomic_store(&link->opened_at, core->now);
+    link_enlist(link);
+    link->next_dialling = core->dialling;
+    link->dialling_place = &core->dialling;
+    if (core->dialling)
+        core->dialling->dialling_place = &link->next_dialling;
+    core->dialling = link;
+    if (!core->dial_due || link->dial_until < core->dial_due)
+        core->dial_due = link->dial_until;
+    core_tell(core, &link->begun);
+    int error = dial(link);
+    if (error)
+        hand_back(link, error);
+}
+
+void dial_on_event(struct leg *leg, uint32_t events)
+{
+    struct link *link = leg->link;
+    if (events & (EPOLLERR | EPOLLHUP)) {
+        int error = 0;
+        socklen_t size = sizeof error;
+        if (getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size))
+            error = errno;
+        hand_back(link, error ? error : ECONNRESET);
+        return;
+    }
+    if (!(events & EPOLLOUT))
+        return;
+    dial_forget(link);
+    atomic_store(&link->connected_at, link->core->now);
+    core_tell(link->core, &link->begun);
+    link_pull(&link->client);
+    if (!leg->closed && events & (EPOLLIN | EPOLLRDHUP))
+        plain_on_event(leg, events);
+}
+
+/* Those that are out of time. */
+void dial_give_up(struct core *core)
+{
+    if (!core->dial_due || core->now < core->dial_due)
+        return;
+    core->dial_due = 0;
+    for (struct link *link = core->dialling, *next; link; link = next) {
+        next = link->next_dialling;
+        if (link->dial_until <= core->now)
+            hand_back(link, ETIMEDOUT);
+        else if (!core->dial_due || link->dial_until < core->dial_due)
+            core->dial_due = link->dial_until;
+    }
+}

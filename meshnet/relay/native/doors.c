@@ -1,0 +1,358 @@
+/* What Python sees of connections that the core accepts by itself: a Listener, an Order, and what became of a link. */
+#include "module.h"
+
+#include <arpa/inet.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static PyTypeObject *listener_type, *order_type;
+
+typedef struct {
+    PyObject_HEAD
+    struct listener listener;
+    PyObject *core;
+    PyObject *waiter;
+    bool closing;
+} ListenerObject;
+
+typedef struct {
+    PyObject_HEAD
+    struct order order;
+    PyObject *core;
+    PyObject *waiter;
+} OrderObject;
+
+static PyObject *told(PyObject *waiter, enum heard what, PyObject *about)
+{
+    return about ? Py_BuildValue("OiN", waiter, (int)what, about) : NULL;
+}
+
+/* Listener */
+
+PyObject *doors_listen(CoreObject *core, PyObject *arguments)
+{
+    int fd, direction;
+    PyObject *waiter;
+    if (!PyArg_ParseTuple(arguments, "iiO", &fd, &direction, &waiter))
+        return NULL;
+    if (!core->open)
+        return module_core_is_closed();
+    ListenerObject *self = (ListenerObject *)module_allocate(listener_type);
+    if (!self)
+        return NULL;
+    self->listener = (struct listener){.source.kind = SOURCE_LISTENER,
+                                       .core = &core->core,
+                                       .fd = fd,
+                                       .direction = direction,
+                                       .stuck = {.kind = NEWS_LISTENER_STUCK, .owner = &self->listener},
+                                       .gone = {.kind = NEWS_LISTENER_GONE, .owner = self}};
+    if (core_post(&core->core, COMMAND_LISTEN, &self->listener, NULL, 0)) {
+        Py_DECREF((PyObject *)self);
+        return PyErr_NoMemory();
+    }
+    Py_INCREF((PyObject *)core);
+    self->core = (PyObject *)core;
+    Py_INCREF(waiter);
+    self->waiter = waiter;
+    Py_INCREF((PyObject *)self); /* the core's, until it is gone */
+    return (PyObject *)self;
+}
+
+static ListenerObject *object_of(struct listener *listener)
+{
+    return (ListenerObject *)((char *)listener - offsetof(ListenerObject, listener));
+}
+
+static void listener_dealloc(PyObject *object)
+{
+    ListenerObject *self = (ListenerObject *)object;
+    Py_XDECREF(self->core);
+    Py_XDECREF(self->waiter);
+    module_release(object);
+}
+
+static PyObject *post(ListenerObject *self, enum command_kind kind)
+{
+    if (!self->closing && ((CoreObject *)self->core)->open) {
+        if (core_post(self->listener.core, kind, &self->listener, NULL, 0))
+            return PyErr_NoMemory();
+        self->closing = kind == COMMAND_UNLISTEN;
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *listener_go_on(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    return post((ListenerObject *)object, COMMAND_LISTEN);
+}
+
+static PyObject *listener_close_(PyObject *object, PyObject *unused)
+{
+    ListenerObject *self = (ListenerObject *)object;
+    (void)unused;
+    if (!self->closing && !((CoreObject *)self->core)->open) { /* its thread has ended, and will not do it */
+        self->closing = true;
+        close(self->listener.fd);
+        core_forget(self->listener.core, &self->listener.stuck);
+        Py_DECREF(object);
+        Py_RETURN_NONE;
+    }
+    return post(self, COMMAND_UNLISTEN);
+}
+
+static PyMethodDef listener_methods[] = {
+    {"go_on", listener_go_on, METH_NOARGS, "go_on()\n\nTries again, after it could accept no more."},
+    {"close", listener_close_, METH_NOARGS, "close()\n\nTakes those that still wait, and closes the socket, soon."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot listener_slots[] = {
+    {Py_tp_doc, "A listening socket in a core's hands. Must be closed."},
+    {Py_tp_dealloc, listener_dealloc},
+    {Py_tp_methods, listener_methods},
+    {0, NULL},
+};
+
+static PyType_Spec listener_spec = {
+    .name = "meshnet.relay.native._core.Listener",
+    .basicsize = sizeof(ListenerObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = listener_slots,
+};
+
+/* Called in the order of the core's news: of what a listener has accepted before it was closed, too. */
+PyObject *doors_accepted(struct accepted *accepted)
+{
+    char host[INET6_ADDRSTRLEN];
+    const struct address *source = &accepted->source;
+    inet_ntop(source->family, source->host, host, sizeof host);
+    PyObject *about = Py_BuildValue("iisi", accepted->fd, (int)source->family, host, (int)ntohs(source->port));
+    if (!about)
+        close(accepted->fd);
+    PyObject *waiter = object_of(accepted->listener)->waiter;
+    free(accepted);
+    return told(waiter, HEARD_ACCEPTED, about);
+}
+
+PyObject *doors_stuck(struct listener *listener)
+{
+    return told(object_of(listener)->waiter, HEARD_STUCK, PyLong_FromLong(listener->error));
+}
+
+/* Order */
+
+static bool parse(const char *host, int port, struct sockaddr_storage *parsed, socklen_t *size)
+{
+    struct sockaddr_in *v4 = (struct sockaddr_in *)parsed;
+    struct sockaddr_in6 *v6 = (struct sockaddr_in6 *)parsed;
+    *parsed = (struct sockaddr_storage){0};
+    if (inet_pton(AF_INET, host, &v4->sin_addr) == 1) {
+        v4->sin_family = AF_INET;
+        v4->sin_port = htons((uint16_t)port);
+        *size = sizeof *v4;
+    } else if (inet_pton(AF_INET6, host, &v6->sin6_addr) == 1) {
+        v6->sin6_family = AF_INET6;
+        v6->sin6_port = htons((uint16_t)port);
+        *size = sizeof *v6;
+    } else {
+        PyErr_Format(PyExc_ValueError, "%s is no IP address", host);
+        return false;
+    }
+    return true;
+}
+
+PyObject *doors_order(CoreObject *core, PyObject *arguments)
+{
+    int direction, original_port, target_port, local;
+    const char *source, *original, *target;
+    unsigned mark, places;
+    double patience;
+    PyObject *waiter;
+    if (!PyArg_ParseTuple(arguments, "is(si)(si)IpdIO", &direction, &source, &original, &original_port, &target,
+                          &target_port, &mark, &local, &patience, &places, &waiter))
+        return NULL;
+    if (!core->open)
+        return module_core_is_closed();
+    struct sockaddr_storage parsed;
+    socklen_t size;
+    struct order order = {.core = &core->core,
+                          .direction = direction,
+                          .mark = mark,
+                          .local = local,
+                          .patience = (uint64_t)(patience * 1e9),
+                          .places = places};
+    if (!parse(source, 0, &parsed, &size) || !address_of(&order.source, &parsed) ||
+        !parse(original, original_port, &parsed, &size) || !address_of(&order.original, &parsed) ||
+        !parse(target, target_port, &order.target, &order.target_size))
+        return NULL;
+    OrderObject *self = (OrderObject *)module_allocate(order_type);
+    if (!self)
+        return NULL;
+    self->order = order;
+    self->order.object = self;
+    Py_INCREF((PyObject *)core);
+    self->core = (PyObject *)core;
+    Py_INCREF(waiter);
+    self->waiter = waiter;
+    Py_INCREF((PyObject *)self); /* the core's, until it is done */
+    order_add(&self->order);
+    return (PyObject *)self;
+}
+
+static void order_dealloc(PyObject *object)
+{
+    OrderObject *self = (OrderObject *)object;
+    Py_XDECREF(self->core);
+    Py_XDECREF(self->waiter);
+    module_release(object);
+}
+
+static void let_go_of(struct order *order, unsigned heard)
+{
+    if (order_is_done(order, heard))
+        Py_DECREF((PyObject *)order->object); /* the core's */
+}
+
+static PyObject *order_revoked(PyObject *object, PyObject *none)
+{
+    struct order *order = &((OrderObject *)object)->order;
+    unsigned unused;
+    (void)none;
+    if (!order_revoke(order, &unused))
+        Py_RETURN_NONE;
+    PyObject *answer = PyLong_FromUnsignedLong(unused);
+    let_go_of(order, 0);
+    return answer;
+}
+
+static PyObject *order_widened(PyObject *object, PyObject *places)
+{
+    unsigned long more = PyLong_AsUnsignedLong(places);
+    if (PyErr_Occurred())
+        return NULL;
+    order_widen(&((OrderObject *)object)->order, (unsigned)more);
+    Py_RETURN_NONE;
+}
+
+static PyObject *order_state(PyObject *object, PyObject *unused)
+{
+    struct order *order = &((OrderObject *)object)->order;
+    (void)unused;
+    pthread_mutex_lock(&order->core->lock);
+    unsigned places = order->places, taken = order->taken;
+    uint64_t used_at = order->used_at;
+    pthread_mutex_unlock(&order->core->lock);
+    return Py_BuildValue("IId", places, taken, (double)used_at / 1e9);
+}
+
+static PyMethodDef order_methods[] = {
+    {"revoke", order_revoked, METH_NOARGS,
+     "revoke() -> int or None\n\n"
+     "No connection begins under it any more. How many of its places no link has; None: it was revoked before."},
+    {"widen", order_widened, METH_O, "widen(places)\n\nGives it so many more."},
+    {"state", order_state, METH_NOARGS,
+     "state() -> (places, taken, used_at)\n\nused_at in seconds, monotonic; 0: no connection has come under it."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot order_slots[] = {
+    {Py_tp_doc, "What the core does with all connections of a kind, until it is revoked."},
+    {Py_tp_dealloc, order_dealloc},
+    {Py_tp_methods, order_methods},
+    {0, NULL},
+};
+
+static PyType_Spec order_spec = {
+    .name = "meshnet.relay.native._core.Order",
+    .basicsize = sizeof(OrderObject),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = order_slots,
+};
+
+/* Links that an order began */
+
+static double seconds(const _Atomic uint64_t *nanoseconds)
+{
+    return (double)atomic_load(nanoseconds) / 1e9;
+}
+
+/* See Facts in __init__.py. */
+static PyObject *facts(struct link *link)
+{
+    return Py_BuildValue("idddKKdNNiiiNi", (int)ntohs(link->source.port), seconds(&link->opened_at),
+                         seconds(&link->connected_at), seconds(&link->ended_at),
+                         (unsigned long long)atomic_load(&link->sent),
+                         (unsigned long long)atomic_load(&link->received), seconds(&link->moved_at),
+                         PyBool_FromLong(atomic_load(&link->client_done)),
+                         PyBool_FromLong(atomic_load(&link->endpoint_done)), (int)link->reason, (int)link->ended_by,
+                         link->error, PyBool_FromLong(link->owes), link->handed_back ? link->client.fd : -1);
+}
+
+PyObject *doors_facts(PyObject *object, PyObject *unused)
+{
+    struct link *link = ((LinkObject *)object)->link;
+    (void)unused;
+    if (!link->order) {
+        PyErr_SetString(PyExc_RuntimeError, "no order began this link");
+        return NULL;
+    }
+    return facts(link);
+}
+
+PyObject *doors_begun(struct link *link)
+{
+    LinkObject *made = link->object;
+    if (made) { /* known already, so it is connected now */
+        if (!made->waiter)
+            Py_RETURN_NONE;
+        Py_INCREF(Py_None);
+        return told(made->waiter, HEARD_CONNECTED, Py_None);
+    }
+    pthread_mutex_lock(&link->core->lock);
+    bool is_over = link->ended.told;
+    pthread_mutex_unlock(&link->core->lock);
+    if (is_over) /* its end comes next, and says all */
+        Py_RETURN_NONE;
+    made = (LinkObject *)module_allocate(link_type);
+    if (!made)
+        return NULL;
+    OrderObject *order = link->order->object;
+    made->link = link;
+    made->core = order->core;
+    Py_INCREF(made->core);
+    link->object = made;
+    Py_INCREF((PyObject *)made); /* the core's */
+    return told(order->waiter, HEARD_BEGUN, (PyObject *)made);
+}
+
+/* One that Python never heard of before. */
+PyObject *doors_ended(struct link *link)
+{
+    OrderObject *order = link->order->object;
+    PyObject *waiter = order->waiter;
+    Py_INCREF(waiter);
+    PyObject *answer = told(waiter, HEARD_ENDED, facts(link));
+    Py_DECREF(waiter);
+    let_go_of(link->order, 1);
+    link_free(link);
+    return answer;
+}
+
+void doors_heard_end(struct link *link)
+{
+    if (link->order)
+        let_go_of(link->order, 1);
+}
+
+int doors_add(PyObject *module)
+{
+    listener_type = (PyTypeObject *)PyType_FromSpec(&listener_spec);
+    order_type = (PyTypeObject *)PyType_FromSpec(&order_spec);
+    if (!listener_type || !order_type ||
+        PyModule_AddObjectRef(module, "Listener", (PyObject *)listener_type))
+        return -1;
+    return PyModule_AddObjectRef(module, "Order", (PyObject *)order_type);
+}

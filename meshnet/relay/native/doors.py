@@ -1,0 +1,123 @@
+"""Connections that the core accepts: those under an order, and those that are for Python to decide about."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from meshnet.errors import EndedBy, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Direction
+from meshnet.net import sockets
+from meshnet.relay import Facts, Issuer, Outcome, Watcher
+from meshnet.relay.native.reasons import ABORTED, plain_outcome
+
+if TYPE_CHECKING:
+    from meshnet.relay.native._core import Core, Link
+    from meshnet.relay.native._core import Order as Handle
+
+_log = logging.getLogger("meshnet.relay")
+
+DIRECTIONS = tuple(Direction)
+
+
+class Door:
+    """A listening socket in the core's hands."""
+
+    def __init__(self, direction: Direction, carry: Callable[[socket.socket, Address], object]) -> None:
+        self._direction = DIRECTIONS.index(direction)
+        self._carry = carry
+        self._is_stuck = trio.Event()
+
+    async def accept_forever(self, core: "Core", listener: socket.socket) -> None:
+        """See meshnet.net.sockets.accept_forever."""
+        port = listener.getsockname()[1]
+        handle = core.listen(os.dup(listener.fileno()), self._direction, self)
+        try:
+            while True:
+                await self._is_stuck.wait()
+                self._is_stuck = trio.Event()
+                _log.error("cannot accept on port %d: no descriptors or memory left", port)
+                await trio.sleep(sockets.ACCEPT_PAUSE)
+                handle.go_on()
+        finally:
+            sockets.accept_the_rest(listener, self._carry)
+            handle.close()
+
+    def hear(self, what: int, about: tuple[int, int, str, int] | int) -> None:
+        if isinstance(about, tuple):
+            fd, _, host, port = about
+            self._carry(sockets.adopt(fd, host), sockets.peer_address((host, port)))
+        else:
+            self._is_stuck.set()
+
+
+class NativeOrder:
+    """See meshnet.relay.Order."""
+
+    __slots__ = ("_in_force", "_issuer", "handle")
+    handle: "Handle"
+
+    def __init__(self, issuer: Issuer, in_force: "set[NativeOrder]") -> None:
+        self._issuer = issuer
+        self._in_force = in_force
+        in_force.add(self)
+
+    def revoke(self) -> int | None:
+        self._in_force.discard(self)
+        return self.handle.revoke()
+
+    def widen(self, places: int) -> None:
+        self.handle.widen(places)
+
+    def state(self) -> tuple[int, int, float]:
+        return self.handle.state()
+
+    def hear(self, what: int, about: "Link | tuple[Any, ...]") -> None:
+        if isinstance(about, tuple):
+            facts = Facts(*about)  # as doors.c has them
+            self._issuer.came_and_went(facts, plain_outcome(facts.reason, facts.ended_by, facts.error))
+        else:
+            link = NativeOrderedLink(about)
+            link.watcher = self._issuer.began(link)
+
+
+class NativeOrderedLink:
+    """See meshnet.relay.OrderedLink."""
+
+    __slots__ = ("_handle", "abort_by", "abort_reason", "watcher")
+    watcher: Watcher
+
+    def __init__(self, handle: "Link") -> None:
+        self._handle = handle
+        self.abort_reason = Reason.DRAIN
+        self.abort_by = EndedBy.PROXY
+        handle.await_end(self)
+
+    @property
+    def abort(self) -> Callable[[], None] | None:
+        return self._abort
+
+    def _abort(self) -> None:
+        self._handle.abort(b"")
+
+    def live(self) -> tuple[int, int, bool, bool, float]:
+        return self._handle.counts()
+
+    def facts(self) -> Facts:
+        return Facts(*self._handle.facts())
+
+    def outcome(self) -> Outcome:
+        reason, ended_by, error = self._handle.result()[:3]
+        if reason == ABORTED:
+            return Outcome(self.abort_reason, self.abort_by)
+        return plain_outcome(reason, ended_by, error)
+
+    def hear(self, what: int, about: None) -> None:
+        self.watcher.connected()
+
+    def wake(self) -> None:
+        self.watcher.ended()

@@ -1,0 +1,117 @@
+/* Connections come in: those that an order covers are dialled here, the others are for Python. */
+#define _GNU_SOURCE
+#include "core.h"
+
+#include <errno.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+
+#define ACCEPTS_PER_TURN 64 /* then those that are open already get theirs */
+#define ORIGINAL_DST 80     /* SO_ORIGINAL_DST of linux/netfilter_ipv4.h, and IP6T_SO_ORIGINAL_DST: the same number */
+
+static bool original_of(int fd, const struct address *source, struct address *original)
+{
+    struct sockaddr_storage found = {.ss_family = source->family};
+    int level = source->family == AF_INET ? IPPROTO_IP : IPPROTO_IPV6;
+    socklen_t size = source->family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
+    return !getsockopt(fd, level, ORIGINAL_DST, &found, &size) && address_of(original, &found);
+}
+
+static void hand_over(struct listener *listener, int fd, const struct address *source)
+{
+    struct accepted *accepted = malloc(sizeof *accepted);
+    if (!accepted) {
+        close(fd);
+        return;
+    }
+    *accepted = (struct accepted){.fd = fd, .source = *source, .listener = listener, .news.kind = NEWS_ACCEPTED};
+    accepted->news.owner = accepted;
+    core_tell(listener->core, &accepted->news);
+}
+
+static void take(struct listener *listener, int fd, const struct sockaddr_storage *peer)
+{
+    struct address source, original;
+    struct order *order = NULL;
+    if (!address_of(&source, peer)) {
+        close(fd);
+        return;
+    }
+    if (original_of(fd, &source, &original))
+        order = order_take(listener->core, listener->direction, &source, &original);
+    if (order)
+        dial_begin(order, fd, &source);
+    else
+        hand_over(listener, fd, &source);
+}
+
+static void stop(struct listener *listener)
+{
+    if (listener->watched)
+        core_unwatch(listener->core, listener->fd);
+    listener->watched = false;
+}
+
+/* Whether to go on. */
+static bool accept_one(struct listener *listener)
+{
+    struct sockaddr_storage peer;
+    socklen_t size = sizeof peer;
+    int fd = accept4(listener->fd, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0) {
+        take(listener, fd, &peer);
+        return true;
+    }
+    switch (errno) {
+    case EAGAIN:
+        return false;
+    case EMFILE:
+    case ENFILE:
+    case ENOBUFS:
+    case ENOMEM:
+    case EBADF:
+    case EINVAL:
+    case ENOTSOCK:
+        /* Python says so, and tries again after a while. */
+        listener->error = errno;
+        stop(listener);
+        core_tell(listener->core, &listener->stuck);
+        return false;
+    default: /* what befell that one connection before we took it: accept(2), "Error handling" */
+        return true;
+    }
+}
+
+void listener_on_event(struct listener *listener)
+{
+    for (int accepted = 0; accepted < ACCEPTS_PER_TURN && listener->watched; accepted++) {
+        if (!accept_one(listener))
+            return;
+    }
+}
+
+/* Also after it was stuck. */
+void listener_open(struct listener *listener)
+{
+    /* Level-triggered, and of the processes that share it one is woken. */
+    struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.ptr = listener};
+    if (listener->watched)
+        return;
+    listener->watched = !epoll_ctl(listener->core->epoll, EPOLL_CTL_ADD, listener->fd, &event);
+    if (!listener->watched) {
+        listener->error = errno;
+        core_tell(listener->core, &listener->stuck);
+    }
+}
+
+/* Takes those that still wait, for the kernel has told their clients that they are connected. */
+void listener_close(struct listener *listener)
+{
+    while (listener->watched && accept_one(listener))
+        ;
+    stop(listener);
+    close(listener->fd);
+    core_tell(listener->core, &listener->gone);
+}
