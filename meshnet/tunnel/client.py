@@ -16,6 +16,9 @@ _SESSION_LIFETIME = 3600.0  # seconds; RFC 8446 allows a week, a renewed certifi
 Key = tuple[Address, str]
 """Where a tunnel leads, and the SPIFFE id that must be there."""
 
+Tickets = dict[Key, tuple[object, tls.Ticket]]
+"""The latest of each peer, with the context it was made in."""
+
 
 @dataclass(slots=True, eq=False)
 class ClientTunnel:
@@ -27,6 +30,7 @@ class ClientTunnel:
     good_until: float
     handshake_ms: float
     deadlines: Deadlines
+    tickets: Tickets
     leases: int = 0
     idle_since: float = 0.0
     pinged: bool = False
@@ -52,6 +56,7 @@ class ClientTunnel:
                 frames = wire.receive(memoryview(data))
                 for position, frame in enumerate(frames):
                     if isinstance(frame, Opened):
+                        self._keep_ticket()
                         # `data` is ours alone, so the payload views in it stay valid.
                         return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]
                     if isinstance(frame, Refused):
@@ -64,18 +69,23 @@ class ClientTunnel:
         finally:
             deadline.done()
 
+    def _keep_ticket(self) -> None:
+        """A peer gives one behind a full handshake, so before it says OPENED. Who is next need not make another."""
+        if self.is_fresh and not self.channel.resumed and (ticket := self.channel.ticket) is not None:
+            self.tickets[self.key] = (self.channel.context, ticket)
+
 
 async def connect(
     key: Key,
     credentials: tls.Credentials | None,
-    resumable: tuple[object, tls.Ticket] | None,
+    tickets: Tickets,
     *,
     secure: tls.Tls,
     deadlines: Deadlines,
     mark: int,
     timeout: float,
 ) -> ClientTunnel:
-    """A new tunnel to `key`. `resumable` is a ticket from an earlier one, with the context it was made in.
+    """A new tunnel to `key`, by the ticket of an earlier one if there is any.
 
     `timeout` seconds are for the connect, and again for the handshake.
 
@@ -88,7 +98,7 @@ async def connect(
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
     plain = await sockets.connect(address, mark=mark, timeout=timeout)
     started = time.monotonic()
-    context, ticket = resumable or (None, None)
+    context, ticket = tickets.get(key, (None, None))
     if context is not credentials.client or ticket is None or ticket.time + _SESSION_LIFETIME < time.time():
         ticket = None
     channel = await secure.connect(plain, credentials.client, ticket, timeout)
@@ -104,6 +114,7 @@ async def connect(
         good_until=min(channel.good_until, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,
         handshake_ms=(time.monotonic() - started) * 1000,
         deadlines=deadlines,
+        tickets=tickets,
     )
 
 

@@ -18,7 +18,7 @@ from meshnet.model.address import Address
 from meshnet.net import tls
 from meshnet.net.deadline import Deadlines
 from meshnet.net.strand import in_task
-from meshnet.tunnel.client import ClientTunnel, Key, connect
+from meshnet.tunnel.client import ClientTunnel, Key, Tickets, connect
 
 _HANDSHAKES_AT_ONCE = 32  # a burst to a cold peer queues here instead of starving the tunnels that already stand
 _DEMAND_LEFT = 0.9  # at each reaping: what was needed once is thought to be needed half as much half a minute later
@@ -52,7 +52,7 @@ class Pool:
         self._max_idle = max_idle
         self._idle: dict[Key, deque[ClientTunnel]] = {}
         self._leased: dict[Key, int] = {}
-        self._tickets: dict[Key, tuple[object, tls.Ticket]] = {}
+        self._tickets: Tickets = {}
         self._turns = _HANDSHAKES_AT_ONCE
         self._waiting: OrderedDict[Key, OrderedDict[_Waiter, None]] = OrderedDict()  # by peer, in the order they came
         self._demand: dict[Key, float] = {}  # the most that were leased at once, fading
@@ -76,7 +76,7 @@ class Pool:
                 tunnel = await connect(
                     key,
                     credentials,
-                    self._tickets.get(key),
+                    self._tickets,
                     secure=self._secure,
                     deadlines=self._deadlines,
                     mark=self._mark,
@@ -110,8 +110,6 @@ class Pool:
         if not reusable or not tunnel.wire.idle or len(idle) >= self._max_idle or self._is_old(tunnel):
             tunnel.channel.close()
             return
-        if tunnel.leases == 1 and (ticket := tunnel.channel.ticket) is not None:
-            self._tickets[tunnel.key] = (tunnel.channel.context, ticket)
         tunnel.idle_since = time.monotonic()
         tunnel.pinged = False  # a whole lease is an answer too, and may have overtaken the PONG
         if not self._hand_over(tunnel):

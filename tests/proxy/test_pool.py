@@ -59,6 +59,18 @@ def test_connections_at_the_same_time_have_a_tunnel_each_and_later_handshakes_ar
     wait_for(lambda: tunnels(hosts, hosts.api) == (3, 0))
 
 
+def test_a_burst_to_a_new_peer_resumes_the_session_of_a_connection_that_is_still_open(hosts: Hosts) -> None:
+    out = Records(hosts.sidecar(hosts.web))
+    with listen(hosts.api, 8080) as server:
+        clients, apps = [], []
+        for _ in range(3):
+            clients.append(hosts.web.connect(API, 8080))
+            apps.append(accept(server))
+        for client, app in zip(clients, apps, strict=True):
+            converse(client, app)
+    assert [record.tls.resumed for record in out.ended(3)] == [False, True, True]
+
+
 def test_a_tunnel_is_used_again_after_a_connection_that_was_reset(hosts: Hosts) -> None:
     out = Records(hosts.sidecar(hosts.web))
     with listen(hosts.api, 8080) as server:

@@ -235,6 +235,7 @@ struct tunnel {
     struct leg *leg; /* while leased */
     const uint8_t *cipher; /* just received, for OpenSSL to read */
     size_t cipher_size;
+    bool bloated; /* to take a ticket, OpenSSL made itself a buffer for writing, and keeps it */
     struct backlog held; /* ciphertext */
     struct mark marks[MAX_MARKS];
     int mark_count;

@@ -5,6 +5,7 @@
 #define MESHNET_LIBSSL_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 typedef struct ssl_ctx_st SSL_CTX;
 typedef struct ssl_st SSL;
@@ -24,10 +25,13 @@ typedef struct x509_st X509;
 #define SSL_CTRL_MODE 33
 #define SSL_CTRL_SET_MIN_PROTO_VERSION 123
 #define TLS1_3_VERSION 0x0304
+#define SSL_CTRL_SET_SESS_CACHE_SIZE 42
 #define SSL_CTRL_SET_SESS_CACHE_MODE 44
 #define SSL_SESS_CACHE_CLIENT_OUTSIDE 0x0301L /* SSL_SESS_CACHE_CLIENT | SSL_SESS_CACHE_NO_INTERNAL */
 #define SSL_MODE_NO_AUTO_CHAIN 0x08L
 #define SSL_MODE_RELEASE_BUFFERS 0x10L
+#define SSL_OP_NO_TICKET 0x4000
+#define SSL_SENT_SHUTDOWN 1
 #define SSL_TLSEXT_ERR_OK 0
 #define SSL_TLSEXT_ERR_ALERT_FATAL 2
 #define BIO_CTRL_FLUSH 11
@@ -45,6 +49,7 @@ typedef int alpn_select(SSL *ssl, const unsigned char **out, unsigned char *out_
     FUNCTION(ssl, SSL_CTX *, SSL_CTX_new, (const SSL_METHOD *))                                                       \
     FUNCTION(ssl, void, SSL_CTX_free, (SSL_CTX *))                                                                    \
     FUNCTION(ssl, long, SSL_CTX_ctrl, (SSL_CTX *, int, long, void *))                                                 \
+    FUNCTION(ssl, uint64_t, SSL_CTX_set_options, (SSL_CTX *, uint64_t))                                               \
     FUNCTION(ssl, void, SSL_CTX_set_verify, (SSL_CTX *, int, void *))                                                 \
     FUNCTION(ssl, int, SSL_CTX_use_certificate_chain_file, (SSL_CTX *, const char *))                                 \
     FUNCTION(ssl, int, SSL_CTX_use_PrivateKey_file, (SSL_CTX *, const char *, int))                                   \
@@ -54,9 +59,12 @@ typedef int alpn_select(SSL *ssl, const unsigned char **out, unsigned char *out_
     FUNCTION(ssl, void, SSL_CTX_set_alpn_select_cb, (SSL_CTX *, alpn_select *, void *))                               \
     FUNCTION(ssl, int, SSL_CTX_set_ciphersuites, (SSL_CTX *, const char *))                                           \
     FUNCTION(ssl, int, SSL_CTX_set_num_tickets, (SSL_CTX *, size_t))                                                  \
+    FUNCTION(ssl, int, SSL_set_num_tickets, (SSL *, size_t))                                                          \
     FUNCTION(ssl, int, SSL_CTX_set_session_id_context, (SSL_CTX *, const unsigned char *, unsigned int))              \
     FUNCTION(ssl, SSL *, SSL_new, (SSL_CTX *))                                                                        \
     FUNCTION(ssl, void, SSL_free, (SSL *))                                                                            \
+    FUNCTION(ssl, int, SSL_free_buffers, (SSL *))                                                                     \
+    FUNCTION(ssl, void, SSL_set_shutdown, (SSL *, int))                                                               \
     FUNCTION(ssl, void, SSL_set_bio, (SSL *, BIO *, BIO *))                                                           \
     FUNCTION(ssl, void, SSL_set_connect_state, (SSL *))                                                               \
     FUNCTION(ssl, void, SSL_set_accept_state, (SSL *))                                                                \

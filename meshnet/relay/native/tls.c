@@ -14,6 +14,7 @@
 
 static const unsigned char ALPN[] = "\x09meshnet/1";
 #define ALPN_SIZE 10
+#define MAX_SESSIONS 1024 /* then the oldest goes, and who would have resumed it makes a full handshake */
 static const char CIPHERS[] = "TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256";
 
 bool backlog_append(struct backlog *backlog, const void *bytes, size_t size)
@@ -83,7 +84,10 @@ static long bio_control(BIO *bio, int command, long number, void *pointer)
 static int select_alpn(SSL *ssl, const unsigned char **out, unsigned char *out_size, const unsigned char *in,
                        unsigned int in_size, void *unused)
 {
-    (void)ssl, (void)unused;
+    (void)unused;
+    /* The ticket that was resumed is good for the next one too. */
+    if (libssl.SSL_session_reused(ssl))
+        libssl.SSL_set_num_tickets(ssl, 0);
     for (unsigned int at = 0; at < in_size; at += 1u + in[at]) {
         if (in[at] == ALPN[0] && in_size - at >= ALPN_SIZE && !memcmp(in + at, ALPN, ALPN_SIZE)) {
             *out = in + at + 1;
@@ -102,6 +106,7 @@ static int keep_session(SSL *ssl, SSL_SESSION *session)
     SSL_SESSION *before = tunnel->session;
     tunnel->session = session;
     pthread_mutex_unlock(&tunnel->core->lock);
+    tunnel->bloated = true;
     if (before)
         libssl.SSL_SESSION_free(before);
     return 1;
@@ -125,7 +130,11 @@ SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundl
                 libssl.SSL_CTX_load_verify_locations(context, bundle, NULL) == 1;
     if (fine && is_server) {
         libssl.SSL_CTX_set_alpn_select_cb(context, select_alpn, NULL);
-        /* One tunnel resumes one session; a second ticket would be work for nobody. */
+        /* A ticket names a session that is kept here, instead of carrying it: what resumes it, shares it, and with it
+         * the peer's certificate.
+         */
+        libssl.SSL_CTX_set_options(context, SSL_OP_NO_TICKET);
+        libssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_SESS_CACHE_SIZE, MAX_SESSIONS, NULL);
         fine = libssl.SSL_CTX_set_num_tickets(context, 1) == 1 &&
                libssl.SSL_CTX_set_session_id_context(context, ALPN, ALPN_SIZE) == 1;
     } else if (fine) {

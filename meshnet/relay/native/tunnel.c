@@ -192,6 +192,11 @@ static void decrypt(struct tunnel *tunnel)
             ssl_error = status == SSL_ERROR_SSL ? libssl.ERR_get_error() : 0;
             break;
         }
+        /* Behind a whole record that is safe, also where CVE-2024-4741 is not fixed. */
+        if (tunnel->bloated) {
+            tunnel->bloated = false;
+            libssl.SSL_free_buffers(tunnel->ssl);
+        }
         if (tunnel->leg)
             lease_digest(tunnel->leg, core->clear + used, size);
         else
@@ -369,8 +374,11 @@ void tunnel_close(struct tunnel *tunnel)
 /* What is left when no thread knows it any more. */
 void tunnel_free(struct tunnel *tunnel)
 {
-    if (tunnel->ssl)
+    if (tunnel->ssl) {
+        if (tunnel->established) /* or OpenSSL would miss the close_notify, and never resume this session again */
+            libssl.SSL_set_shutdown(tunnel->ssl, SSL_SENT_SHUTDOWN);
         libssl.SSL_free(tunnel->ssl);
+    }
     if (!tunnel->closed && tunnel->fd >= 0)
         close(tunnel->fd);
     if (tunnel->session)

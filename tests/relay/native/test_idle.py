@@ -1,0 +1,91 @@
+"""Tunnels that stand idle: what memory they keep, and what they leave to those that come after them."""
+
+import ctypes
+import socket
+
+import pytest
+import trio
+import trio.testing
+
+from meshnet.net.tls import Channel, Ticket
+from meshnet.relay.native import NativeRelay
+from tests.relay.native.leaks import nothing_left
+from tests.relay.rig import context, tcp_pair
+
+TUNNELS = 50
+KIB = 1024
+
+
+class Mallinfo(ctypes.Structure):
+    """Of mallinfo2(3), which counts every arena."""
+
+    _fields_ = [(f"field_{number}", ctypes.c_size_t) for number in range(10)]
+
+
+def allocated() -> int:
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        pytest.skip("the C library has no mallinfo2")
+    mallinfo.restype = Mallinfo
+    found = mallinfo()
+    return int(found.field_7 + found.field_4)  # uordblks, hblkhd
+
+
+async def open_tunnel(relay: NativeRelay, ticket: Ticket | None = None) -> tuple[Channel, Channel]:
+    """Both ends. Who dialled has read everything, and written nothing since."""
+    near, far = tcp_pair()
+    served: list[Channel] = []
+
+    async def accept(sock: socket.socket) -> None:
+        served.append(await relay.tls.accept(sock, context(relay.tls, is_server=True), 10.0))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept, far)
+        dialled = await relay.tls.connect(near, context(relay.tls, is_server=False), ticket, 10.0)
+    await served[0].send_all(b"x")
+    assert await dialled.receive() == b"x"
+    return dialled, served[0]
+
+
+def close(*tunnels: tuple[Channel, Channel]) -> None:
+    for ends in tunnels:
+        for end in ends:
+            end.close()
+
+
+async def test_an_idle_tunnel_keeps_no_buffer(relay: NativeRelay) -> None:
+    first = await open_tunnel(relay)
+    before = allocated()
+    tunnels = [await open_tunnel(relay) for _ in range(TUNNELS)]
+    assert (allocated() - before) / TUNNELS < 48 * KIB  # 40, and a buffer of OpenSSL's is 16
+    close(first, *tunnels)
+
+
+async def test_tunnels_that_resumed_a_session_share_it(relay: NativeRelay) -> None:
+    first = await open_tunnel(relay)
+    before = allocated()
+    tunnels = [await open_tunnel(relay, first[0].ticket) for _ in range(TUNNELS)]
+    assert all(end.resumed for ends in tunnels for end in ends)
+    assert (allocated() - before) / TUNNELS < 32 * KIB  # with a certificate of their own at both ends: 36
+    close(first, *tunnels)
+
+
+async def test_who_resumed_a_session_is_given_no_other(relay: NativeRelay) -> None:
+    first = await open_tunnel(relay)
+    second = await open_tunnel(relay, first[0].ticket)
+    assert first[0].ticket is not None
+    assert second[0].ticket is None
+    close(first, second)
+
+
+@pytest.mark.parametrize("resumed", [0, 1])
+async def test_a_session_outlives_the_tunnels_that_had_it(relay: NativeRelay, resumed: int) -> None:
+    async with nothing_left():
+        first = await open_tunnel(relay)
+        ticket = first[0].ticket
+        close(first, *[await open_tunnel(relay, ticket) for _ in range(resumed)])
+        del first
+    await trio.testing.wait_all_tasks_blocked()
+    second = await open_tunnel(relay, ticket)
+    assert second[0].resumed
+    close(second)
