@@ -1,6 +1,7 @@
 """Services, their endpoints, and how traffic to them is treated."""
 
 import enum
+import sys
 
 import msgspec
 
@@ -83,7 +84,7 @@ class Endpoint(Model, frozen=True, kw_only=True, gc=False):
 
     @property
     def name(self) -> str:
-        return str(self.address)
+        return sys.intern(str(self.address))  # one for all of its connections
 
     @property
     def tunnel_address(self) -> Address:
@@ -104,7 +105,7 @@ class ServicePort(Model, frozen=True, kw_only=True, gc=False):
     def name(self) -> str:
         """`service:port`; with `namespace/` before it unless that is `default`."""
         prefix = "" if self.namespace == "default" else f"{self.namespace}/"
-        return f"{prefix}{self.service}:{self.port}"
+        return sys.intern(f"{prefix}{self.service}:{self.port}")  # as an endpoint's
 
 
 class Action(enum.StrEnum):

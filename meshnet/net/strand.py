@@ -55,14 +55,14 @@ class Strand:
         before, _current = _current, self
         try:
             trap = self._life.send(None)
-            while type(trap) is not Wait and trap is not _NEEDS_TASK:
+            while not isinstance(trap, Wait) and trap is not _NEEDS_TASK:
                 trap = self._life.throw(RuntimeError("a strand must await in_task() before it awaits trio"))
         except StopIteration:
             self._strands.running.discard(self)
             return
         finally:
             _current = before
-        if type(trap) is Wait:
+        if isinstance(trap, Wait):
             self._waits = True
             trap.strand = self
         else:
@@ -93,8 +93,12 @@ class Wait:
             self.strand.go_on()
 
     def __await__(self) -> Generator[Any, Any, None]:
-        if not self.is_done:
-            yield self
+        return self  # type: ignore[return-value] # any iterator does, and a generator is another object
+
+    def __next__(self) -> "Wait":
+        if self.is_done:
+            raise StopIteration
+        return self
 
 
 def on_strand() -> bool:

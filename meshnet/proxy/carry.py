@@ -1,7 +1,6 @@
 """The last step that outbound and inbound lives share: both legs are up, the bytes move, and it ends."""
 
 import time
-from collections.abc import Sequence
 
 from meshnet.codec.frames import Frame
 from meshnet.errors import Phase
@@ -16,14 +15,14 @@ async def relay(
     endpoint: EndpointLeg,
     record: Record,
     state: ProxyState,
-    early_frames: Sequence[Frame] = (),
+    early_frames: list[Frame] | None = None,
 ) -> Outcome:
     """Moves the bytes until both directions are over; the record says how it ended, and `endpoint` is released."""
     reusable = False
     try:
         record.connected = time.monotonic()
         record.phase = Phase.DATA
-        record.link = Link(client, endpoint.leg, to_endpoint=endpoint.early, early_frames=early_frames)
+        record.link = Link(client, endpoint.leg, to_endpoint=endpoint.early, early_frames=early_frames or [])
         mover = state.relays.choose(record.link)
         record.relay = mover.name
         state.registry.connected(record)

@@ -142,7 +142,7 @@ class ServedTunnel:
         except (OSError, ConnectionFailed, TunnelError):
             return None
 
-    async def opened(self) -> Sequence[Frame]:
+    async def opened(self) -> list[Frame]:
         """Says OPENED; the frames that came right behind OPEN. Raises OSError."""
         await self.channel.send_all(self.wire.opened())
         early, self._early = self._early, []

@@ -59,7 +59,7 @@ class TunnelLeg:
 class Link:
     """Both legs, up. The two `early` fields hold bytes that were read before the hand-over, still to be delivered.
 
-    Frames that came with OPENED or OPEN go to `early_frames` (payloads copied), in order. While `run` runs,
+    Frames that came with OPENED or OPEN go to `early_frames`, in order; `run` takes them out. While `run` runs,
     `abort` ends the link from outside: as a cancel does, but `run` returns. Who aborts or cancels may set
     `abort_reason` and `abort_by` first: they are what the peer sidecar is told. `outcome` is set when `run` is over,
     also when it raises.
@@ -69,7 +69,7 @@ class Link:
     endpoint: PlainLeg | TunnelLeg
     to_client: bytes = b""
     to_endpoint: bytes = b""
-    early_frames: Sequence[Frame] = ()
+    early_frames: list[Frame] = field(default_factory=list)
     abort_reason: Reason = Reason.DRAIN
     abort_by: EndedBy = EndedBy.PROXY
     abort: Callable[[], None] | None = None

@@ -286,6 +286,8 @@ class RelayContract:
             await it.server.send_all(b" as usual")
             assert await read_exactly(it.client, 14) == b"hello as usual"
             assert await read_exactly(it.server, 100_009) == before + b" and more"
+            link = it.first.link
+            assert (link.to_client, link.to_endpoint) == (b"", b""), "kept by a connection that may live long"
 
     async def test_two_hundred_connections_at_once(self, relay: Relay, rig: RigMaker) -> None:
         async with contextlib.AsyncExitStack() as stack:

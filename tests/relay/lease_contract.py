@@ -82,6 +82,7 @@ class LeaseContract:
 
         async with rig(relay, prepare=prepare) as it:
             assert await read_all(it.app) == b"first, ok"
+            assert not it.run.link.early_frames, "kept by a connection that may live long"
             await it.app.send_eof()
             assert await it.peer.read() == Fin()
             assert (await it.run.result()).reusable

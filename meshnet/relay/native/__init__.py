@@ -46,19 +46,29 @@ except ImportError as error:
     MISSING = f"not built: {error}"
 
 
-class _Waiter:
+class _Waiter(Wait):
     """Who waits for the end of one link: a strand, or a task that can be cancelled."""
 
-    __slots__ = ("raise_cancel", "task", "wait")
+    __slots__ = ("handle", "link", "raise_cancel", "task")
+    handle: "_core.Link"
 
-    def __init__(self) -> None:
-        self.wait = Wait()
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.link = link
         self.task: trio.lowlevel.Task | None = None
         self.raise_cancel: trio.lowlevel.RaiseCancelT | None = None
 
+    def abort(self) -> None:
+        self.handle.abort(_reset_payload(self.link.abort_reason))
+
+    def cancel(self, raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+        self.raise_cancel = raise_cancel
+        self.abort()
+        return trio.lowlevel.Abort.FAILED
+
     def wake(self) -> None:
         if self.task is None:
-            self.wait.done()
+            self.done()
         elif self.raise_cancel is not None:
             trio.lowlevel.reschedule(self.task, outcome.capture(self.raise_cancel))
         else:
@@ -110,9 +120,9 @@ class NativeRelay:
         """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
         if not self._cores:
             raise RuntimeError("the relay is not started")
-        waiter = _Waiter()
+        waiter = _Waiter(link)
         early = _Early(link)
-        handle = self._cores[0].start(
+        handle = waiter.handle = self._cores[0].start(
             _leg(link.client),
             _leg(link.endpoint),
             early.to_client,
@@ -125,25 +135,17 @@ class NativeRelay:
         for leg in (link.client, link.endpoint):
             if isinstance(leg, PlainLeg):
                 leg.sock.detach()
+        early.forget(link)
         tally.live = handle.counts
-
-        def abort() -> None:
-            handle.abort(_reset_payload(link.abort_reason))
-
-        def cancel(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
-            waiter.raise_cancel = raise_cancel
-            abort()
-            return trio.lowlevel.Abort.FAILED
-
-        link.abort = abort
+        link.abort = waiter.abort
         if early.reset:
             handle.abort(early.reset)
         if on_strand():
-            await waiter.wait
+            await waiter
             return _end(link, tally, handle, early)
         waiter.task = trio.lowlevel.current_task()
         try:
-            await trio.lowlevel.wait_task_rescheduled(cancel)
+            await trio.lowlevel.wait_task_rescheduled(waiter.cancel)
         finally:
             _end(link, tally, handle, early)
         assert link.outcome is not None
@@ -183,6 +185,8 @@ class NativeRelay:
 class _Early:
     """What a link begins with: bytes for both legs, and how far the tunnel's peer is with its half of the lease."""
 
+    __slots__ = ("leg", "received_end", "reset", "to_client", "to_endpoint", "unread")
+
     def __init__(self, link: Link) -> None:
         to_application = b"".join(bytes(frame.payload) for frame in link.early_frames if isinstance(frame, Data))
         client_is_tunnel = isinstance(link.client, TunnelLeg)
@@ -198,6 +202,11 @@ class _Early:
             elif isinstance(frame, Reset):
                 self.received_end = Kind.RESET
                 self.reset = _reset_payload(frame.reason)
+
+    def forget(self, link: Link) -> None:
+        """The core has its own copies, for as long as it needs them."""
+        self.to_client = self.to_endpoint = self.unread = link.to_client = link.to_endpoint = b""
+        link.early_frames.clear()
 
 
 def _leg(leg: PlainLeg | TunnelLeg) -> "int | Tunnel":

@@ -191,6 +191,8 @@ static PyObject *tunnel_adopted(PyObject *object, PyObject *core)
     self->tunnel.core = &((CoreObject *)core)->core;
     if (!post(self, COMMAND_ADOPT, NULL, 0))
         return NULL;
+    free(self->tunnel.certificate.bytes); /* it has been looked at */
+    self->tunnel.certificate = (struct backlog){0};
     Py_RETURN_NONE;
 }
 
@@ -257,8 +259,8 @@ static PyObject *tunnel_peer(PyObject *object, PyObject *unused)
     TunnelObject *self = (TunnelObject *)object;
     struct tunnel *tunnel = &self->tunnel;
     (void)unused;
-    if (!self->established) {
-        PyErr_SetString(PyExc_RuntimeError, "the handshake is not over");
+    if (!self->established || self->adopted) {
+        PyErr_SetString(PyExc_RuntimeError, "only between the end of the handshake and adopt");
         return NULL;
     }
     return Py_BuildValue("y#ssN", (const char *)tunnel->certificate.bytes, (Py_ssize_t)tunnel->certificate.size,
@@ -329,7 +331,8 @@ static PyMethodDef tunnel_methods[] = {
     {"state", tunnel_state, METH_NOARGS,
      "state() -> (established, lost, errno, verify, verify_text, ssl_reason, ssl_text)\n\n"
      "`verify` is X509_V_ERR_*, `ssl_reason` SSL_R_*, each 0 without an error."},
-    {"peer", tunnel_peer, METH_NOARGS, "peer() -> (certificate, version, cipher, resumed)\n\nOnce established; DER."},
+    {"peer", tunnel_peer, METH_NOARGS,
+     "peer() -> (certificate, version, cipher, resumed)\n\nOnce established, and before `adopt`; DER."},
     {"session", tunnel_session, METH_NOARGS, "session() -> Session or None\n\nThe latest that the peer gave us."},
     {"shut", tunnel_shut, METH_NOARGS, "shut()\n\nshutdown(2): an end of file for whoever reads."},
     {"close", tunnel_closed, METH_NOARGS, "close()\n\nFor good; within a link, that is reset."},

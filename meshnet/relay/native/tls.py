@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,6 +23,18 @@ _HUNG_UP = frozenset({0, errno.ECONNRESET, errno.EPIPE})
 
 class NativeChannel:
     """See meshnet.net.tls.Channel. Its `wake` is called in trio's thread when the core has news of it."""
+
+    __slots__ = (
+        "__weakref__",
+        "_tunnel",
+        "_waiting",
+        "cipher",
+        "context",
+        "good_until",
+        "identity",
+        "resumed",
+        "version",
+    )
 
     def __init__(self, context: object) -> None:
         self.context = context
@@ -71,7 +84,8 @@ class NativeChannel:
                 if state[1]:
                     raise handshake_timeout(timeout, is_client) if deadline.passed else _failure(state)
                 await self._news()
-            certificate, self.version, self.cipher, self.resumed = self.tunnel.peer()
+            certificate, version, cipher, self.resumed = self.tunnel.peer()
+            self.version, self.cipher = sys.intern(version), sys.intern(cipher)
             self.identity, self.good_until = peer_identity(certificate)
             self.tunnel.adopt(relay)
         except BaseException:

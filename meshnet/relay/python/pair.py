@@ -46,6 +46,8 @@ class Pair:
         for side in (self._client, self._endpoint):
             if isinstance(side, TunnelSide):
                 side.accept(self.link.early_frames)
+        self.link.to_client = self.link.to_endpoint = b""
+        self.link.early_frames.clear()
         self._watch()
 
     def leave(self, loop: "RelayLoop") -> None:
