@@ -18,7 +18,9 @@ import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
+from meshnet.decide.pauses import Pauses
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.admin import GROUP, Accepted, Drain, GetStatus, Status
 from meshnet.model.settings import Settings
@@ -28,10 +30,9 @@ from meshnet_cli.configuration import DEFAULT_CONFIG, read_settings
 from meshnet_cli.main import EXIT_CONFIG
 
 LOG_SIZE, LOG_FILES = 10_000_000, 3
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.2, 30.0  # seconds before a sidecar that died is started again
 _LOOK_EVERY = 0.5  # seconds between looks at meshnet.toml meanwhile
 _END_TIMEOUT = 10.0  # seconds beyond the drain
-_STEADY = 60.0  # seconds alive after which the next death is the first again
+_LAST_WORDS = 0.5  # seconds; what a sidecar that has ended had printed is there, unless its workers live on
 _CANNOT_RUN = 127  # what a shell says of a program that is not there
 
 _ENDED = "supervise: the sidecar ended with "
@@ -247,16 +248,15 @@ class Supervisor:
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        pause = _FIRST_PAUSE
+        pauses = Pauses()
         while True:
             read, started = _version(self._config), time.monotonic()
             code = self._run_once()
             if code == 0 or self._ending.is_set():
                 return code
-            if time.monotonic() - started > _STEADY:
-                pause = _FIRST_PAUSE
+            pause = pauses.after(time.monotonic() - started)
             # A configuration that cannot work does not get better by being tried often.
-            wait = _LONGEST_PAUSE if code == EXIT_CONFIG else pause
+            wait = Pauses.LONGEST if code == EXIT_CONFIG else pause
             self._log.error("%s%d; again in %.1f s", _ENDED, code, wait)
             if code == EXIT_CONFIG:
                 self._log.error(
@@ -267,7 +267,6 @@ class Supervisor:
             self._wait(wait, read)
             if self._ending.is_set():
                 return code
-            pause = min(pause * 2, _LONGEST_PAUSE)
 
     def _run_once(self) -> int:
         try:
@@ -280,9 +279,17 @@ class Supervisor:
         if self._ending.is_set():  # the signal came while there was nobody to pass it on to
             self._child.terminate()
         assert self._child.stdout is not None
-        for line in self._child.stdout:
-            self._log.info("%s", line.decode("utf-8", "backslashreplace").rstrip("\n"))
-        return self._child.wait()
+        keeper = threading.Thread(target=self._keep, args=(self._child.stdout,), daemon=True)
+        keeper.start()
+        code = self._child.wait()
+        # The workers of one that was killed have its output as long as they drain; nobody waits for that.
+        keeper.join(_LAST_WORDS)
+        return code
+
+    def _keep(self, output: IO[bytes]) -> None:
+        with output:
+            for line in output:
+                self._log.info("%s", line.decode("utf-8", "backslashreplace").rstrip("\n"))
 
     def _wait(self, seconds: float, read: object) -> None:
         """Until the time is over, a signal comes, or meshnet.toml is no longer what it was when the sidecar read it."""

@@ -1,0 +1,40 @@
+"""What one of several workers may take of the limits: each counts its own connections, and together they keep them."""
+
+from msgspec import structs
+
+from meshnet.model.service import Limits, ServicePort
+from meshnet.model.snapshot import Snapshot
+
+
+def share_of(limits: Limits, workers: int) -> Limits:
+    """Every number of `limits` divided by `workers`, rounded up, so that none becomes 0, which means no limit."""
+    return structs.replace(
+        limits,
+        max_connections=_part(limits.max_connections, workers),
+        max_pending=_part(limits.max_pending, workers),
+        max_connections_per_endpoint=_part(limits.max_connections_per_endpoint, workers),
+    )
+
+
+def share_of_mesh(snapshot: Snapshot, workers: int) -> Snapshot:
+    """The same mesh, with the limits that one of its `workers` keeps."""
+    made: dict[int, ServicePort] = {}  # by id(): a service port is one object wherever a snapshot has it
+
+    def mine(service: ServicePort) -> ServicePort:
+        if id(service) not in made:
+            traffic = structs.replace(service.traffic, limits=share_of(service.traffic.limits, workers))
+            made[id(service)] = structs.replace(service, traffic=traffic)
+        return made[id(service)]
+
+    return structs.replace(
+        snapshot,
+        services=tuple(map(mine, snapshot.services)),
+        by_address={address: mine(service) for address, service in snapshot.by_address.items()},
+        by_endpoint={
+            address: (mine(service), endpoint) for address, (service, endpoint) in snapshot.by_endpoint.items()
+        },
+    )
+
+
+def _part(limit: int, workers: int) -> int:
+    return -(-limit // workers)
