@@ -9,7 +9,7 @@ file moves the whole run into namespaces of its own before anything else starts,
 
 import resource
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import trio
@@ -70,9 +70,9 @@ def mesh(world: World) -> Mesh:
     return Mesh(world)
 
 
-def into_the_mesh(mesh: Mesh, hosts: Iterable[Host]) -> None:
+def into_the_mesh(mesh: Mesh, hosts: Iterable[Host], **sections: dict[str, Any]) -> None:
     """A sidecar on each of them, ready, and the redirect rules: quicker than one after the other by commands."""
-    sidecars = [mesh.sidecar(host, start=False) for host in hosts]
+    sidecars = [mesh.sidecar(host, start=False, **sections) for host in hosts]
     for sidecar in sidecars:
         sidecar.spawn()
     for sidecar in sidecars:

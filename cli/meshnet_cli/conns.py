@@ -24,6 +24,7 @@ from meshnet_cli.output import (
     printable,
     sort_option,
     table_options,
+    warn,
 )
 from meshnet_cli.table import NOTE_INDENT, aligned, cell_colors
 
@@ -161,6 +162,8 @@ def command(
 
     reach = max(recent, since or 0.0)
     answer = ask(socket_path, ListConnections(recent=reach, all=everything), ConnectionList, timeout=timeout)
+    if silent := answer.metadata.silent_workers:
+        warn(f"workers that did not answer: {silent}; what they have is missing here (see meshnet status)")
     if since is not None:
         wanted = Filter((*wanted.wanted, (filters.since(since, answer.metadata.generated_at),)), wanted.unwanted)
     matching = [connection for connection in answer.items if wanted(connection)]

@@ -31,6 +31,7 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "FAILS": lambda endpoint: str(endpoint.failures),
     "EJECTED_FOR": lambda endpoint: age(endpoint.open_for_seconds) if endpoint.breaker == "open" else "-",
     "LAST_ERROR": lambda endpoint: endpoint.last_error or "-",
+    "WORKERS": lambda endpoint: str(endpoint.workers) if endpoint.workers else "-",
     "IDENTITY": lambda endpoint: endpoint.identity or "-",
 }
 WIDE = tuple(COLUMNS)
@@ -65,7 +66,8 @@ def command(
 ) -> None:
     """Endpoints behind each service: healthy or ejected, and why.
 
-    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it.
+    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. Where there are
+    workers, each judges for itself: STATE is the worst of theirs, and WORKERS says how many see it so.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     answer = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)

@@ -18,13 +18,10 @@ def command(config: str | None) -> None:
     """
     settings = read_settings(config)
 
-    import logging
-
     import trio
 
     from meshnet.proxy.app import run
+    from meshnet.proxy.log import log_to_stderr
 
-    logging.basicConfig(
-        level=settings.log.level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    log_to_stderr(settings.log.level)
     trio.run(run, settings)

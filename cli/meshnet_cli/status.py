@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status
+from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status, WorkerStatus
 from meshnet_cli import lock
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.output import age, output_options, print_as, printable
@@ -49,6 +49,8 @@ def _rows(status: Status) -> Iterator[tuple[str, str]]:
         "connections",
         f"{status.open_connections} open, {status.opened_total} opened, {status.failed_total} failed since it started",
     )
+    for at, worker in enumerate(status.workers):
+        yield "" if at else "workers", _worker(worker)
     yield from _certificate(status.certificate)
     yield from _config(status.config)
     yield "relay", ", ".join(status.relay.in_use) or "none"
@@ -58,6 +60,19 @@ def _rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "" if at else "tunnels", f"{tunnel.peer}: {tunnel.idle} idle, {tunnel.leased} in use"
     if not status.tunnels:
         yield "tunnels", "none"
+
+
+def _worker(worker: WorkerStatus) -> str:
+    deaths = _count(worker.deaths, "death") if worker.deaths else ""
+    if worker.problem:
+        parts = [worker.problem, f"pid {worker.pid}" if worker.pid else "", deaths]
+    else:
+        parts = [
+            f"pid {worker.pid}, {_count(worker.open_connections, 'connection')} open, up {age(worker.uptime_seconds)}",
+            "" if worker.ready else "not ready",
+            deaths,
+        ]
+    return f"{worker.number}: " + ", ".join(filter(None, parts))
 
 
 def _certificate(certificate: CertificateStatus) -> Iterator[tuple[str, str]]:

@@ -143,6 +143,7 @@ def _value_problems(settings: Settings) -> list[Problem]:
         taken[port] = path
     fields.number(("proxy", "mark"), proxy.mark, 1, 2**32 - 1)
     fields.number(("proxy", "relay_threads"), proxy.relay_threads, 1, 1024)
+    fields.number(("proxy", "workers"), proxy.workers, 1, 64)
     fields.duration(("proxy", "drain_timeout"), proxy.drain_timeout, zero=True)
     try:
         ipaddress.ip_address(admin.health_address)

@@ -36,7 +36,17 @@ class Drain(Shape, frozen=True, tag="drain"):
     timeout: float = 30.0
 
 
-Request = ListConnections | FollowConnections | ExplainConnection | GetStatus | ListEndpoints | Drain
+class Reload(Shape, frozen=True, tag="reload"):
+    """Read the mesh files again; answered at once."""
+
+
+class GetMetrics(Shape, frozen=True, tag="metrics"):
+    """What /metrics is made of, in numbers."""
+
+
+Question = ListConnections | ExplainConnection | GetStatus | ListEndpoints | Drain | Reload | GetMetrics
+"""It has one answer."""
+Request = Question | FollowConnections
 
 
 class ConnectionListMetadata(Shape, frozen=True):
@@ -45,6 +55,7 @@ class ConnectionListMetadata(Shape, frozen=True):
     open: int
     failed: int
     plaintext: int
+    silent_workers: int = 0  # that did not answer: what they have is missing
 
 
 class ConnectionList(Shape, frozen=True):
@@ -92,6 +103,18 @@ class TunnelStatus(Shape, frozen=True):
     leased: int
 
 
+class WorkerStatus(Shape, frozen=True):
+    """One of several processes that share a sidecar's listeners. `pid` is 0 while it is not running."""
+
+    number: int
+    pid: int
+    ready: bool
+    open_connections: int
+    deaths: int  # how often it was started again
+    uptime_seconds: float
+    problem: str = ""
+
+
 class Status(Shape, frozen=True):
     node: str
     version: str
@@ -111,6 +134,7 @@ class Status(Shape, frozen=True):
     # What keeps its own connections out of the rules; None where a sidecar does not say, mark 0 where it may not mark.
     mark: int | None = None
     gid: int | None = None
+    workers: tuple[WorkerStatus, ...] = ()  # of the parent of several; then the rest is of all of them together
     api_version: str = "meshnet.dev/v1"
     kind: str = "Status"
 
@@ -127,6 +151,7 @@ class EndpointView(Shape, frozen=True):
     failures: int  # consecutive
     open_for_seconds: float = 0.0
     last_error: str = ""
+    workers: int = 0  # how many workers say so of the breaker, which each has of its own; 0 without workers
 
 
 class EndpointList(Shape, frozen=True):
@@ -135,10 +160,31 @@ class EndpointList(Shape, frozen=True):
     kind: str = "EndpointList"
 
 
+class Sample(Shape, frozen=True):
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+class Family(Shape, frozen=True):
+    """A metric as Prometheus has it; `type` is counter, gauge or histogram."""
+
+    name: str
+    type: str
+    help: str
+    samples: tuple[Sample, ...]
+
+
+class FamilyList(Shape, frozen=True):
+    items: tuple[Family, ...] = ()
+    kind: str = "FamilyList"
+
+
 class Accepted(Shape, frozen=True):
-    """The answer to a request that only does something."""
+    """The answer to a request that only does something. `connections`: how many it is done to."""
 
     message: str = ""
+    connections: int = 0
     kind: str = "Accepted"
 
 

@@ -18,6 +18,7 @@ class ProxySection(Section, frozen=True):
     mark: int = 0x1000
     relay: Literal["auto", "native", "python"] = "auto"  # auto: the fastest that is there
     relay_threads: int = 1  # of the Python relay
+    workers: int = 1  # processes that share the listeners
     drain_timeout: str = "30s"
 
 

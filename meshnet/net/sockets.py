@@ -63,6 +63,14 @@ def listen(host: str, port: int) -> socket.socket | None:
     return sock
 
 
+def inherited(descriptor: int) -> socket.socket:
+    """A listener that another process has made with `listen`; nothing that this process starts gets it."""
+    sock = socket.socket(fileno=descriptor)
+    sock.setblocking(False)
+    sock.set_inheritable(False)
+    return sock
+
+
 async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
     """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors.
 

@@ -7,44 +7,49 @@ import grp
 import logging
 import os
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Protocol
 
 import msgspec
 import trio
 
 from meshnet.model.admin import (
     GROUP,
-    Accepted,
-    ConnectionList,
-    ConnectionListMetadata,
+    ConnectionEvent,
     Drain,
-    ExplainConnection,
     FollowConnections,
-    GetStatus,
-    ListConnections,
-    ListEndpoints,
+    Question,
     Refused,
+    Reload,
     Request,
     decode_request,
 )
-from meshnet.model.connection import Security, Shape
-from meshnet.proxy import status
-from meshnet.proxy.explain import trace
-from meshnet.proxy.registry import Follower
-from meshnet.proxy.state import ProxyState
+from meshnet.model.connection import Shape
 
 _log = logging.getLogger("meshnet.admin")
 
 _MAX_REQUEST = 65536
 
 
+class Answers(Protocol):
+    """Who knows: one process, or the parent of several."""
+
+    async def answer(self, question: Question) -> Shape: ...
+
+    def follow(self) -> AbstractAsyncContextManager[AsyncIterable[ConnectionEvent]]:
+        """First every open connection, then events as they come."""
+
+    async def not_ready_because(self) -> tuple[str, ...]:
+        """Empty when the sidecar can do its work."""
+
+    async def scrape(self) -> bytes:
+        """The metrics as Prometheus reads them."""
+
+
 class AdminServer:
-    def __init__(self, state: ProxyState, listeners: Mapping[str, str], drain: Callable[[float], None]) -> None:
-        self._state = state
-        self._listeners = listeners
-        self._drain = drain
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
 
     async def handle(self, stream: trio.SocketStream) -> None:
         async with stream:
@@ -62,59 +67,23 @@ class AdminServer:
             await _send(stream, Refused(error=f"not a request: {error}", fix="use the same version of meshnet"))
             return
         match request:
-            case ListConnections(recent=recent, all=everything):
-                await _send(stream, self._connections(recent, everything))
             case FollowConnections():
                 await self._follow(stream)
-            case ExplainConnection(id=connection_id):
-                await _send(stream, self._explain(connection_id))
-            case GetStatus():
-                await _send(stream, status.status(self._state, self._listeners))
-            case ListEndpoints(service=service):
-                await _send(stream, status.endpoints(self._state, service))
-            case Drain() if not _may_change(stream):
-                only = "only root and the sidecar's own user may end it"
+            case Drain() | Reload() if not _may_change(stream):
+                only = "only root and the sidecar's own user may end it, or have it read its files"
                 await _send(stream, Refused(error=only, fix="sudo meshnet down"))
-            case Drain(timeout=timeout):
-                self._drain(timeout)
-                await _send(stream, Accepted(message=f"draining {len(self._state.registry.open)} connections"))
-
-    def _connections(self, recent: float, everything: bool) -> ConnectionList:
-        items = tuple(record.view() for record in self._state.registry.listing(recent=recent, everything=everything))
-        still_open = [item for item in items if item.reason is None]
-        return ConnectionList(
-            metadata=ConnectionListMetadata(
-                node=status.node_name(),
-                generated_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-                open=len(still_open),
-                failed=len([item for item in items if item.reason is not None and item.reason.code != "ok"]),
-                plaintext=len([item for item in still_open if item.tls.mode is Security.PLAIN]),
-            ),
-            items=items,
-        )
-
-    def _explain(self, connection_id: str) -> Shape:
-        record = self._state.registry.find(connection_id)
-        if record is None:
-            kept = self._state.settings.admin.recent
-            return Refused(
-                error=f"no connection {connection_id} here",
-                fix=f"meshnet conns --all lists the open ones and the last {kept}",
-            )
-        return record.view(trace=trace(record))
+            case _:
+                await _send(stream, await self._answers.answer(request))
 
     async def _follow(self, stream: trio.SocketStream) -> None:
         """Until the reader hangs up. Its end is noticed by reading, for it may be long until there is an event."""
-        follower = self._state.registry.follow()
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_pass_on, follower, stream)
+            async with self._answers.follow() as events, trio.open_nursery() as nursery:
+                nursery.start_soon(_pass_on, events, stream)
                 await stream.receive_some(1)
                 nursery.cancel_scope.cancel()
         except* (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
-        finally:
-            self._state.registry.unfollow(follower)
 
 
 @asynccontextmanager
@@ -161,8 +130,8 @@ async def _somebody_listens(path: str) -> bool:
     return True
 
 
-async def _pass_on(follower: Follower, stream: trio.SocketStream) -> None:
-    async for event in follower.receive:
+async def _pass_on(events: AsyncIterable[ConnectionEvent], stream: trio.SocketStream) -> None:
+    async for event in events:
         await _send(stream, event)
 
 

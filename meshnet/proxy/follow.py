@@ -7,7 +7,6 @@ seconds finds what events miss (a link to a file elsewhere, a network file syste
 import hashlib
 import os
 import stat
-import sys
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from watchfiles import Change, awatch
 from meshnet.codec.snapshot import decode_snapshot, encode_snapshot
 from meshnet.errors import ConfigError
 from meshnet.model.snapshot import Snapshot
+from meshnet.proxy import program
 from meshnet.proxy.directory import Fingerprint, Refusal, fingerprint, is_resource_file, load_directory
 
 _READER = "meshnet.proxy.directory"  # a program too
@@ -110,11 +110,11 @@ async def _read_elsewhere(directory: str, version: int) -> tuple[Snapshot, bytes
     """The snapshot of `directory`, read by a program of its own, and its digest. Raises ConfigError."""
     try:
         done = await trio.run_process(
-            [sys.executable, "-m", _READER, directory],
+            program.command(_READER, directory),
             capture_stdout=True,
             check=False,
             start_new_session=True,  # a Ctrl-C is for us
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env=program.environment(),
         )
     except OSError as error:
         raise ConfigError(f"cannot be read, for no program can be started: {error.strerror}", file=directory) from None

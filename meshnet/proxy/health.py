@@ -4,9 +4,7 @@ import h11
 import trio
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from meshnet.proxy.metrics import Metrics
-from meshnet.proxy.state import ProxyState
-from meshnet.proxy.status import not_ready_because
+from meshnet.proxy.admin import Answers
 
 _IDLE_TIMEOUT = 30.0  # seconds a client may be silent
 _RECEIVE_SIZE = 8192
@@ -15,9 +13,8 @@ Answer = tuple[int, str, bytes]
 
 
 class HealthServer:
-    def __init__(self, state: ProxyState, metrics: Metrics) -> None:
-        self._state = state
-        self._metrics = metrics
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """Serves one HTTP/1.1 connection, request after request."""
@@ -44,11 +41,11 @@ class HealthServer:
         if method not in (b"GET", b"HEAD"):
             return 405, "text/plain", b"only GET\n"
         if path == b"/metrics":
-            return 200, CONTENT_TYPE_LATEST, await self._metrics.scrape()
+            return 200, CONTENT_TYPE_LATEST, await self._answers.scrape()
         if path == b"/healthz":
             return 200, "text/plain", b"ok\n"
         if path == b"/readyz":
-            problems = not_ready_because(self._state)
+            problems = await self._answers.not_ready_because()
             return (
                 (503, "text/plain", "\n".join(problems).encode() + b"\n") if problems else (200, "text/plain", b"ok\n")
             )

@@ -1,10 +1,13 @@
 """The access log: one line per finished connection, written by a thread, so that a stuck reader stops nobody."""
 
+import fcntl
 import logging
 import os
+import select
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -18,6 +21,12 @@ _GATHER = 0.05  # seconds; lines of one such while are one write, and one wake-u
 _WAITING_LINES = 10_000  # a reader slower than this loses lines, and is told how many
 
 Format = Literal["json", "text", "off"]
+
+
+def log_to_stderr(level: str, who: str = "") -> None:
+    """What is no access log. `who` is put before each line's text, where several processes write."""
+    form = f"%(asctime)s %(levelname)s %(name)s {who}%(message)s"
+    logging.basicConfig(level=level.upper(), format=form, force=True)
 
 
 def access_format(setting: str) -> Format:
@@ -37,11 +46,16 @@ class AccessLog:
     """Call it with each ended record. A context manager; what waits is written before it closes.
 
     Its thread makes the lines, many at a time: that costs half of what it does one by one between other work.
+
+    `lock` is a file that every process has open which writes to the same `descriptor`: a pipe keeps together what is
+    written at once only up to PIPE_BUF (pipe(7)). With it, so much is written at once and no more: who is killed then
+    leaves no half of a line for the next one's to begin in.
     """
 
-    def __init__(self, form: Format, descriptor: int = 1) -> None:
+    def __init__(self, form: Format, descriptor: int = 1, lock: int | None = None) -> None:
         self._encode = _text if form == "text" else msgspec.json.encode
         self._descriptor = descriptor
+        self._lock = lock
         self._waiting: deque[Ended] = deque()
         self._lost = 0
         self._wake = threading.Event()
@@ -84,9 +98,32 @@ class AccessLog:
                 lines.append(b'{"kind":"LinesLost","count":%d}\n' % lost)
                 self._lost -= lost
             try:
-                _write_all(self._descriptor, b"".join(lines))
+                self._write(lines)
             except OSError:
                 return  # nobody reads any more; the proxy goes on
+
+    def _write(self, lines: Sequence[bytes]) -> None:
+        if self._lock is None:
+            _write_all(self._descriptor, b"".join(lines))
+            return
+        fcntl.lockf(self._lock, fcntl.LOCK_EX)
+        try:
+            for piece in _pieces(lines):
+                _write_all(self._descriptor, piece)
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN)
+
+
+def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
+    """As many whole lines each as a pipe takes at once, or one that is longer."""
+    piece = b""
+    for line in lines:
+        if piece and len(piece) + len(line) > select.PIPE_BUF:
+            yield piece
+            piece = b""
+        piece += line
+    if piece:
+        yield piece
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -14,6 +14,7 @@ from prometheus_client.registry import Collector
 from meshnet import __version__
 from meshnet.decide.breaker import BreakerState
 from meshnet.errors import Reason
+from meshnet.model.admin import Family, Sample
 from meshnet.model.connection import Direction
 from meshnet.model.identity import short_name
 from meshnet.proxy.passed import Passed
@@ -133,7 +134,15 @@ class Metrics:
         self._resumed += resumed
 
     async def scrape(self) -> bytes:
-        """Everything as Prometheus reads it. Connections are looked at in slices, and a thread writes it all down."""
+        """Everything as Prometheus reads it; a thread writes it down."""
+        return await trio.to_thread.run_sync(generate_latest, _Scrape(await self._look()))
+
+    async def families(self) -> tuple[Family, ...]:
+        """The same, for somebody who adds it up."""
+        return await trio.to_thread.run_sync(_as_structs, await self._look())
+
+    async def _look(self) -> Iterator[Metric]:
+        """Connections are looked at in slices; the rest is for a thread, which goes through what comes out of it."""
         if self.state:
             self.state.registry.catch_up()
         opened = {key: cell.opened for key, cell in self._cells.items()}
@@ -147,7 +156,7 @@ class Metrics:
                     key = self._key(record)
                     open_now[key] = open_now.get(key, 0) + 1
             await trio.lowlevel.checkpoint()
-        return await trio.to_thread.run_sync(generate_latest, _Scrape(self._families(opened, open_now)))
+        return self._families(opened, open_now)
 
     def _families(self, opened: dict[Key, int], open_now: dict[Key, int]) -> Iterator[Metric]:
         """In a thread: what it goes through never changes, or is copied at once."""
@@ -229,6 +238,30 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return self.families
+
+
+def _as_structs(metrics: Iterator[Metric]) -> tuple[Family, ...]:
+    return tuple(
+        Family(
+            name=metric.name,
+            type=metric.type,
+            help=metric.documentation,
+            samples=tuple(Sample(name=each.name, labels=each.labels, value=each.value) for each in metric.samples),
+        )
+        for metric in metrics
+    )
+
+
+def exposition(families: Iterable[Family]) -> bytes:
+    """As Prometheus reads them."""
+    return generate_latest(_Scrape(map(_metric, families)))
+
+
+def _metric(family: Family) -> Metric:
+    metric = Metric(family.name, family.help, family.type)
+    for sample in family.samples:
+        metric.add_sample(sample.name, sample.labels, sample.value)
+    return metric
 
 
 def _label_values(key: Key) -> list[str]:

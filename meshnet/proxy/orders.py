@@ -153,7 +153,8 @@ class StandingOrder:
             if facts.owes:
                 self.state.leave(self.held)
         opened_at = time.time() + facts.opened - time.monotonic()
-        self.state.registry.passed(Passed(self.told, facts, outcome, opened_at))
+        registry = self.state.registry
+        registry.passed(Passed(self.told, facts, outcome, opened_at, registry.id_suffix))
 
     def end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
         if facts.owes and self.held is not None:

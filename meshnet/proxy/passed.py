@@ -83,9 +83,9 @@ class Passed:
     __slots__ = ("_outcome", "facts", "id", "opened_at", "told")
     failed = False
 
-    def __init__(self, told: Told, facts: Facts, outcome: Outcome, opened_at: float) -> None:
+    def __init__(self, told: Told, facts: Facts, outcome: Outcome, opened_at: float, id_suffix: str = "") -> None:
         """Only of one that was connected, and whose reason is ok."""
-        self.id = new_id(opened_at)
+        self.id = new_id(opened_at) + id_suffix
         self.opened_at = opened_at
         self.told = told
         self.facts = facts

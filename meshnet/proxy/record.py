@@ -38,6 +38,15 @@ def new_id(wall: float) -> str:
     return _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
 
 
+def number_in_letters(number: int) -> str:
+    """In the same alphabet, as few letters as it takes."""
+    digits = ""
+    while number or not digits:
+        number, digit = divmod(number, len(_ALPHABET))
+        digits = _ALPHABET[digit] + digits
+    return digits
+
+
 class Record:
     """Mutable while the connection lives. Times are monotonic seconds; `opened_at` is seconds since the epoch."""
 
@@ -98,7 +107,7 @@ class Record:
         if opened is not None:
             self.opened_at += opened - self.opened
             self.opened = opened
-        self.id = connection_id or new_id(self.opened_at)
+        self.id = connection_id or new_id(self.opened_at) + registry.id_suffix
         self.direction = direction
         self.source = source
         self.client = client

@@ -47,9 +47,12 @@ class Follower:
 
 
 class Registry:
-    """`log` gets each ended connection; `node` is a name for this host."""
+    """`log` gets each ended connection. Ids given here end with `id_suffix`, by which workers' ids differ."""
 
-    def __init__(self, *, keep: int, observer: Observer, log: Callable[[Record | Passed], None] | None) -> None:
+    def __init__(
+        self, *, keep: int, observer: Observer, log: Callable[[Record | Passed], None] | None, id_suffix: str = ""
+    ) -> None:
+        self.id_suffix = id_suffix
         self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
         self.recent: deque[Record | Passed] = deque(maxlen=keep)
         self.opened_total = 0

@@ -7,12 +7,12 @@ from meshnet.control.authority import Authority
 from tests.bench import load, machine
 from tests.bench.report import Run, markdown
 from tests.bench.rounds import Plan, measure
-from tests.bench.subjects import absent
+from tests.bench.subjects import absent, subject
 from tests.bench.subjects import meshnet as meshnet_subject
 from tests.bench.subjects.check import CheckFailed, Probe, check_refusals
 from tests.bench.subjects.hops import DOMAIN, issue
 from tests.bench.table import DIRECT, MESHNET
-from tests.bench.tests import CPU, MODES, MTLS, TESTS, WORKERS, in_quick
+from tests.bench.tests import CPU, MODES, MTLS, SINGLE, TESTS, WORKERS, in_quick
 from tests.world import World, wait_for
 
 
@@ -55,6 +55,14 @@ def test_a_short_run_has_figures_for_meshnet_and_a_peer(program: Path) -> None:
         assert all(one.values[figure] > 0 for figure in wanted & one.values.keys())
     assert "| **crr**" in markdown([Run("Briefly", machine.description(spinning), measured.samples)])
     assert measured.looks
+
+
+@pytest.mark.usefixtures("world")
+def test_the_workers_of_a_sidecar_are_measured_with_it(program: Path) -> None:
+    with subject(MESHNET, SINGLE, 2, program) as one:
+        (sidecar,) = one.sidecars
+        assert len(one.pids()) == 3
+        assert sidecar.pid in one.pids()
 
 
 def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

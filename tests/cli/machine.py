@@ -82,8 +82,9 @@ class Machine:
         return {file: file.read_bytes() for file in self.home.rglob("*") if file.is_file()}
 
     def programs(self) -> list[int]:
-        """The process ids of meshnet's here."""
-        return [pid for pid in self._processes() if b"meshnet_cli" in _command_line(pid)]
+        """The process ids of meshnet's here, workers included."""
+        ours = (b"meshnet_cli", b"meshnet.proxy.workers")
+        return [pid for pid in self._processes() if any(name in _command_line(pid) for name in ours)]
 
     def close(self) -> None:
         while processes := self._processes():

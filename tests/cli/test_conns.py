@@ -27,6 +27,18 @@ def test_the_table_shows_open_ones_and_why_the_others_failed(meshnet: Meshnet, s
     )
 
 
+def test_that_a_worker_did_not_answer_is_told_beside_what_the_others_said(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    answer = listing(OPEN)
+    sidecar.will_answer(
+        msgspec.structs.replace(answer, metadata=msgspec.structs.replace(answer.metadata, silent_workers=1))
+    )
+    result = meshnet("conns", "-o", "name")
+    assert result.stdout == "k7f2\n"
+    assert result.stderr == (
+        "warning: workers that did not answer: 1; what they have is missing here (see meshnet status)\n"
+    )
+
+
 def test_the_canary_of_rules_verify_is_told_from_traffic(meshnet: Meshnet, sidecar: Sidecar) -> None:
     canary = msgspec.structs.replace(
         OPEN, state=State.CLOSED, destination=Peer(), original_destination="[2001:db8::2]:15122"

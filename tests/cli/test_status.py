@@ -2,7 +2,15 @@ import json
 
 import msgspec
 
-from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, RelayStatus, Status, TunnelStatus
+from meshnet.model.admin import (
+    CertificateStatus,
+    ConfigStatus,
+    GetStatus,
+    RelayStatus,
+    Status,
+    TunnelStatus,
+    WorkerStatus,
+)
 from tests.cli.conftest import Meshnet
 from tests.cli.sidecar import Sidecar
 
@@ -86,6 +94,20 @@ def test_a_sidecar_that_is_not_ready_says_why_and_exits_with_1(meshnet: Meshnet,
         "relay         python\n"
         "tunnels       none\n"
     )
+
+
+def test_each_worker_has_a_line(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    one = WorkerStatus(number=1, pid=2232, ready=True, open_connections=38, deaths=0, uptime_seconds=8_039.0)
+    two = msgspec.structs.replace(one, number=2, pid=2233, ready=False, open_connections=1, deaths=1)
+    three = msgspec.structs.replace(one, number=3, pid=0, ready=False, deaths=5, problem="does not run")
+    four = msgspec.structs.replace(one, number=4, pid=2235, ready=False, problem="does not answer")
+    sidecar.will_answer(msgspec.structs.replace(READY, workers=(one, two, three, four)))
+    assert meshnet("status").output.splitlines()[3:7] == [
+        "workers       1: pid 2232, 38 connections open, up 2h13m",
+        "              2: pid 2233, 1 connection open, up 2h13m, not ready, 1 death",
+        "              3: does not run, 5 deaths",
+        "              4: does not answer, pid 2235",
+    ]
 
 
 def test_a_draining_sidecar_with_an_expired_certificate_says_both(meshnet: Meshnet, sidecar: Sidecar) -> None:

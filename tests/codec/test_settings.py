@@ -32,6 +32,13 @@ def test_the_environment_beats_the_file_and_the_file_beats_the_default() -> None
     assert found.proxy.outbound_port == 15101
 
 
+def test_a_variable_says_how_many_workers() -> None:
+    assert load_settings("", {"MESHNET_PROXY__WORKERS": "4"}).proxy.workers == 4
+    assert refusal("", {"MESHNET_PROXY__WORKERS": "0"}).startswith(
+        "MESHNET_PROXY__WORKERS: proxy.workers: 0 is not between 1 and 64"
+    )
+
+
 def test_an_empty_variable_is_an_empty_list() -> None:
     assert load_settings("", {"MESHNET_CAPTURE__INBOUND_PORTS": ""}).capture.inbound_ports == ()
 
@@ -66,6 +73,14 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
         (
             "[proxy]\noutbund_port = 1\n",
             'meshnet.toml:2: proxy.outbund_port: unknown key (did you mean "outbound_port"?)',
+        ),
+        (
+            "[proxy]\nmark = 1\nworkers = 65\n",
+            "meshnet.toml:3: proxy.workers: 65 is not between 1 and 64 (write workers = 1, the default)",
+        ),
+        (
+            "[proxy]\nworkers = 'two'\n",
+            'meshnet.toml:2: proxy.workers: expected a whole number, got "two" (write workers = 1, the default)',
         ),
         ("[proxy]\nbackend = 'nft'\n", "meshnet.toml:2: proxy.backend: unknown key (it belongs to [capture])"),
         (

@@ -228,3 +228,17 @@ def run_python(code: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, env=environment, timeout=30)
     assert done.returncode == 0, done.stderr
+
+
+async def test_who_inherits_a_listener_takes_what_waits_at_it_also_when_the_one_who_made_it_is_gone() -> None:
+    made = sockets.listen("127.0.0.1", 0)
+    assert made is not None
+    address = made.getsockname()
+    with sockets.inherited(os.dup(made.fileno())) as listener, socket.create_connection(address) as client:
+        made.close()
+        assert not listener.get_inheritable()
+        with pytest.raises(BlockingIOError):  # it does not wait: accept_forever goes by that
+            while True:
+                sock, peer = listener.accept()
+                assert sockets.peer_address(peer) == sockets.peer_address(client.getsockname())
+                sock.close()

@@ -1,11 +1,18 @@
 """The access log's thread: a reader that is stuck, slow or gone stops nobody."""
 
 import fcntl
+import itertools
 import json
 import os
+import select
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from meshnet.errors import EndedBy, Phase, Reason
@@ -13,7 +20,8 @@ from meshnet.model.connection import Connection, Direction, Peer, ReasonView, Se
 from meshnet.proxy.log import AccessLog, access_format
 from tests.world import wait_for
 
-F_GETPIPE_SZ = 1032  # <linux/fcntl.h>
+F_SETPIPE_SZ, F_GETPIPE_SZ = 1031, 1032  # <linux/fcntl.h>
+ROOT = Path(__file__).parents[2]
 
 ENDED = Connection(
     id="00000001",
@@ -114,6 +122,85 @@ def test_a_reader_that_hung_up_stops_nobody(pipe: tuple[int, int]) -> None:
         wait_for(lambda: not log._thread.is_alive())
         for _ in range(20_000):
             log(Ended())
+
+
+# Logs lines of all lengths, short ones and such as are longer than PIPE_BUF, some at a time, once all are there.
+WRITER = """
+import sys
+from types import SimpleNamespace
+from meshnet.proxy.log import AccessLog
+from tests.proxy.test_access_log import LINES, long
+from tests.world import wait_for
+who, lock = sys.argv[1], int(sys.argv[2])
+print("ready", file=sys.stderr, flush=True)
+sys.stdin.read()
+with AccessLog("json", 1, lock) as log:
+    for number in range(LINES):
+        log(SimpleNamespace(view=lambda number=number: long(who, number)))
+        if number % 20 == 0:
+            wait_for(lambda: not log._waiting)
+"""
+LINES = 300
+
+
+def run(code: str, *arguments: str, **popen: Any) -> "subprocess.Popen[bytes]":
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, cwd=ROOT, **popen)
+
+
+def long(who: str, number: int) -> Connection:
+    """As long as its number says."""
+    return msgspec.structs.replace(ENDED, id=f"{who}-{number}", policy=who * (number * 37 % 9000))
+
+
+def test_several_processes_on_one_pipe_tear_no_line(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    fcntl.fcntl(writer, F_SETPIPE_SZ, select.PIPE_BUF)  # every write has to wait for the reader
+    lock = os.memfd_create("access-log")
+    start, started = os.pipe()
+    writers = [
+        run(WRITER, who, str(lock), stdin=start, stdout=writer, stderr=subprocess.PIPE, pass_fds=(lock,))
+        for who in "abc"
+    ]
+    os.close(lock)
+    os.close(writer)
+    os.close(start)
+    for process in writers:
+        assert process.stderr is not None
+        with process.stderr:
+            assert process.stderr.readline() == b"ready\n"
+    os.close(started)
+    with os.fdopen(os.dup(reader), "rb") as output:
+        told = [msgspec.json.decode(line, type=Connection) for line in output]
+    assert [process.wait(10) for process in writers] == [0, 0, 0]
+    for who in "abc":
+        assert [each for each in told if each.id.startswith(who)] == [long(who, number) for number in range(LINES)]
+    turns = sum(one.id[0] != other.id[0] for one, other in itertools.pairwise(told))
+    assert turns > 10, "nobody wrote while another did, which proves nothing"
+
+
+FLOOD = """
+import sys
+from meshnet.proxy.log import AccessLog
+from tests.proxy.test_access_log import Ended
+with AccessLog("json", 1, int(sys.argv[1])) as log:
+    for _ in range(500):
+        log(Ended())
+"""
+
+
+def test_who_is_killed_leaves_whole_lines(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    fcntl.fcntl(writer, F_SETPIPE_SZ, select.PIPE_BUF)
+    lock = os.memfd_create("access-log")
+    process = run(FLOOD, str(lock), stdout=writer, pass_fds=(lock,))
+    os.close(lock)
+    os.close(writer)
+    read_lines(reader, 5)
+    process.kill()
+    process.wait()
+    with os.fdopen(os.dup(reader), "rb") as rest:
+        assert rest.read()[-1:] in (b"\n", b"")
 
 
 def test_auto_means_json_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 import math
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -296,6 +297,6 @@ async def test_a_reader_that_cannot_do_its_work_refuses_the_mesh(
     monkeypatch.setattr(follow_module, "_READER", "signal")  # a program that prints nothing of use
     async with following(tmp_path) as watcher:
         assert "does not begin like a snapshot" in str(await watcher.next())
-    monkeypatch.setattr(follow_module.sys, "executable", str(tmp_path / "no-such-program"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no-such-program"))
     async with following(tmp_path) as watcher:
         assert "no program can be started: No such file or directory" in str(await watcher.next())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction, State
-from meshnet.proxy.record import Record, new_id
+from meshnet.proxy.record import Record, new_id, number_in_letters
 from meshnet.proxy.registry import Registry
 from meshnet.relay import Outcome
 
@@ -42,6 +42,19 @@ def test_a_later_id_sorts_behind_an_earlier_one(wall: float, later: float) -> No
 
 def test_ids_of_one_millisecond_are_different() -> None:
     assert len({new_id(1e9) for _ in range(512)}) == 512
+
+
+def test_what_workers_put_behind_their_ids_is_different_for_each_and_short() -> None:
+    suffixes = [number_in_letters(number) for number in range(1, 65)]
+    assert len(set(suffixes)) == 64
+    assert (suffixes[0], suffixes[30], suffixes[31], suffixes[63]) == ("1", "z", "10", "20")
+
+
+def test_an_id_from_here_ends_as_the_registry_says_and_a_peers_is_left_alone() -> None:
+    worker = Registry(keep=10, observer=Nobody(), log=None, id_suffix="2")
+    ours = worker.life(Direction.OUTBOUND, SOURCE, None).id
+    assert (len(ours), ours[8:]) == (9, "2")
+    assert worker.life(Direction.INBOUND, SOURCE, None, "k7f2").id == "k7f2"
 
 
 def test_no_letter_of_an_id_looks_like_a_digit() -> None:

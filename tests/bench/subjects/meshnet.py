@@ -15,7 +15,7 @@ from tests.bench.table import MESHNET
 from tests.bench.tests import MTLS, SINGLE
 
 # By the number of workers, the sections of meshnet.toml that make them. A number that is not here is "not yet".
-SETTINGS: dict[int, dict[str, dict[str, Any]]] = {1: {}}
+SETTINGS: dict[int, dict[str, dict[str, Any]]] = {1: {}, 2: {"proxy": {"workers": 2}}}
 
 # Twice: who expects TLS can refuse plain text from the fifth byte on, and one PING has four.
 _PING = Probe(encode(Ping()) * 2, encode(Pong()) * 2, ALPN)

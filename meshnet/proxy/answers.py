@@ -1,0 +1,99 @@
+"""What one process answers to those who ask over the admin socket, and for its metrics and health."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+import trio
+
+from meshnet.model.admin import (
+    Accepted,
+    ConnectionEvent,
+    ConnectionList,
+    ConnectionListMetadata,
+    Drain,
+    ExplainConnection,
+    FamilyList,
+    GetMetrics,
+    GetStatus,
+    ListConnections,
+    ListEndpoints,
+    Question,
+    Refused,
+    Reload,
+)
+from meshnet.model.connection import Connection, Security, Shape
+from meshnet.proxy import status
+from meshnet.proxy.explain import trace
+from meshnet.proxy.sidecar import Sidecar
+
+
+class OwnAnswers:
+    def __init__(self, sidecar: Sidecar, listeners: Mapping[str, str]) -> None:
+        self._sidecar = sidecar
+        self._state = sidecar.state
+        self._listeners = listeners
+
+    async def answer(self, question: Question) -> Shape:
+        match question:
+            case ListConnections(recent=recent, all=everything):
+                listed = self._state.registry.listing(recent=recent, everything=everything)
+                return connection_list(tuple(record.view() for record in listed))
+            case ExplainConnection(id=connection_id):
+                return self._explain(connection_id)
+            case GetStatus():
+                return status.status(self._state, self._listeners)
+            case ListEndpoints(service=service):
+                return status.endpoints(self._state, service)
+            case Drain(timeout=timeout):
+                self._sidecar.ask_drain(timeout)
+                return draining(len(self._state.registry.open))
+            case Reload():
+                self._sidecar.reload()
+                return Accepted(message="reading the mesh files")
+            case GetMetrics():
+                return FamilyList(items=await self._state.metrics.families())
+
+    @asynccontextmanager
+    async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
+        registry = self._state.registry
+        follower = registry.follow()
+        try:
+            yield follower.receive
+        finally:
+            registry.unfollow(follower)
+
+    async def not_ready_because(self) -> tuple[str, ...]:
+        return status.not_ready_because(self._state)
+
+    async def scrape(self) -> bytes:
+        return await self._state.metrics.scrape()
+
+    def _explain(self, connection_id: str) -> Connection | Refused:
+        record = self._state.registry.find(connection_id)
+        if record is None:
+            kept = self._state.settings.admin.recent
+            return Refused(
+                error=f"no connection {connection_id} here",
+                fix=f"meshnet conns --all lists the open ones and the last {kept}",
+            )
+        return record.view(trace=trace(record))
+
+
+def draining(connections: int) -> Accepted:
+    return Accepted(message=f"draining {connections} connections", connections=connections)
+
+
+def connection_list(items: tuple[Connection, ...], silent_workers: int = 0) -> ConnectionList:
+    still_open = [item for item in items if item.reason is None]
+    return ConnectionList(
+        metadata=ConnectionListMetadata(
+            node=status.node_name(),
+            generated_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            open=len(still_open),
+            failed=len([item for item in items if item.reason is not None and item.reason.code != "ok"]),
+            plaintext=len([item for item in still_open if item.tls.mode is Security.PLAIN]),
+            silent_workers=silent_workers,
+        ),
+        items=items,
+    )

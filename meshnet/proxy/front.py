@@ -1,0 +1,72 @@
+"""What its operator reaches of a sidecar, of one process or of many: the admin socket, metrics, health and signals."""
+
+import logging
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import trio
+
+from meshnet.errors import CommandError
+from meshnet.model.admin import Drain, Reload
+from meshnet.model.duration import parse_duration
+from meshnet.model.settings import Settings
+from meshnet.proxy.admin import AdminServer, Answers, admin_listener
+from meshnet.proxy.health import HealthServer
+
+_log = logging.getLogger("meshnet.proxy")
+
+
+@asynccontextmanager
+async def front(
+    settings: Settings, listeners: Mapping[str, str], health: Sequence[socket.socket], answers: Answers
+) -> AsyncIterator[None]:
+    """Within it questions are answered and signals obeyed. Raises CommandError if the admin socket cannot be had.
+
+    `listeners` are told in the log.
+    """
+    admin = settings.admin
+    async with AsyncExitStack() as stack:
+        try:
+            admin_socket = await stack.enter_async_context(admin_listener(admin.socket))
+        except PermissionError as error:
+            raise CommandError(
+                f"cannot listen at {admin.socket}: {error.strerror}",
+                why="the folder belongs to somebody else",
+                fix="sudo meshnet proxy",
+                code=5,
+            ) from error
+        except OSError as error:
+            raise CommandError(
+                f"cannot listen at {admin.socket}: {error.strerror}",
+                why="another sidecar may be running here",
+                fix="meshnet status",
+            ) from error
+        nursery = await stack.enter_async_context(trio.open_nursery())
+        nursery.start_soon(_obey_signals, answers, parse_duration(settings.proxy.drain_timeout), nursery)
+        nursery.start_soon(trio.serve_listeners, guarded(AdminServer(answers).handle), [admin_socket])
+        sockets = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in health]
+        nursery.start_soon(trio.serve_listeners, guarded(HealthServer(answers).handle), sockets)
+        _log.info("listening: %s", ", ".join(listeners.values()))
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def guarded(handle: Callable[[trio.SocketStream], Awaitable[None]]) -> Callable[[trio.SocketStream], Awaitable[None]]:
+    """A bug in answering one question must not end the sidecar."""
+
+    async def answer(stream: trio.SocketStream) -> None:
+        try:
+            await handle(stream)
+        except Exception:
+            _log.exception("a request to the sidecar itself failed")
+
+    return answer
+
+
+async def _obey_signals(answers: Answers, drain_timeout: float, nursery: trio.Nursery) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        async for number in received:
+            question = Reload() if number == signal.SIGHUP else Drain(timeout=drain_timeout)
+            nursery.start_soon(answers.answer, question)  # a worker may take its time; the next signal does not wait

@@ -1,0 +1,53 @@
+"""The sidecar's TCP listeners: which there are, and what to say when a port cannot be had."""
+
+import socket
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import Settings
+from meshnet.net import sockets
+
+_LOOPBACK = ("127.0.0.1", "::1")  # redirected output arrives there (man iptables-extensions, REDIRECT)
+_ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the interface it came in by
+
+Listeners = Mapping[str, Sequence[socket.socket]]
+"""By what they take: outbound, inbound, tunnel, health."""
+
+
+def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socket.socket]]:
+    """All of them; `stack` closes them. Raises CommandError."""
+    proxy, admin = settings.proxy, settings.admin
+    wanted = {
+        "outbound": (proxy.outbound_port, _LOOPBACK),
+        "inbound": (proxy.inbound_port, _ANY),
+        "tunnel": (proxy.tunnel_port, _ANY),
+        "health": (admin.health_port, (admin.health_address,)),
+    }
+    return {name: _listen(name, port, hosts, stack) for name, (port, hosts) in wanted.items()}
+
+
+def addresses_of(listeners: Listeners) -> dict[str, str]:
+    """As `meshnet status` shows them: `127.0.0.1:15101, [::1]:15101`."""
+    return {
+        name: ", ".join(str(sockets.peer_address(sock.getsockname())) for sock in found)
+        for name, found in listeners.items()
+    }
+
+
+def _listen(name: str, port: int, hosts: tuple[str, ...], stack: ExitStack) -> list[socket.socket]:
+    found = []
+    for host in hosts:
+        try:
+            sock = sockets.listen(host, port)
+        except OSError as error:
+            raise CommandError(
+                f"cannot listen on port {port} ({name}): {error.strerror}",
+                why="another program, perhaps another sidecar, has the port",
+                fix=f"ss -ltnp 'sport = :{port}'",
+            ) from error
+        if sock is not None:
+            found.append(stack.enter_context(sock))
+    if not found:
+        raise CommandError(f"no address to listen on for {name}", fix="ip addr")
+    return found

@@ -1,0 +1,278 @@
+"""What runs in each process of a sidecar: it accepts, follows the mesh, and drains when it is to end."""
+
+import gc
+import logging
+import resource
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager
+
+import trio
+from msgspec import structs
+
+from meshnet.decide.share import share_of_mesh
+from meshnet.errors import ConfigError, ConnectionFailed, EndedBy, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Direction
+from meshnet.model.duration import parse_duration
+from meshnet.model.settings import Settings
+from meshnet.model.snapshot import Snapshot
+from meshnet.net import sockets
+from meshnet.net.addresses import LocalAddresses
+from meshnet.net.strand import Strands
+from meshnet.proxy import follow, inbound, last_good, orders, outbound
+from meshnet.proxy.identity import Identity
+from meshnet.proxy.lag import LoopLag
+from meshnet.proxy.listen import Listeners
+from meshnet.proxy.log import AccessLog, access_format
+from meshnet.proxy.metrics import Metrics
+from meshnet.proxy.record import Record
+from meshnet.proxy.registry import Registry
+from meshnet.proxy.state import ProxyState
+from meshnet.proxy.status import count_services
+from meshnet.relay.ladder import best_relay
+from meshnet.tunnel.pool import Pool
+
+_log = logging.getLogger("meshnet.proxy")
+
+_REAP_EVERY = 5.0  # seconds
+_LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
+# Seconds. With Python's 5 ms a relay thread waits 9 ms (median) for its turn while trio is busy; with this, 0.7 ms.
+_SWITCH_INTERVAL = 0.0005
+LAST_RECORDS = 2.0  # seconds for aborted connections to end properly
+
+Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
+
+
+@asynccontextmanager
+async def a_sidecar(
+    settings: Settings, listeners: Listeners, *, id_suffix: str = "", log_lock: int | None = None
+) -> AsyncIterator["Sidecar"]:
+    """One that is about to serve. Workers have a suffix for their ids, and a lock between their access logs."""
+    _allow_many_descriptors()
+    sys.setswitchinterval(_SWITCH_INTERVAL)
+    form = access_format(settings.log.access)
+    metrics = Metrics()
+    mark = settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
+    if not mark:
+        _log.warning("SO_MARK is not permitted: only the group %d keeps our traffic out", settings.capture.gid)
+    with ExitStack() as stack:
+        log = stack.enter_context(AccessLog(form, lock=log_lock)) if form != "off" else None
+        async with best_relay(settings.proxy.relay, settings.proxy.relay_threads) as relays:
+            identity = Identity(settings.identity, relays.tls)
+            identity.refresh()
+            pool = Pool(
+                lambda: identity.credentials,
+                relays.tls,
+                mark=mark,
+                idle_timeout=parse_duration(settings.pool.idle_timeout),
+                max_idle=settings.pool.max_idle,
+            )
+            pool.on_handshake = metrics.handshake
+            state = ProxyState(
+                settings,
+                Snapshot(version=0),
+                identity=identity,
+                metrics=metrics,
+                registry=Registry(keep=settings.admin.recent, observer=metrics, log=log, id_suffix=id_suffix),
+                relays=relays,
+                pool=pool,
+                addresses=stack.enter_context(LocalAddresses()),
+                mark=mark,
+            )
+            metrics.state = state
+            yield Sidecar(state, listeners)
+
+
+def _allow_many_descriptors() -> None:
+    """A connection takes two to three; the soft limit of 1024 is there for programs that call select(2)."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class Sidecar:
+    def __init__(self, state: ProxyState, listeners: Listeners) -> None:
+        self.state = state
+        self._listeners = listeners
+        self._drain_within: float | None = None
+        self._drain_asked = trio.Event()
+        self._first_look = trio.Event()
+        self._last_call = trio.Event()
+        self._lag = LoopLag()
+        state.metrics.lag = lambda: self._lag.last
+        self._reload, self._reloads = trio.open_memory_channel[None](1)
+
+    async def serve(self) -> None:
+        """Until it has been asked to drain, and has drained."""
+        state = self.state
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._follow)
+            nursery.start_soon(state.identity.watch, self._renewed)
+            nursery.start_soon(self._reap)
+            nursery.start_soon(self._lag.run)
+            strands = Strands(nursery)
+            nursery.start_soon(self._follow_addresses)
+            state.registry.catch_up = state.relays.catch_up
+            state.orders.go_on = self._goer_on(strands)
+            carries: dict[str, tuple[Carry, Direction | None]] = {
+                "outbound": (outbound.carry, Direction.OUTBOUND),
+                "inbound": (inbound.carry_plain, Direction.INBOUND),
+                "tunnel": (inbound.serve_tunnel, None),
+            }
+            for name, (carry, direction) in carries.items():
+                nursery.start_soon(self._accept, self._listeners[name], direction, self._starter(strands, carry))
+            # What is alive now stays: the collector need not look at it again with every connection's garbage.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(50_000, 20, 100)
+            await self._drain_asked.wait()
+            await self._drain()
+            strands.close()
+            nursery.cancel_scope.cancel()
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether it has been asked to drain."""
+        return self._drain_asked.is_set()
+
+    def ask_drain(self, timeout: float) -> None:
+        """A second request, say an impatient Ctrl-C, ends the drain at once."""
+        self._drain_within = timeout if self._drain_within is None else 0.0
+        self._drain_asked.set()
+
+    def stop_accepting(self) -> None:
+        """Takes those that wait, and closes the listeners."""
+        self._first_look.set()
+        self._last_call.set()
+
+    def reload(self) -> None:
+        try:
+            self._reload.send_nowait(None)
+        except trio.WouldBlock:
+            pass  # the files are about to be read anyway
+
+    async def _accept(
+        self,
+        listeners: Sequence[socket.socket],
+        direction: Direction | None,
+        start: Callable[[socket.socket, Address], None],
+    ) -> None:
+        """`direction`: of the applications' connections that come here; None: peers' tunnels do."""
+        # Who comes before the mesh is known waits in the kernel: nothing is known to be meshed, or denied, until then.
+        await self._first_look.wait()
+        async with trio.open_nursery() as nursery:
+            for sock in listeners:
+                if direction is None:
+                    nursery.start_soon(sockets.accept_forever, sock, start)
+                else:
+                    nursery.start_soon(self.state.relays.available[0].accept_forever, sock, direction, start)
+            await self._last_call.wait()
+            nursery.cancel_scope.cancel()
+
+    def _starter(self, strands: Strands, carry: Carry) -> Callable[[socket.socket, Address], None]:
+        state = self.state
+
+        async def carry_one(sock: socket.socket, peer: Address) -> None:
+            try:
+                await carry(sock, peer, state)
+            except Exception:
+                # A record ends by itself; what gets here is outside of one, and must not take the others along.
+                _log.exception("a connection from %s failed inside the proxy", peer)
+                sock.close()
+
+        def start(sock: socket.socket, peer: Address) -> None:
+            if strands.closed:
+                sock.close()
+            else:
+                strands.start(carry_one(sock, peer))
+
+        return start
+
+    def _goer_on(self, strands: Strands) -> Callable[[Record, ConnectionFailed], None]:
+        state = self.state
+
+        def go_on(record: Record, failed: ConnectionFailed) -> None:
+            if strands.closed:
+                orders.fail(record, failed)
+            else:
+                strands.start(outbound.carry_on(record, failed, state))
+
+        return go_on
+
+    async def _drain(self) -> None:
+        """New connections are still taken until none is open, or in time; then the last ones may end too."""
+        state = self.state
+        state.draining = True
+        state.pool.close_idle()
+        for tunnel in state.tunnels:
+            tunnel.go_away()
+        started = time.monotonic()
+        await self._until_none_is_open(started)
+        self._last_call.set()
+        await trio.sleep(_LAST_CALL)
+        await self._until_none_is_open(started)
+        left = len(state.registry.open)
+        if left:
+            _log.warning("%d connections did not end in time and are reset", left)
+            state.registry.abort_all(Reason.DRAIN, EndedBy.DRAIN)
+            with trio.move_on_after(LAST_RECORDS):
+                await state.registry.empty.wait()
+
+    async def _until_none_is_open(self, started: float) -> None:
+        while self.state.registry.open and time.monotonic() - started < (self._drain_within or 0.0):
+            with trio.move_on_after(0.1):
+                await self.state.registry.empty.wait()
+
+    async def _follow(self) -> None:
+        state, mesh, workers = self.state, self.state.settings.mesh, self.state.settings.proxy.workers
+
+        async def put_in_force(snapshot: Snapshot) -> None:
+            if workers > 1:
+                snapshot = await trio.to_thread.run_sync(share_of_mesh, snapshot, workers)
+            await state.apply(snapshot)
+
+        async def refused(problem: ConfigError) -> None:
+            if state.snapshot.version == 0:
+                stored = await trio.to_thread.run_sync(last_good.load, mesh.last_good, 1)
+                if stored is not None:
+                    await put_in_force(stored)
+                    _log.warning("going on with the mesh that was good before the restart, from %s", mesh.last_good)
+            state.config_problem = str(problem)
+            state.metrics.config_refused += 1
+            _log.error("mesh files refused, the last good state stays: %s", problem)
+            self._first_look.set()
+
+        async def apply(snapshot: Snapshot) -> None:
+            # The follower does not count the one that was kept from before a restart.
+            snapshot = structs.replace(snapshot, version=state.snapshot.version + 1)
+            try:
+                # First, so that whatever has been in force is so after a restart too.
+                await trio.to_thread.run_sync(last_good.save, snapshot, mesh.last_good)
+            except OSError as error:
+                _log.warning("the mesh could not be kept for a restart: %s", error)
+            await put_in_force(snapshot)
+            _log.info("mesh version %d: %d services", snapshot.version, count_services(snapshot))
+            self._first_look.set()
+
+        await follow.follow(mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
+
+    async def _follow_addresses(self) -> None:
+        """An address that comes or goes may turn what was another host's into ours."""
+        addresses = self.state.addresses
+        while True:
+            await trio.lowlevel.wait_readable(addresses.fileno())
+            addresses.forget()
+            self.state.orders.revoke_all()
+
+    def _renewed(self) -> None:
+        self.state.orders.revoke_all()
+        self.state.metrics.renewals += 1
+        self.state.pool.close_idle()
+
+    async def _reap(self) -> None:
+        while True:
+            await trio.sleep(_REAP_EVERY)
+            self.state.pool.reap(time.monotonic())
+            self.state.orders.reap(time.monotonic())

@@ -1,0 +1,211 @@
+"""What the parent answers: it asks every worker at once, and makes one answer of theirs."""
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+import trio
+
+from meshnet import __version__
+from meshnet.model.admin import (
+    Accepted,
+    CertificateStatus,
+    ConfigStatus,
+    ConnectionEvent,
+    ConnectionList,
+    Drain,
+    EndpointList,
+    ExplainConnection,
+    Family,
+    FamilyList,
+    GetMetrics,
+    GetStatus,
+    ListConnections,
+    ListEndpoints,
+    Question,
+    Refused,
+    RelayStatus,
+    Reload,
+    Sample,
+    Status,
+    WorkerStatus,
+)
+from meshnet.model.connection import Connection, Shape
+from meshnet.model.settings import Settings
+from meshnet.net import sockets
+from meshnet.proxy.answers import connection_list, draining
+from meshnet.proxy.metrics import exposition
+from meshnet.proxy.status import node_name
+from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
+from meshnet.proxy.workers.sums import Totals
+from meshnet.proxy.workers.worker import Worker
+
+T = TypeVar("T", bound=Shape)
+
+
+class JointAnswers:
+    """`listeners` as status tells them; `stop_listening` closes the parent's own copies of them."""
+
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        totals: Totals,
+        settings: Settings,
+        listeners: Mapping[str, str],
+        stop_listening: Callable[[], None],
+    ) -> None:
+        self._workers = workers
+        self._stop_listening = stop_listening
+        self._totals = totals
+        self._settings = settings
+        self._listeners = listeners
+        self._draining = False
+        self._started = time.monotonic()
+        self._mark = settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
+
+    async def answer(self, question: Question) -> Shape:
+        match question:
+            case ListConnections():
+                lists = await self._ask(question, ConnectionList)
+                items = merge_connections(listed.items for listed in lists.values())
+                return connection_list(items, silent_workers=len(self._workers) - len(lists))
+            case ExplainConnection(id=connection_id):
+                return await self._explain(connection_id)
+            case GetStatus():
+                return await self._status()
+            case ListEndpoints():
+                listed = await self._ask(question, EndpointList)
+                return EndpointList(items=merge_endpoints(each.items for each in listed.values()))
+            case Drain(timeout=timeout):
+                return await self._drain(timeout)
+            case Reload():
+                await self._ask(question, Accepted)
+                return Accepted(message="reading the mesh files")
+            case GetMetrics():
+                return FamilyList(items=await self._families())
+
+    @asynccontextmanager
+    async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
+        """A reader that is slow makes the workers wait with their next event, and they count what they cannot keep."""
+        send, receive = trio.open_memory_channel[ConnectionEvent](0)
+        async with trio.open_nursery() as nursery:
+            for worker in self._workers:
+                nursery.start_soon(_pass_on, worker, send)
+            yield receive
+            nursery.cancel_scope.cancel()
+
+    async def not_ready_because(self) -> tuple[str, ...]:
+        return (await self._status()).not_ready_because
+
+    async def scrape(self) -> bytes:
+        return await trio.to_thread.run_sync(exposition, await self._families())
+
+    async def _lines(self, question: Question) -> dict[Worker, bytes]:
+        """What those say who answer."""
+        lines: dict[Worker, bytes] = {}
+
+        async def ask(worker: Worker) -> None:
+            pid = worker.pid
+            line = await worker.ask(question)
+            if line is not None and worker.pid == pid:  # not of one that has died meanwhile
+                lines[worker] = line
+
+        async with trio.open_nursery() as nursery:
+            for worker in self._workers:
+                nursery.start_soon(ask, worker)
+        return {worker: lines[worker] for worker in self._workers if worker in lines}
+
+    async def _ask(self, question: Question, kind: type[T]) -> dict[Worker, T]:
+        return {worker: msgspec.json.decode(line, type=kind) for worker, line in (await self._lines(question)).items()}
+
+    async def _explain(self, connection_id: str) -> Connection | Refused:
+        lines = await self._lines(ExplainConnection(id=connection_id))
+        found = []
+        for line in lines.values():
+            try:
+                found.append(msgspec.json.decode(line, type=Connection))
+            except msgspec.ValidationError:
+                pass  # a Refused: it is another worker's
+        if (chosen := choose(found)) is not None:
+            return chosen
+        silent = len(self._workers) - len(lines)
+        return Refused(
+            error=f"no connection {connection_id} here" + (f", but {silent} workers do not answer" if silent else ""),
+            fix=f"meshnet conns --all lists the open ones and the last {self._settings.admin.recent} of each worker",
+        )
+
+    async def _status(self) -> Status:
+        answers = await self._ask(GetStatus(), Status)
+        own = Status(
+            node=node_name(),
+            version=__version__,
+            pid=os.getpid(),
+            uptime_seconds=round(time.monotonic() - self._started, 1),
+            ready=False,
+            not_ready_because=(),
+            draining=self._draining,
+            listeners=dict(self._listeners),
+            open_connections=0,
+            opened_total=0,
+            failed_total=0,
+            certificate=CertificateStatus(),
+            config=ConfigStatus(
+                version=0, directory=self._settings.mesh.directory, services=0, policies=0, age_seconds=0.0
+            ),
+            relay=RelayStatus(in_use=()),
+            mark=self._mark,
+            gid=os.getegid(),
+        )
+        rows = [_row(worker, answers.get(worker)) for worker in self._workers]
+        return merge_status(own, rows, list(answers.values()))
+
+    async def _drain(self, timeout: float) -> Accepted:
+        """From here on no worker is started again, and who ends last of them closes the last copy of the listeners."""
+        self._draining = True
+        self._stop_listening()
+        for worker in self._workers:
+            worker.drain_begins(timeout)
+        answers = await self._ask(Drain(timeout=timeout), Accepted)
+        return draining(sum(answer.connections for answer in answers.values()))
+
+    async def _families(self) -> tuple[Family, ...]:
+        for worker, answer in (await self._ask(GetMetrics(), FamilyList)).items():
+            self._totals.heard(worker.pid, answer.items)
+        alive = sum(worker.pid != 0 for worker in self._workers)
+        deaths = sum(worker.deaths for worker in self._workers)
+        return (
+            *await trio.to_thread.run_sync(self._totals.together),
+            _family("meshnet_workers", "gauge", "Workers that run.", "meshnet_workers", alive),
+            _family("meshnet_worker_deaths", "counter", "Workers that died.", "meshnet_worker_deaths_total", deaths),
+        )
+
+
+async def _pass_on(worker: Worker, send: trio.MemorySendChannel[ConnectionEvent]) -> None:
+    """Of one process after the other."""
+    while True:
+        alive, ended = worker.alive, worker.ended
+        await alive.wait()
+        async with aclosing(worker.follow()) as events:
+            async for event in events:
+                await send.send(event)
+        await ended.wait()
+
+
+def _row(worker: Worker, answer: Status | None) -> WorkerStatus:
+    silent = "does not answer" if worker.pid else "does not run"
+    return WorkerStatus(
+        number=worker.number,
+        pid=worker.pid,
+        ready=answer is not None and answer.ready,
+        open_connections=answer.open_connections if answer else 0,
+        deaths=worker.deaths,
+        uptime_seconds=answer.uptime_seconds if answer else 0.0,
+        problem="" if answer else silent,
+    )
+
+
+def _family(name: str, kind: str, text: str, sample: str, value: float) -> Family:
+    return Family(name=name, type=kind, help=text, samples=(Sample(name=sample, labels={}, value=value),))

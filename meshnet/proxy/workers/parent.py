@@ -1,0 +1,36 @@
+"""The parent: it holds the listeners, keeps the workers alive, and answers for them."""
+
+import os
+from contextlib import ExitStack
+from itertools import chain
+
+import trio
+
+from meshnet.model.settings import Settings
+from meshnet.proxy.front import front
+from meshnet.proxy.listen import Listeners, addresses_of
+from meshnet.proxy.workers.answers import JointAnswers
+from meshnet.proxy.workers.sums import Totals
+from meshnet.proxy.workers.worker import Worker
+
+
+async def run(settings: Settings, listeners: Listeners) -> None:
+    """Until every worker has drained and ended. Raises CommandError if it cannot start."""
+    told = addresses_of(listeners) | {"admin": settings.admin.socket}
+    shared = {name: found for name, found in listeners.items() if name != "health"}
+    totals = Totals()
+    with ExitStack() as stack:
+        log_lock = os.memfd_create("access-log")
+        stack.callback(os.close, log_lock)
+        workers = [
+            Worker(number, settings, shared, log_lock, totals.died) for number in range(1, settings.proxy.workers + 1)
+        ]
+
+        def stop_listening() -> None:
+            for sock in chain(*shared.values()):
+                sock.close()
+
+        answers = JointAnswers(workers, totals, settings, told, stop_listening)
+        async with front(settings, told, listeners["health"], answers), trio.open_nursery() as nursery:
+            for worker in workers:
+                nursery.start_soon(worker.run)

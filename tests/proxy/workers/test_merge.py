@@ -1,0 +1,157 @@
+"""How the answers of workers become one."""
+
+import msgspec
+
+from meshnet.errors import Reason
+from meshnet.model.admin import (
+    CertificateStatus,
+    ConfigStatus,
+    EndpointView,
+    RelayStatus,
+    Status,
+    TunnelStatus,
+    WorkerStatus,
+)
+from meshnet.model.connection import Connection, Direction, Peer, ReasonView, State
+from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
+
+replace = msgspec.structs.replace
+
+
+def connection(name: str, opened: int, closed: int = 0, direction: Direction = Direction.OUTBOUND) -> Connection:
+    """Times in seconds of one minute."""
+    return Connection(
+        id=name,
+        direction=direction,
+        state=State.CLOSED if closed else State.OPEN,
+        source=Peer(),
+        destination=Peer(),
+        opened_at=f"2026-01-02T03:04:{opened:02}.000Z",
+        closed_at=f"2026-01-02T03:04:{closed:02}.000Z" if closed else "",
+        reason=ReasonView(code=Reason.OK) if closed else None,
+    )
+
+
+def test_ended_ones_come_first_as_they_ended_and_open_ones_as_they_began() -> None:
+    one = [connection("a", 1, 9), connection("c", 4, 11), connection("e", 3)]
+    other = [connection("b", 2, 10), connection("d", 1), connection("f", 5)]
+    assert [each.id for each in merge_connections([one, other])] == ["a", "b", "c", "d", "e", "f"]
+
+
+def test_of_one_id_the_one_that_got_it_here_is_chosen_else_the_newest() -> None:
+    ours, theirs = connection("x", 1), connection("x", 2, direction=Direction.INBOUND)
+    newer = connection("x", 3, direction=Direction.INBOUND)
+    assert choose([theirs, ours]) is ours
+    assert choose([theirs, newer]) is newer
+    assert choose([]) is None
+
+
+VIEW = EndpointView(
+    service="api:80",
+    endpoint="10.0.0.1:80",
+    tunnel="none",
+    identity="",
+    weight=1,
+    breaker="closed",
+    connections=2,
+    pending=1,
+    failures=0,
+)
+OPEN = replace(VIEW, breaker="open", failures=5, open_for_seconds=3.0, last_error="connect.refused: so")
+PROBING = replace(VIEW, breaker="half-open", failures=5, last_error="connect.refused: once")
+
+
+def test_an_endpoint_has_the_connections_of_all_and_the_worst_breaker() -> None:
+    (merged,) = merge_endpoints([[PROBING], [OPEN], [VIEW], [replace(OPEN, open_for_seconds=9.0)]])
+    assert (merged.connections, merged.pending, merged.breaker, merged.workers) == (8, 4, "open", 2)
+    assert (merged.open_for_seconds, merged.last_error) == (9.0, "connect.refused: so")
+    (merged,) = merge_endpoints([[VIEW], [replace(VIEW, last_error="once")]])
+    assert (merged.breaker, merged.workers, merged.last_error) == ("closed", 2, "once")
+
+
+def test_endpoints_of_different_services_stay_apart() -> None:
+    other = replace(VIEW, service="db:80")
+    assert [(each.service, each.workers) for each in merge_endpoints([[VIEW, other], [VIEW]])] == [
+        ("api:80", 2),
+        ("db:80", 1),
+    ]
+
+
+PARENT = Status(
+    node="vm1",
+    version="1",
+    pid=1,
+    uptime_seconds=9.0,
+    ready=False,
+    not_ready_because=(),
+    draining=False,
+    listeners={"outbound": "127.0.0.1:15101"},
+    open_connections=0,
+    opened_total=0,
+    failed_total=0,
+    certificate=CertificateStatus(),
+    config=ConfigStatus(version=0, directory="d", services=0, policies=0, age_seconds=0.0),
+    relay=RelayStatus(in_use=()),
+    mark=7,
+    gid=8,
+)
+WORKER = replace(
+    PARENT,
+    pid=2,
+    ready=True,
+    listeners={},
+    open_connections=3,
+    opened_total=10,
+    failed_total=1,
+    certificate=CertificateStatus(identity="spiffe://a", expires_in_seconds=100.0),
+    config=ConfigStatus(version=4, directory="d", services=2, policies=1, age_seconds=5.0),
+    relay=RelayStatus(in_use=("native",), not_in_use={"python": "native is faster"}),
+    tunnels=(TunnelStatus(peer="p", idle=1, leased=2),),
+)
+
+
+def row(number: int, problem: str = "") -> WorkerStatus:
+    return WorkerStatus(
+        number=number, pid=number, ready=True, open_connections=3, deaths=0, uptime_seconds=1.0, problem=problem
+    )
+
+
+def test_a_status_is_that_of_all_with_what_is_the_parents_own() -> None:
+    other = replace(
+        WORKER,
+        certificate=CertificateStatus(identity="spiffe://a", expires_in_seconds=50.0),
+        config=ConfigStatus(version=3, directory="d", services=2, policies=1, age_seconds=9.0),
+        tunnels=(TunnelStatus(peer="q", idle=1, leased=0), TunnelStatus(peer="p", idle=0, leased=1)),
+    )
+    merged = merge_status(PARENT, [row(1), row(2)], [WORKER, other])
+    assert (merged.pid, merged.listeners, merged.mark, merged.gid) == (1, PARENT.listeners, 7, 8)
+    assert (merged.ready, merged.not_ready_because) == (True, ())
+    assert (merged.open_connections, merged.opened_total, merged.failed_total) == (6, 20, 2)
+    assert merged.certificate is other.certificate
+    assert merged.config is other.config
+    assert merged.relay == WORKER.relay
+    assert [(each.peer, each.idle, each.leased) for each in merged.tunnels] == [("p", 1, 3), ("q", 1, 0)]
+    assert merged.workers == (row(1), row(2))
+
+
+def test_what_keeps_one_from_being_ready_keeps_all_and_is_told_once() -> None:
+    unready = replace(WORKER, ready=False, not_ready_because=("no mesh configuration yet",))
+    merged = merge_status(PARENT, [row(1), row(2), row(3, "does not run")], [unready, unready])
+    assert not merged.ready
+    assert merged.not_ready_because == ("no mesh configuration yet", "worker 3 does not run")
+
+
+def test_a_mesh_that_one_refused_is_told_though_another_is_further_behind() -> None:
+    refused = replace(WORKER, config=replace(WORKER.config, version=9, problem="mesh.yaml:3: no"))
+    assert merge_status(PARENT, [row(1), row(2)], [WORKER, refused]).config.problem == "mesh.yaml:3: no"
+
+
+def test_in_a_drain_a_worker_that_has_ended_is_no_problem_of_its_own() -> None:
+    going = replace(WORKER, ready=False, draining=True, not_ready_because=("draining",))
+    merged = merge_status(replace(PARENT, draining=True), [row(1), row(2, "does not run")], [going])
+    assert merged.not_ready_because == ("draining",)
+
+
+def test_without_an_answer_the_parent_still_has_one() -> None:
+    merged = merge_status(PARENT, [row(1, "does not run")], [])
+    assert (merged.ready, merged.config, merged.certificate) == (False, PARENT.config, PARENT.certificate)
