@@ -41,7 +41,7 @@ _REAP_EVERY = 5.0  # seconds
 _LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
 # Seconds. With Python's 5 ms a relay thread waits 9 ms (median) for its turn while trio is busy; with this, 0.7 ms.
 _SWITCH_INTERVAL = 0.0005
-LAST_RECORDS = 2.0  # seconds for aborted connections to end properly
+_LAST_RECORDS = 2.0  # seconds for aborted connections to end properly
 
 Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
 
@@ -217,7 +217,7 @@ class Sidecar:
         if left:
             _log.warning("%d connections did not end in time and are reset", left)
             state.registry.abort_all(Reason.DRAIN, EndedBy.DRAIN)
-            with trio.move_on_after(LAST_RECORDS):
+            with trio.move_on_after(_LAST_RECORDS):
                 await state.registry.empty.wait()
 
     async def _until_none_is_open(self, started: float) -> None:

@@ -34,6 +34,14 @@ def test_up_verify_and_down_find_one_sidecar(machine: Machine, peer: Host) -> No
     assert machine.programs() == []
 
 
+def test_one_worker_is_one_process(machine: Machine) -> None:
+    machine.configure("[proxy]\nworkers = 1\n")
+    status = machine.up()
+    assert status.workers == ()
+    supervisor, sidecar = sorted(machine.programs())
+    assert status.pid in (supervisor, sidecar)
+
+
 def test_a_killed_parent_is_started_again_while_its_workers_still_drain(machine: Machine, peer: Host) -> None:
     before = machine.up()
     with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:

@@ -40,7 +40,7 @@ from meshnet.proxy.answers import connection_list, draining
 from meshnet.proxy.metrics import exposition
 from meshnet.proxy.status import node_name
 from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
-from meshnet.proxy.workers.sums import Totals
+from meshnet.proxy.workers.sums import Totals, add_up
 from meshnet.proxy.workers.worker import Worker
 
 T = TypeVar("T", bound=Shape)
@@ -104,19 +104,19 @@ class JointAnswers:
         return await trio.to_thread.run_sync(exposition, await self._families())
 
     async def _lines(self, question: Question) -> dict[Worker, bytes]:
-        """What those say who answer."""
-        lines: dict[Worker, bytes] = {}
+        """What those say who answer, and have not died until all have."""
+        pids = {worker: worker.pid for worker in self._workers}
+        lines: dict[Worker, bytes | None] = {}
 
         async def ask(worker: Worker) -> None:
-            pid = worker.pid
-            line = await worker.ask(question)
-            if line is not None and worker.pid == pid:  # not of one that has died meanwhile
-                lines[worker] = line
+            lines[worker] = await worker.ask(question)
 
         async with trio.open_nursery() as nursery:
             for worker in self._workers:
                 nursery.start_soon(ask, worker)
-        return {worker: lines[worker] for worker in self._workers if worker in lines}
+        return {
+            worker: line for worker, pid in pids.items() if (line := lines[worker]) is not None and worker.pid == pid
+        }
 
     async def _ask(self, question: Question, kind: type[T]) -> dict[Worker, T]:
         return {worker: msgspec.json.decode(line, type=kind) for worker, line in (await self._lines(question)).items()}
@@ -177,7 +177,7 @@ class JointAnswers:
         alive = sum(worker.pid != 0 for worker in self._workers)
         deaths = sum(worker.deaths for worker in self._workers)
         return (
-            *await trio.to_thread.run_sync(self._totals.together),
+            *await trio.to_thread.run_sync(add_up, self._totals.parts()),
             _family("meshnet_workers", "gauge", "Workers that run.", "meshnet_workers", alive),
             _family("meshnet_worker_deaths", "counter", "Workers that died.", "meshnet_worker_deaths_total", deaths),
         )

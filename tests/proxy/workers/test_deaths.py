@@ -46,6 +46,11 @@ def test_a_worker_that_is_killed_takes_nobody_along_and_comes_back(hosts: Hosts)
         assert f"worker 1 (pid {before.pid}) ended: killed by signal 9; again in 0.2 s" in hosts.log(hosts.web)
         with on_every_worker(hosts, server) as later:
             assert {pair.worker for pair in later} == {1, 2}
+        os.kill(again.pid, signal.SIGKILL)  # soon after: it waits for longer
+        wait_for(
+            lambda: f"worker 1 (pid {again.pid}) ended: killed by signal 9; again in 0.4 s" in hosts.log(hosts.web)
+        )
+        wait_for(lambda: row(sidecar, 1).ready)
         assert all(pair.talks() for pair in pairs if pair.worker == 2)
 
 
@@ -79,6 +84,22 @@ def test_when_the_parent_is_killed_a_new_one_takes_over_at_once_and_nothing_is_c
             wait_for(is_gone(worker.pid), what="the old workers have ended")
     ended = {line.id: reason(line) for line in logged(hosts, hosts.web)}
     assert {ended[pair.record.id] for pair in pairs} == {"ok by client in data"}
+
+
+def test_a_parent_that_is_killed_while_it_drains_cuts_nothing_either(restarted: Hosts) -> None:
+    hosts = restarted
+    sidecar, process = hosts.sidecar(hosts.web), process_of(hosts.sidecar(hosts.web))
+    workers = sidecar.status().workers
+    with listen(hosts.api, 8080) as server, on_every_worker(hosts, server) as pairs:
+        process.popen.terminate()
+        wait_for(lambda: not any(worker.ready for worker in sidecar.status().workers))
+        os.kill(process.pid, signal.SIGKILL)
+        wait_for(lambda: not hosts.web.listens(15101), what="the ports are given up")
+        for pair in pairs:
+            assert pair.talks()
+            converse(pair.client, pair.app)
+        for worker in workers:
+            wait_for(is_gone(worker.pid), what="the workers have ended")
 
 
 def test_a_drain_waits_for_what_is_open_and_takes_new_connections_meanwhile(restarted: Hosts) -> None:

@@ -93,8 +93,8 @@ def test_what_a_dead_worker_had_counted_stays_and_what_it_held_does_not() -> Non
     totals.heard(1, (counter(5), gauge("meshnet_tcp_connections_open", 4)))
     totals.heard(2, (counter(7), gauge("meshnet_tcp_connections_open", 1)))
     totals.heard(1, (counter(6), gauge("meshnet_tcp_connections_open", 3)))
-    assert values(totals.together()) == {("meshnet_authz_total",): 13, ("meshnet_tcp_connections_open",): 4}
+    assert values(add_up(totals.parts())) == {("meshnet_authz_total",): 13, ("meshnet_tcp_connections_open",): 4}
     totals.died(1)
     totals.died(3)  # which nobody had asked
     totals.heard(4, (counter(1),))
-    assert values(totals.together()) == {("meshnet_authz_total",): 14, ("meshnet_tcp_connections_open",): 1}
+    assert values(add_up(totals.parts())) == {("meshnet_authz_total",): 14, ("meshnet_tcp_connections_open",): 1}
