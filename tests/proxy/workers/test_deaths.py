@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -10,7 +11,7 @@ from meshnet.model.admin import Accepted, Drain
 from meshnet_cli.client import ask
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.metrics import get, value
-from tests.proxy.programs import accept, converse, listen, reason
+from tests.proxy.programs import accept, converse, listen, nobody_came, read, reason
 from tests.proxy.test_records import logged
 from tests.proxy.workers.heard import following
 from tests.proxy.workers.pairs import is_gone, on_every_worker, process_of, row, stopped
@@ -41,8 +42,8 @@ def test_a_worker_that_is_killed_takes_nobody_along_and_comes_back(hosts: Hosts)
         converse(hosts.web.connect(API, 8080), accept(server))  # whether it is back or not
         assert value(hosts.web, OPENED) > counted
         again = wait_for(lambda: (now := row(sidecar, 1)).ready and now)
-        assert (again.deaths, row(sidecar, 2).deaths) == (before.deaths + 1, 0)
-        assert value(hosts.web, "meshnet_worker_deaths_total") == again.deaths
+        assert again.deaths == before.deaths + 1
+        assert value(hosts.web, "meshnet_worker_deaths_total") == again.deaths + row(sidecar, 2).deaths
         assert f"worker 1 (pid {before.pid}) ended: killed by signal 9; again in 0.2 s" in hosts.log(hosts.web)
         with on_every_worker(hosts, server) as later:
             assert {pair.worker for pair in later} == {1, 2}
@@ -52,6 +53,21 @@ def test_a_worker_that_is_killed_takes_nobody_along_and_comes_back(hosts: Hosts)
         )
         wait_for(lambda: row(sidecar, 1).ready)
         assert all(pair.talks() for pair in pairs if pair.worker == 2)
+
+
+def test_what_waits_when_a_worker_dies_is_taken_by_the_other(hosts: Hosts) -> None:
+    sidecar = hosts.sidecar(hosts.web)
+    one, two = sidecar.status().workers
+    with listen(hosts.api, 8080) as server, ExitStack() as stack:
+        with stopped(one.pid), stopped(two.pid):
+            clients = [stack.enter_context(hosts.web.connect(API, 8080)) for _ in range(10)]
+            assert nobody_came(server)
+            os.kill(one.pid, signal.SIGKILL)
+        for client in clients:
+            client.sendall(b"still here")
+        apps = [stack.enter_context(accept(server)) for _ in clients]
+        assert {read(app, 10) for app in apps} == {b"still here"}
+    wait_for(lambda: row(sidecar, 1).ready)
 
 
 def test_who_follows_hears_of_a_worker_that_was_started_again(hosts: Hosts) -> None:
