@@ -302,6 +302,13 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
         counts.add_metric([name, "ejected"], ejected)
     yield breakers
     yield counts
+    tunnels = GaugeMetricFamily("meshnet_tunnels", "Tunnels this side opened, or opens.", labels=["state"])
+    idle, leased = state.pool.tunnels()
+    under_way, waiting = state.pool.handshakes()
+    for what, count in (("idle", idle), ("leased", leased), ("handshake", under_way)):
+        tunnels.add_metric([what], count)
+    yield tunnels
+    yield _gauge("meshnet_tunnel_waiting", "Connections that wait for their turn at a handshake.", waiting)
     if state.identity.credentials is not None:
         yield _gauge(
             "meshnet_cert_expiry_timestamp_seconds", "When our certificate ends.", state.identity.credentials.not_after

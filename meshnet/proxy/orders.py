@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import trio
+
 from meshnet.decide.breaker import counts_against_endpoint
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.connection import Attempt, Direction
@@ -27,6 +29,7 @@ _FEWEST_PLACES = 16  # so near its limits each connection is a decision
 _NO_LIMIT = 1 << 30
 _MOST_ORDERS = 4096
 _KEPT_UNUSED = 60.0  # seconds
+_REAP_EVERY = 5.0
 
 
 class Orders:
@@ -96,6 +99,12 @@ class Orders:
             order.revoked = True
             if order.held is not None and unused:
                 self._state.leave(order.held, unused)
+
+    async def run(self) -> None:
+        """Reaps until it is cancelled."""
+        while True:
+            await trio.sleep(_REAP_EVERY)
+            self.reap(time.monotonic())
 
     def reap(self, now: float) -> None:
         """Revokes those that nobody has used for a while. `now` is monotonic; to be called every few seconds."""

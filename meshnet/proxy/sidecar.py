@@ -37,7 +37,6 @@ from meshnet.tunnel.pool import Pool
 
 _log = logging.getLogger("meshnet.proxy")
 
-_REAP_EVERY = 5.0  # seconds
 _LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
 # Seconds. With Python's 5 ms a relay thread waits 9 ms (median) for its turn while trio is busy; with this, 0.7 ms.
 _SWITCH_INTERVAL = 0.0005
@@ -110,7 +109,8 @@ class Sidecar:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._follow)
             nursery.start_soon(state.identity.watch, self._renewed)
-            nursery.start_soon(self._reap)
+            nursery.start_soon(state.pool.run)
+            nursery.start_soon(state.orders.run)
             nursery.start_soon(self._lag.run)
             strands = Strands(nursery)
             nursery.start_soon(self._follow_addresses)
@@ -269,10 +269,4 @@ class Sidecar:
     def _renewed(self) -> None:
         self.state.orders.revoke_all()
         self.state.metrics.renewals += 1
-        self.state.pool.close_idle()
-
-    async def _reap(self) -> None:
-        while True:
-            await trio.sleep(_REAP_EVERY)
-            self.state.pool.reap(time.monotonic())
-            self.state.orders.reap(time.monotonic())
+        self.state.pool.renew()

@@ -16,13 +16,25 @@ _SESSION_LIFETIME = 3600.0  # seconds; RFC 8446 allows a week, a renewed certifi
 Key = tuple[Address, str]
 """Where a tunnel leads, and the SPIFFE id that must be there."""
 
-Tickets = dict[Key, tuple[object, tls.Ticket]]
-"""The latest of each peer, with the context it was made in."""
+
+@dataclass(frozen=True, slots=True)
+class Resumable:
+    """A ticket, and the context it was made in."""
+
+    context: object
+    ticket: tls.Ticket
+
+    def fits(self, context: object) -> bool:
+        """Whether a handshake in `context` may begin with it now."""
+        return self.context is context and self.ticket.time + _SESSION_LIFETIME >= time.time()
 
 
 @dataclass(slots=True, eq=False)
 class ClientTunnel:
-    """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones."""
+    """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones.
+
+    `idle_since` is 0 until it stands idle.
+    """
 
     key: Key
     channel: tls.Channel
@@ -30,15 +42,14 @@ class ClientTunnel:
     good_until: float
     handshake_ms: float
     deadlines: Deadlines
-    tickets: Tickets
     leases: int = 0
     idle_since: float = 0.0
     pinged: bool = False
 
     @property
     def is_fresh(self) -> bool:
-        """No connection has used it before: a failure on it is the endpoint's, not that of a stale tunnel."""
-        return self.leases <= 1
+        """Made for who has it, it has never stood idle: a failure on it is the endpoint's, not that of a stale one."""
+        return self.idle_since == 0.0
 
     async def open(self, request: Open, early: bytes, timeout: float) -> list[Frame]:
         """Asks the peer for a connection; `early` goes along. The frames that came right behind OPENED, copied.
@@ -56,7 +67,6 @@ class ClientTunnel:
                 frames = wire.receive(memoryview(data))
                 for position, frame in enumerate(frames):
                     if isinstance(frame, Opened):
-                        self._keep_ticket()
                         # `data` is ours alone, so the payload views in it stay valid.
                         return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]
                     if isinstance(frame, Refused):
@@ -69,23 +79,18 @@ class ClientTunnel:
         finally:
             deadline.done()
 
-    def _keep_ticket(self) -> None:
-        """A peer gives one behind a full handshake, so before it says OPENED. Who is next need not make another."""
-        if self.is_fresh and not self.channel.resumed and (ticket := self.channel.ticket) is not None:
-            self.tickets[self.key] = (self.channel.context, ticket)
-
 
 async def connect(
     key: Key,
     credentials: tls.Credentials | None,
-    tickets: Tickets,
+    resumable: Resumable | None,
     *,
     secure: tls.Tls,
     deadlines: Deadlines,
     mark: int,
     timeout: float,
 ) -> ClientTunnel:
-    """A new tunnel to `key`, by the ticket of an earlier one if there is any.
+    """A new tunnel to `key`. `resumable` is of an earlier one.
 
     `timeout` seconds are for the connect, and again for the handshake.
 
@@ -98,9 +103,7 @@ async def connect(
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
     plain = await sockets.connect(address, mark=mark, timeout=timeout)
     started = time.monotonic()
-    context, ticket = tickets.get(key, (None, None))
-    if context is not credentials.client or ticket is None or ticket.time + _SESSION_LIFETIME < time.time():
-        ticket = None
+    ticket = resumable.ticket if resumable and resumable.fits(credentials.client) else None
     channel = await secure.connect(plain, credentials.client, ticket, timeout)
     if channel.identity != identity:
         channel.close()
@@ -114,7 +117,6 @@ async def connect(
         good_until=min(channel.good_until, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,
         handshake_ms=(time.monotonic() - started) * 1000,
         deadlines=deadlines,
-        tickets=tickets,
     )
 
 

@@ -1,35 +1,56 @@
 """Tunnels kept between leases, so that a handshake is paid per peer and not per connection.
 
-A tunnel belongs to one peer address and one identity; it is leased to one connection at a time. Nothing watches an
-idle tunnel: `reap` finds the dead ones in time, and who leases one before that learns it as tunnel.lost on a tunnel
-that is not fresh, which says nothing about the endpoint.
+A tunnel belongs to one peer address and one identity; it is leased to one connection at a time. Where demand grows, or
+tunnels get old, others are made before a connection has to wait for one. Nothing watches an idle tunnel: `reap` finds
+the dead ones in time, and who leases one before that learns it as tunnel.lost on a tunnel that is not fresh, which says
+nothing about the endpoint.
 """
 
+import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
 
 from meshnet.codec.frames import Pong
-from meshnet.errors import ConnectionFailed, Reason, TunnelError
+from meshnet.decide.demand import Demand
+from meshnet.errors import ConnectionFailed, TunnelError
 from meshnet.model.address import Address
 from meshnet.net import tls
 from meshnet.net.deadline import Deadlines
-from meshnet.net.strand import in_task
-from meshnet.tunnel.client import ClientTunnel, Key, Tickets, connect
+from meshnet.tunnel.client import ClientTunnel, Key, Resumable, connect
+from meshnet.tunnel.turns import Turns
 
-_HANDSHAKES_AT_ONCE = 32  # a burst to a cold peer queues here instead of starving the tunnels that already stand
-_DEMAND_LEFT = 0.9  # at each reaping: what was needed once is thought to be needed half as much half a minute later
+_log = logging.getLogger("meshnet.tunnel")
+
+# A burst to a cold peer queues here instead of starving the tunnels that stand. One thread makes handshakes: from eight
+# at once on it is busy, and with 64 each takes ten times as long. Twice as many is for peers that are far away.
+_HANDSHAKES_AT_ONCE = 16
+_AHEAD_AT_ONCE = 4  # of these, for connections that are still to come
+_AHEAD_TIMEOUT = 5.0  # seconds, as for a lease
+_PAUSE = 30.0  # seconds until the next tunnel ahead to a peer, after one failed or was made to no purpose
+_REAP_EVERY = 5.0  # seconds
+_ENDS_SOON = 3 * _REAP_EVERY  # then another takes its place
 _PING_AFTER = 30.0  # seconds idle; an answer is expected by the next reaping
 
 
 @dataclass(slots=True, eq=False)
-class _Waiter:
-    key: Key
-    turn: trio.Event = field(default_factory=trio.Event)
-    tunnel: ClientTunnel | None = None
+class _Peer:
+    """`ending`: of the idle ones, as of the last reaping. `coming`: are being made ahead. `pause`: monotonic seconds
+    until which none is."""
+
+    demand: Demand
+    idle: deque[ClientTunnel] = field(default_factory=deque)
+    leased: int = 0
+    ending: int = 0
+    coming: int = 0
+    pause: float = 0.0
+    resumable: Resumable | None = None
+
+    def spares(self, now: float) -> int:
+        return self.demand.spares(self.leased, now)
 
 
 class Pool:
@@ -50,13 +71,20 @@ class Pool:
         self._mark = mark
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle
-        self._idle: dict[Key, deque[ClientTunnel]] = {}
-        self._leased: dict[Key, int] = {}
-        self._tickets: Tickets = {}
-        self._turns = _HANDSHAKES_AT_ONCE
-        self._waiting: OrderedDict[Key, OrderedDict[_Waiter, None]] = OrderedDict()  # by peer, in the order they came
-        self._demand: dict[Key, float] = {}  # the most that were leased at once, fading
+        self._peers: dict[Key, _Peer] = {}
+        self._turns = Turns(_HANDSHAKES_AT_ONCE, self._keep)
+        self._short: set[Key] = set()  # of spares, and on the way to who makes them
+        self._ask_ahead, self._asked_ahead = trio.open_memory_channel[Key](float("inf"))
         self.on_handshake: Callable[[float, bool], None] = lambda ms, resumed: None
+
+    async def run(self) -> None:
+        """Reaps, and makes tunnels ahead, until it is cancelled."""
+        async with trio.open_nursery() as nursery:
+            for _ in range(_AHEAD_AT_ONCE):
+                nursery.start_soon(self._make_ahead)
+            while True:
+                await trio.sleep(_REAP_EVERY)
+                self.reap(time.monotonic())
 
     async def lease(
         self, address: Address, identity: str, *, patience: float = 5.0, timeout: float = 5.0
@@ -69,22 +97,12 @@ class Pool:
         the turn did not come within `patience` seconds; that is nobody's fault but our own.
         """
         key = (address, identity)
-        tunnel = self._take(key) or await self._turn(key, patience)
+        tunnel = self._take(key) or await self._turns.wait(key, patience)
         if tunnel is None:
             try:
-                credentials = self._credentials()
-                tunnel = await connect(
-                    key,
-                    credentials,
-                    self._tickets,
-                    secure=self._secure,
-                    deadlines=self._deadlines,
-                    mark=self._mark,
-                    timeout=timeout,
-                )
+                tunnel = await self._connect(key, timeout)
             finally:
-                self._end_turn()
-            self.on_handshake(tunnel.handshake_ms, tunnel.channel.resumed)
+                self._turns.end()
         return self._lent(tunnel)
 
     def lease_idle(self, address: Address, identity: str) -> ClientTunnel | None:
@@ -94,31 +112,36 @@ class Pool:
 
     def weed(self, address: Address, identity: str) -> None:
         """After one kept tunnel turned out to be dead: closes those that the same fate has met."""
-        idle = self._idle.get((address, identity), deque())
-        for tunnel in [tunnel for tunnel in idle if not self._stands(tunnel)]:
-            idle.remove(tunnel)
-            tunnel.channel.close()
+        peer = self._peers.get((address, identity))
+        if peer is not None:
+            for tunnel in [tunnel for tunnel in peer.idle if not self._stands(tunnel)]:
+                peer.idle.remove(tunnel)
+                tunnel.channel.close()
 
     def give_back(self, tunnel: ClientTunnel, *, reusable: bool) -> None:
         """Ends a lease. What cannot be used again is closed."""
-        left = self._leased[tunnel.key] - 1
-        if left:
-            self._leased[tunnel.key] = left
-        else:
-            del self._leased[tunnel.key]
-        idle = self._idle.setdefault(tunnel.key, deque())
-        if not reusable or not tunnel.wire.idle or len(idle) >= self._max_idle or self._is_old(tunnel):
+        peer = self._peers[tunnel.key]
+        peer.leased -= 1
+        if not reusable or not tunnel.wire.idle or self._is_old(tunnel):
             tunnel.channel.close()
+            self._look_ahead(tunnel.key, peer)
             return
-        tunnel.idle_since = time.monotonic()
-        tunnel.pinged = False  # a whole lease is an answer too, and may have overtaken the PONG
-        if not self._hand_over(tunnel):
-            idle.append(tunnel)
+        if tunnel.leases == 1 and (ticket := tunnel.channel.ticket) is not None:
+            peer.resumable = Resumable(tunnel.channel.context, ticket)
+        self._keep(tunnel)
 
     def counts(self) -> dict[Key, tuple[int, int]]:
         """Idle and leased tunnels by peer."""
-        keys = {key for key, idle in self._idle.items() if idle} | self._leased.keys()
-        return {key: (len(self._idle.get(key, ())), self._leased.get(key, 0)) for key in keys}
+        return {key: (len(peer.idle), peer.leased) for key, peer in self._peers.items() if peer.idle or peer.leased}
+
+    def handshakes(self) -> tuple[int, int]:
+        """How many are under way, and how many connections wait for their turn at one; any thread may ask."""
+        return self._turns.taken, self._turns.waiting
+
+    def tunnels(self) -> tuple[int, int]:
+        """Idle and leased ones; any thread may ask."""
+        peers = list(self._peers.values())
+        return sum(len(peer.idle) for peer in peers), sum(peer.leased for peer in peers)
 
     def reap(self, now: float) -> None:
         """Closes what is idle too long, near its certificate's end, retired or dead; pings the rest now and then.
@@ -126,103 +149,134 @@ class Pool:
         And, oldest first, what is more than the peer was lately asked for at once. `now` is monotonic; to be called
         every few seconds.
         """
-        for key, demand in list(self._demand.items()):
-            leased = self._leased.get(key, 0)
-            demand = self._demand[key] = max(leased, demand * _DEMAND_LEFT)
-            idle = self._idle.get(key, deque())
-            while idle and leased + len(idle) > max(demand, 1.0):
-                idle.popleft().channel.close()
-            if not leased and not idle:
-                del self._demand[key]
-        for key, idle in list(self._idle.items()):
-            for tunnel in list(idle):
-                if not self._is_worth_keeping(tunnel, now - tunnel.idle_since):
-                    idle.remove(tunnel)
+        for key, peer in list(self._peers.items()):
+            peer.demand.hold(peer.leased, now)
+            while len(peer.idle) > max(peer.spares(now), 1 - peer.leased):
+                peer.idle.popleft().channel.close()
+            unused = False
+            for tunnel in list(peer.idle):
+                idle = now - tunnel.idle_since
+                if idle > self._idle_timeout or not self._is_worth_keeping(tunnel, idle):
+                    unused |= idle > self._idle_timeout
+                    peer.idle.remove(tunnel)
                     tunnel.channel.close()
-            if not idle:
-                del self._idle[key]
+            if unused:
+                peer.demand.limit(peer.leased + len(peer.idle))
+            peer.ending = sum(map(_ends_soon, peer.idle))
+            self._look_ahead(key, peer)
+            if not (peer.leased or peer.idle or peer.coming or peer.spares(now) or self._resumes(peer)):
+                del self._peers[key]
+
+    def renew(self) -> None:
+        """The credentials are others: what is idle is closed, and as much as is needed made anew.
+
+        Leased tunnels are closed as they come back.
+        """
+        for key, peer in self._peers.items():
+            peer.pause, peer.resumable = 0.0, None
+            self._close_idle(peer)
+            self._look_ahead(key, peer)
 
     def close_idle(self) -> None:
-        """Closes every idle tunnel; leased ones are closed as they come back if their credentials are old."""
-        for idle in self._idle.values():
-            for tunnel in idle:
-                tunnel.channel.close()
-        self._idle.clear()
-        self._tickets.clear()
+        """Closes every idle tunnel, and makes none ahead but where demand grows again."""
+        for peer in self._peers.values():
+            self._close_idle(peer)
+            peer.demand = Demand(time.monotonic())
 
-    async def _turn(self, key: Key, patience: float) -> ClientTunnel | None:
-        """Waits for leave to make a handshake (None; owes one `_end_turn`), or for a tunnel that somebody gave back."""
-        if self._turns:
-            self._turns -= 1
-            return None
-        waiter = _Waiter(key)
-        self._waiting.setdefault(key, OrderedDict())[waiter] = None
-        try:
-            await in_task()
-            with trio.move_on_after(patience):
-                await waiter.turn.wait()
-            if waiter.turn.is_set():
-                return waiter.tunnel
-        except trio.Cancelled:
-            if waiter.tunnel is not None and not self._hand_over(waiter.tunnel):
-                self._idle.setdefault(key, deque()).append(waiter.tunnel)
-            elif waiter.turn.is_set():
-                self._end_turn()
-            raise
-        finally:
-            self._forget(waiter)
-        raise ConnectionFailed(
-            Reason.LIMIT_QUEUE_TIMEOUT, f"too many handshakes at once: no tunnel to {key[0]} within {patience:.1f} s"
+    def _close_idle(self, peer: _Peer) -> None:
+        for tunnel in peer.idle:
+            tunnel.channel.close()
+        peer.idle.clear()
+        peer.ending = 0
+
+    async def _connect(self, key: Key, timeout: float) -> ClientTunnel:
+        peer = self._peers.get(key)
+        tunnel = await connect(
+            key,
+            self._credentials(),
+            peer.resumable if peer else None,
+            secure=self._secure,
+            deadlines=self._deadlines,
+            mark=self._mark,
+            timeout=timeout,
         )
-
-    def _end_turn(self) -> None:
-        """The peers in turn, so that a burst to one does not hold up another; for each, first come, first served."""
-        if not self._waiting:
-            self._turns += 1
-            return
-        key, waiters = next(iter(self._waiting.items()))
-        self._waiting.move_to_end(key)
-        self._call(next(iter(waiters)))
-
-    def _hand_over(self, tunnel: ClientTunnel) -> bool:
-        waiters = self._waiting.get(tunnel.key)
-        if waiters is None:
-            return False
-        waiter = next(iter(waiters))
-        waiter.tunnel = tunnel
-        self._call(waiter)
-        return True
-
-    def _call(self, waiter: _Waiter) -> None:
-        self._forget(waiter)
-        waiter.turn.set()
-
-    def _forget(self, waiter: _Waiter) -> None:
-        waiters: OrderedDict[_Waiter, None] = self._waiting.get(waiter.key, OrderedDict())
-        waiters.pop(waiter, None)
-        if not waiters:
-            self._waiting.pop(waiter.key, None)
-
-    def _lent(self, tunnel: ClientTunnel) -> ClientTunnel:
-        tunnel.leases += 1
-        leased = self._leased[tunnel.key] = self._leased.get(tunnel.key, 0) + 1
-        if leased > self._demand.get(tunnel.key, 0.0):
-            self._demand[tunnel.key] = leased
+        self.on_handshake(tunnel.handshake_ms, tunnel.channel.resumed)
         return tunnel
 
+    async def _make_ahead(self) -> None:
+        """One after the other, the peers in turn."""
+        async for key in self._asked_ahead:
+            self._short.discard(key)
+            peer = self._peers.get(key)
+            if peer is not None and self._lacks(peer) and self._turns.take_if_idle():
+                peer.coming += 1
+                try:
+                    tunnel = await self._connect(key, _AHEAD_TIMEOUT)
+                    if _ends_soon(tunnel):
+                        peer.pause = time.monotonic() + _PAUSE
+                    self._keep(tunnel)
+                except ConnectionFailed as failure:
+                    peer.pause = time.monotonic() + _PAUSE  # a connection that needs one tries by itself, and says so
+                    _log.debug("no tunnel to %s ahead: %s", key[0], failure)
+                except Exception:
+                    peer.pause = time.monotonic() + _PAUSE
+                    _log.exception("a tunnel to %s could not be made ahead", key[0])
+                finally:
+                    peer.coming -= 1
+                    self._turns.end()
+                self._look_ahead(key, peer)
+
+    def _look_ahead(self, key: Key, peer: _Peer) -> None:
+        if key not in self._short and self._lacks(peer):
+            self._short.add(key)
+            self._ask_ahead.send_nowait(key)
+
+    def _lacks(self, peer: _Peer) -> bool:
+        """Whether one more should be made ahead."""
+        now = time.monotonic()
+        there = len(peer.idle) + peer.coming
+        return there < self._max_idle and there - peer.ending < peer.spares(now) and peer.pause <= now
+
+    def _keep(self, tunnel: ClientTunnel) -> None:
+        """For the next who asks, or who is waiting."""
+        tunnel.idle_since = time.monotonic()
+        tunnel.pinged = False  # a whole lease is an answer too, and may have overtaken the PONG
+        if self._turns.offer(tunnel):
+            return
+        idle = self._peer(tunnel.key).idle
+        if len(idle) < self._max_idle:
+            idle.append(tunnel)
+        else:
+            tunnel.channel.close()
+
+    def _lent(self, tunnel: ClientTunnel) -> ClientTunnel:
+        peer = self._peer(tunnel.key)
+        tunnel.leases += 1
+        peer.leased += 1
+        peer.demand.asked(peer.leased, time.monotonic())
+        self._look_ahead(tunnel.key, peer)
+        return tunnel
+
+    def _peer(self, key: Key) -> _Peer:
+        if (peer := self._peers.get(key)) is None:
+            peer = self._peers[key] = _Peer(Demand(time.monotonic()))
+        return peer
+
     def _take(self, key: Key) -> ClientTunnel | None:
-        idle = self._idle.get(key)
-        while idle:
-            tunnel = idle.pop()  # the one used last: the others can grow old and be reaped
+        peer = self._peers.get(key)
+        while peer is not None and peer.idle:
+            tunnel = peer.idle.pop()  # the one used last: the others can grow old and be reaped
             if not self._is_old(tunnel):
                 return tunnel
             tunnel.channel.close()
         return None
 
+    def _resumes(self, peer: _Peer) -> bool:
+        credentials = self._credentials()
+        return credentials is not None and peer.resumable is not None and peer.resumable.fits(credentials.client)
+
     def _is_worth_keeping(self, tunnel: ClientTunnel, idle: float) -> bool:
-        if idle > self._idle_timeout or self._is_old(tunnel) or not self._stands(tunnel):
-            return False
-        return idle <= _PING_AFTER or self._ping(tunnel)
+        return not self._is_old(tunnel) and self._stands(tunnel) and (idle <= _PING_AFTER or self._ping(tunnel))
 
     def _is_old(self, tunnel: ClientTunnel) -> bool:
         credentials = self._credentials()
@@ -251,3 +305,7 @@ class Pool:
             return False
         tunnel.pinged = True
         return True
+
+
+def _ends_soon(tunnel: ClientTunnel) -> bool:
+    return tunnel.good_until < time.time() + _ENDS_SOON

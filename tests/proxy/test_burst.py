@@ -1,0 +1,111 @@
+"""Two thousand connections at once through two sidecars, to peers that `web` has no tunnels to."""
+
+import selectors
+import socket
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import pytest
+
+from meshnet.model.resource import (
+    API_VERSION,
+    BreakerSpec,
+    ConnectSpec,
+    LimitsSpec,
+    Metadata,
+    TrafficPolicy,
+    TrafficPolicySpec,
+)
+from tests.proxy import metrics
+from tests.proxy.conftest import API, Hosts
+from tests.proxy.programs import TIMEOUT, echo, stopped
+from tests.world import wait_for
+
+pytestmark = pytest.mark.netns
+
+TWIN = "10.96.0.50"
+BURST, AT_ONCE = 2000, 16
+NUMBER = 4  # bytes
+
+
+class Clients:
+    """Connections that say their number, in the order in which they were begun; `answered` as the answers came."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.answered: list[int] = []
+        self._stack = stack
+        self._selector = stack.enter_context(selectors.DefaultSelector())
+        self._count = 0
+
+    def begin(self, hosts: Hosts, address: str, count: int) -> range:
+        began = range(self._count, self._count + count)
+        for number in began:
+            client = self._stack.enter_context(hosts.web.open_socket())
+            client.setblocking(False)
+            client.connect_ex((address, 8080))
+            self._selector.register(client, selectors.EVENT_WRITE, number)
+        self._count += count
+        return began
+
+    def wait(self) -> None:
+        """Until each has its answer. Raises OSError when one is reset, TimeoutError when nothing happens any more."""
+        while len(self.answered) < self._count:
+            if not (ready := self._selector.select(TIMEOUT)):
+                raise TimeoutError(f"{len(self.answered)} of {self._count} were answered")
+            for key, _ in ready:
+                assert isinstance(key.fileobj, socket.socket)
+                said = int(key.data).to_bytes(NUMBER, "big")
+                if key.events == selectors.EVENT_WRITE:
+                    key.fileobj.sendall(said)
+                    self._selector.modify(key.fileobj, selectors.EVENT_READ, key.data)
+                else:
+                    assert key.fileobj.recv(NUMBER) == said
+                    self.answered.append(key.data)
+                    self._selector.unregister(key.fileobj)
+
+
+def test_a_burst_to_cold_peers_is_served_in_a_fair_order_with_few_handshakes_at_once(hosts: Hosts) -> None:
+    patient = TrafficPolicySpec(
+        services=("api", "twin"),
+        limits=LimitsSpec(max_connections=0),
+        breaker=BreakerSpec(failures=1_000_000),
+        connect=ConnectSpec(attempt_timeout="60s", total_timeout="60s"),
+    )
+    hosts.write(
+        hosts.mesh.service("twin", [8080], [hosts.twin], addresses=[TWIN]),
+        TrafficPolicy(api_version=API_VERSION, metadata=Metadata(name="patient"), spec=patient),
+    )
+    few = BURST // 10
+    with ExitStack() as stack:
+        for host in (hosts.api, hosts.twin):
+            stack.enter_context(echo(host, 8080))
+        clients = Clients(stack)
+        with stopped(hosts.sidecar(hosts.api)), stopped(hosts.sidecar(hosts.twin)):
+            to_api = clients.begin(hosts, API, BURST - few)
+            wait_for(lambda: _waiting(hosts) == BURST - few - AT_ONCE, what="the burst waits for its turns")
+            to_twin = clients.begin(hosts, TWIN, few)
+            wait_for(lambda: _waiting(hosts) == BURST - AT_ONCE, what="the others wait too")
+            assert metrics.value(hosts.web, "meshnet_tunnels", state="handshake") == AT_ONCE
+        clients.wait()
+        assert metrics.value(hosts.web, "meshnet_tunnels", state="leased") == BURST
+        # And the few that are made ahead, for the burst may go on.
+        assert BURST <= metrics.value(hosts.web, "meshnet_tls_handshake_seconds_count") <= BURST + 2 * 64
+        turns = {number: turn for turn, number in enumerate(clients.answered)}
+        assert _is_in_order(to_api, turns)
+        assert _is_in_order(to_twin, turns)
+        # The peers take turns: who came last but for another peer is through long before the burst is.
+        assert max(turns[number] for number in to_twin) < BURST / 2
+    wait_for(lambda: metrics.value(hosts.web, "meshnet_tunnels", state="leased") == 0)
+    assert metrics.value(hosts.web, "meshnet_tunnels", state="idle") <= 2 * 64
+
+
+def _waiting(hosts: Hosts) -> float:
+    return metrics.value(hosts.web, "meshnet_tunnel_waiting")
+
+
+def _is_in_order(numbers: Sequence[int], turns: dict[int, int]) -> bool:
+    """Every tenth part of them is answered before the one after the next is, as far as the middle of each tells."""
+    size = len(numbers) // 10
+    parts = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    middles = [sorted(turns[number] for number in part)[size // 2] for part in parts]
+    return all(one < two for one, two in zip(middles, middles[2:], strict=False))
