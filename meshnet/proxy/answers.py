@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
+import msgspec
 import trio
 
 from meshnet.model.admin import (
@@ -26,6 +27,7 @@ from meshnet.model.connection import Connection, Security, Shape
 from meshnet.proxy import status
 from meshnet.proxy.explain import trace
 from meshnet.proxy.sidecar import Sidecar
+from meshnet.proxy.slices import slices
 
 
 class OwnAnswers:
@@ -37,8 +39,7 @@ class OwnAnswers:
     async def answer(self, question: Question) -> Shape:
         match question:
             case ListConnections(recent=recent, all=everything):
-                listed = self._state.registry.listing(recent=recent, everything=everything)
-                return connection_list(tuple(record.view() for record in listed))
+                return await self._connections(recent, everything)
             case ExplainConnection(id=connection_id):
                 return self._explain(connection_id)
             case GetStatus():
@@ -69,6 +70,24 @@ class OwnAnswers:
     async def scrape(self) -> bytes:
         return await self._state.metrics.scrape()
 
+    async def _connections(self, recent: float, everything: bool) -> ConnectionList:
+        """Seen and encoded in slices: ten thousand at once take a quarter of a second."""
+        still_open = failed = plaintext = 0
+        pieces: list[bytes] = []
+        for records in slices(list(self._state.registry.listing(recent=recent, everything=everything))):
+            items = [record.view() for record in records]
+            for item in items:
+                is_open = item.reason is None
+                still_open += is_open
+                failed += item.reason is not None and item.reason.code != "ok"
+                plaintext += is_open and item.tls.mode is Security.PLAIN
+            pieces.append(msgspec.json.encode(items)[1:-1])
+            await trio.lowlevel.checkpoint()
+        return ConnectionList(
+            metadata=_metadata(still_open, failed, plaintext),
+            items=msgspec.Raw(b"[%b]" % b",".join(pieces)),  # type: ignore[arg-type] # they are encoded already
+        )
+
     def _explain(self, connection_id: str) -> Connection | Refused:
         record = self._state.registry.find(connection_id)
         if record is None:
@@ -87,13 +106,22 @@ def draining(connections: int) -> Accepted:
 def connection_list(items: tuple[Connection, ...], silent_workers: int = 0) -> ConnectionList:
     still_open = [item for item in items if item.reason is None]
     return ConnectionList(
-        metadata=ConnectionListMetadata(
-            node=status.node_name(),
-            generated_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            open=len(still_open),
-            failed=len([item for item in items if item.reason is not None and item.reason.code != "ok"]),
-            plaintext=len([item for item in still_open if item.tls.mode is Security.PLAIN]),
-            silent_workers=silent_workers,
+        metadata=_metadata(
+            len(still_open),
+            len([item for item in items if item.reason is not None and item.reason.code != "ok"]),
+            len([item for item in still_open if item.tls.mode is Security.PLAIN]),
+            silent_workers,
         ),
         items=items,
+    )
+
+
+def _metadata(still_open: int, failed: int, plaintext: int, silent_workers: int = 0) -> ConnectionListMetadata:
+    return ConnectionListMetadata(
+        node=status.node_name(),
+        generated_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        open=still_open,
+        failed=failed,
+        plaintext=plaintext,
+        silent_workers=silent_workers,
     )

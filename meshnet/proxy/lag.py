@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import trio
 
@@ -14,14 +15,15 @@ _STALL = 0.25  # seconds without a turn of the loop, from which on it is told wh
 
 
 class LoopLag:
-    """`last` is by how many seconds the loop was late lately.
+    """`last` is by how many seconds the loop was late lately, and `note` is called with each such figure.
 
     The loop beats, and a thread of its own looks at that: what stalls the loop does not stall the thread. A stall is
     logged once, when it is over, with its length and the stack that the loop's thread had when it became one.
     """
 
-    def __init__(self, stall: float = _STALL) -> None:
+    def __init__(self, stall: float = _STALL, *, note: Callable[[float], None] = lambda late: None) -> None:
         self._stall = stall
+        self._note = note
         self._beat = (0.0, 0.0)  # when, and how late
         self._over = threading.Event()
 
@@ -39,6 +41,7 @@ class LoopLag:
                 due = trio.current_time() + every
                 await trio.sleep_until(due)
                 self._beat = (time.monotonic(), max(0.0, trio.current_time() - due))
+                self._note(self._beat[1])
         finally:
             self._over.set()
 

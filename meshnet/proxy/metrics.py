@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _MAX_SERIES = 2000  # per sidecar; what comes later is counted in series named "other"
 _DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
 _CONNECTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
+_LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 _REPORTERS = {Direction.OUTBOUND: "source", Direction.INBOUND: "destination"}
 _BREAKER_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
@@ -93,7 +94,7 @@ class Metrics:
         self._authorized: dict[tuple[str, str], int] = {}
         self.config_refused = 0
         self.renewals = 0
-        self.lag: Callable[[], float] = lambda: 0.0
+        self.lag = Histogram(_LAGS)
 
     def ended(self, record: Record) -> None:
         cell = self._flush(record)
@@ -173,7 +174,7 @@ class Metrics:
         yield _counter("meshnet_ordered_connections", "Connections that a standing order covered.", self._ordered)
         yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
         yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)
-        yield _gauge("meshnet_event_loop_lag_seconds", "How late the event loop last was.", self.lag())
+        yield self.lag.family("meshnet_event_loop_lag_seconds", "How late the event loop was, looked at now and then.")
         build = GaugeMetricFamily("meshnet_build_info", "The version that runs.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build

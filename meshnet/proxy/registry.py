@@ -4,7 +4,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Protocol
 
 import trio
@@ -44,6 +44,10 @@ class Follower:
             self._send.send_nowait(event)
         except trio.WouldBlock:
             self._lost += 1
+
+    def lose(self, count: int) -> None:
+        """That many events are not made at all."""
+        self._lost += count
 
 
 class Registry:
@@ -127,10 +131,12 @@ class Registry:
         yield from self.open.values()
 
     def follow(self) -> Follower:
+        """What is open comes first, as far as it fits; to look at all of ten thousand would hold up the loop."""
         self.catch_up()
         follower = Follower()
-        for record in self.open.values():
+        for record in islice(self.open.values(), _FOLLOWER_BUFFER):
             follower.tell(ConnectionEvent(event="open", connection=record.view()))
+        follower.lose(max(0, len(self.open) - _FOLLOWER_BUFFER))
         self._followers.add(follower)
         return follower
 

@@ -99,8 +99,7 @@ class Sidecar:
         self._drain_asked = trio.Event()
         self._first_look = trio.Event()
         self._last_call = trio.Event()
-        self._lag = LoopLag()
-        state.metrics.lag = lambda: self._lag.last
+        self._lag = LoopLag(note=state.metrics.lag.add)
         self._reload, self._reloads = trio.open_memory_channel[None](1)
 
     async def serve(self) -> None:

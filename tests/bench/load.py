@@ -26,6 +26,7 @@ class Result(msgspec.Struct, frozen=True):
     """What a client prints; see generator/main.c."""
 
     units: int
+    opened: int
     bytes: int
     seconds: float
     cpu_seconds: float
@@ -111,11 +112,11 @@ def run(
 
 def measure_memory(program: Path, test: Test, one: Subject) -> dict[str, float]:
     """By how much the sidecars grow for each connection that stays open (PSS, KiB). Raises LoadFailed."""
-    before = _pss(one.pids())
+    before = pss(one.pids())
     host, port = one.target
     holder = one.client.spawn(program, "hold", host, str(port), str(test.connections), "0", "0", name="hold")
     wait_for(lambda: "held" in holder.output or not holder.alive, timeout=_PATIENCE, what="all connections open")
-    growth = _pss(one.pids()) - before
+    growth = pss(one.pids()) - before
     if holder.alive:
         holder.terminate(_PATIENCE)
     _result(holder.output)
@@ -135,7 +136,7 @@ def _result(output: str) -> Result:
     return result
 
 
-def _pss(pids: Sequence[int]) -> int:
+def pss(pids: Sequence[int]) -> int:
     """Kibibytes of memory that are theirs, shared pages by share (proc(5), smaps_rollup)."""
     text = "".join(Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in pids)
     return sum(int(size) for size in re.findall(r"^Pss:\s+(\d+) kB$", text, re.MULTILINE))

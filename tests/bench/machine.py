@@ -22,6 +22,7 @@ from tests.bench.tests import OTHERS, STOLEN
 QUIET = 0.05  # the part of the processors' time that others may use
 
 _LOOK = 0.4  # seconds
+_FILES = 65536
 
 
 class Noise(msgspec.Struct, frozen=True):
@@ -72,10 +73,14 @@ def wait_until_quiet(program: Path, spinning: Sequence[int], patience: float) ->
             return noise, waited
 
 
-def allow_many_files() -> None:
-    """As a unit file would: 1,000 connections are 2,000 descriptors in a sidecar."""
+def allow_many_files() -> int:
+    """As a unit file would: 1,000 connections are 2,000 descriptors in a sidecar. How many there may be."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 65536) if most > 0 else 65536, most))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES, max(most, _FILES)))
+    except (ValueError, OSError):  # more than the hard limit takes root
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, _FILES), most))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def description(spinning: Sequence[int]) -> dict[str, str]:

@@ -5,6 +5,8 @@ import pytest
 
 from meshnet.control.authority import Authority
 from tests.bench import load, machine
+from tests.bench.growth.connections import connections
+from tests.bench.growth.storm import storm
 from tests.bench.report import Run, markdown
 from tests.bench.rounds import Plan, measure
 from tests.bench.subjects import absent, subject
@@ -12,7 +14,7 @@ from tests.bench.subjects import meshnet as meshnet_subject
 from tests.bench.subjects.check import CheckFailed, Probe, check_refusals
 from tests.bench.subjects.hops import DOMAIN, issue
 from tests.bench.table import DIRECT, MESHNET
-from tests.bench.tests import CPU, MODES, MTLS, SINGLE, TESTS, WORKERS, in_quick
+from tests.bench.tests import CPU, MODES, MTLS, PLAIN, SINGLE, TESTS, WORKERS, in_quick
 from tests.world import World, wait_for
 
 
@@ -79,3 +81,18 @@ def test_who_serves_everybody_does_not_pass_the_check(world: World, program: Pat
     issue(Authority.create(DOMAIN, now=datetime.now(UTC)), "web", tmp_path)
     with pytest.raises(CheckFailed, match="plain text was served"):
         check_refusals(web, (api.address, 8080), tmp_path, Probe(b"Eecho", b"Eecho"))
+
+
+@pytest.mark.usefixtures("world")
+def test_every_connection_of_a_storm_has_one_record_on_both_sides(program: Path) -> None:
+    table, wrong = storm(program, [MTLS], warm=0.1, seconds=0.5)
+    assert not wrong
+    assert f"| {MTLS} |" in table
+
+
+@pytest.mark.usefixtures("world")
+def test_a_level_of_open_connections_is_measured_and_one_beyond_the_descriptors_is_named(program: Path) -> None:
+    text = connections(program, PLAIN, [1, 50, 5000], 500)
+    _, _, *rows, missed = text.splitlines()
+    assert [row.split()[1] for row in rows] == ["1", "50", "86"]
+    assert missed == "Not reached: 5,000, for a process may have 500 descriptors here."

@@ -88,6 +88,8 @@ def test_a_burst_to_cold_peers_is_served_in_a_fair_order_with_few_handshakes_at_
             assert metrics.value(hosts.web, "meshnet_tunnels", state="handshake") == AT_ONCE
         clients.wait()
         assert metrics.value(hosts.web, "meshnet_tunnels", state="leased") == BURST
+        still_open = [each for each in hosts.sidecar(hosts.web).connections() if each.reason is None]
+        assert len(still_open) == len({each.id for each in still_open}) == BURST
         # And the few that are made ahead, for the burst may go on.
         assert BURST <= metrics.value(hosts.web, "meshnet_tls_handshake_seconds_count") <= BURST + 2 * 64
         turns = {number: turn for turn, number in enumerate(clients.answered)}

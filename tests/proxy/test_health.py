@@ -26,7 +26,7 @@ NAMES = {
     "meshnet_dropped_series_total",
     "meshnet_config_nacks_total",
     "meshnet_cert_renewals_total",
-    "meshnet_event_loop_lag_seconds",
+    "meshnet_event_loop_lag_seconds_bucket",
     "meshnet_build_info",
     "meshnet_breaker_state",
     "meshnet_endpoints",

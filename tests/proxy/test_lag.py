@@ -51,6 +51,19 @@ async def test_each_stall_is_told_and_its_lag_can_be_seen(caplog: pytest.LogCapt
     assert len(caplog.records) == 2
 
 
+async def test_each_look_is_noted_and_a_stall_with_its_length() -> None:
+    noted: list[float] = []
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(LoopLag(STALL, note=noted.append).run)
+        await eventually(lambda: len(noted) >= 2)
+        before = len(noted)
+        end = trio.current_time() + 4 * STALL
+        stall_until(lambda: trio.current_time() > end)
+        await eventually(lambda: len(noted) > before)
+        nursery.cancel_scope.cancel()
+    assert noted[before] >= 2 * STALL
+
+
 async def test_its_thread_ends_with_it() -> None:
     def watched() -> bool:
         return any(thread.name == "watchdog" for thread in threading.enumerate())

@@ -123,6 +123,14 @@ async def test_a_slow_follower_is_told_how_much_it_lost_and_then_hears_on(regist
     assert drained(follower) == [("lost", 1500 - 1024), ("fail", 0)]
 
 
+async def test_a_follower_of_very_many_is_told_how_many_it_does_not_hear_of(registry: Registry) -> None:
+    records = [begin(registry, str(number)) for number in range(1500)]
+    follower = registry.follow()
+    assert drained(follower) == [("open", 0)] * 1024
+    end(records[0])
+    assert drained(follower) == [("lost", 1500 - 1024), ("close", 0)]
+
+
 async def test_who_hung_up_is_told_no_more(registry: Registry) -> None:
     begin(registry, "open")
     follower = registry.follow()

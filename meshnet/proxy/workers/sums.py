@@ -10,7 +10,8 @@ from meshnet.model.admin import Family, Sample
 # Counters and histograms are added up. Of each gauge this says what becomes of two workers' values.
 GAUGES: Mapping[str, Callable[[float, float], float]] = {
     "meshnet_tcp_connections_open": operator.add,
-    "meshnet_event_loop_lag_seconds": max,
+    "meshnet_tunnels": operator.add,
+    "meshnet_tunnel_waiting": operator.add,
     "meshnet_build_info": max,  # 1 each
     "meshnet_breaker_state": max,  # each has breakers of its own: the worst
     "meshnet_endpoints": max,  # of healthy ones the fewest

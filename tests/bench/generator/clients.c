@@ -25,7 +25,7 @@ static struct sockaddr_in server;
 static struct connection *connections;
 static int wanted, begun, open_now, held;
 static bool running = true, counting;
-static uint64_t units, bytes, errors;
+static uint64_t units, bytes, opened, errors;
 static char first_error[200];
 
 static void begin(struct connection *connection);
@@ -70,9 +70,10 @@ int run_clients(int argc, char **argv) {
     for (int i = 0; i < wanted; i++)
         if (connections[i].state != CLOSED)
             failed(&connections[i], "no end");
-    printf("{\"units\":%llu,\"bytes\":%llu,\"seconds\":%.6f,\"cpu_seconds\":%.6f,\"others\":%.4f,\"stolen\":%.4f,",
-           (unsigned long long)units, (unsigned long long)bytes, after.at - before.at, after.sidecars - before.sidecars,
-           others, stolen);
+    printf("{\"units\":%llu,\"opened\":%llu,\"bytes\":%llu,\"seconds\":%.6f,\"cpu_seconds\":%.6f,\"others\":%.4f,",
+           (unsigned long long)units, (unsigned long long)opened, (unsigned long long)bytes, after.at - before.at,
+           after.sidecars - before.sidecars, others);
+    printf("\"stolen\":%.4f,", stolen);
     printf("\"p50_us\":%.1f,\"p90_us\":%.1f,\"p99_us\":%.1f,\"p999_us\":%.1f,\"errors\":%llu,\"first_error\":\"%s\"}\n",
            percentile_us(0.5), percentile_us(0.9), percentile_us(0.99), percentile_us(0.999),
            (unsigned long long)errors, first_error);
@@ -105,6 +106,7 @@ static void begin(struct connection *connection) {
     without_delay(connection->fd);
     connection->state = CONNECTING;
     connection->began = now();
+    opened++;
     open_now++;
     if (connect(connection->fd, (struct sockaddr *)&server, sizeof server) < 0 && errno != EINPROGRESS)
         failed(connection, "connect");
@@ -230,7 +232,7 @@ static void hold(void) {
     sigaddset(&asked, SIGTERM);
     sigprocmask(SIG_BLOCK, &asked, NULL);
     watch(EPOLL_CTL_ADD, signalfd(-1, &asked, SFD_CLOEXEC), EPOLLIN, SIGNAL);
-    for (double deadline = now() + 6 * PATIENCE; running && !errors && now() < deadline;) {
+    for (double deadline = now() + 6 * PATIENCE; running && !errors && (told || now() < deadline);) {
         work_until(now() + 0.05);
         if (held == wanted && !told) {
             told = true;

@@ -15,9 +15,9 @@
  *         PIDs, ends with its input
  *
  * A client prints one JSON object about the SECONDS that follow WARM seconds of the same work; cpu_seconds is what the
- * processes PID used meanwhile, user and system, all threads. PIDs after `--` are ours too: they are no noise. Every
- * connection must end in order: the client shuts its half down, the server's end comes back. Whatever else happens is
- * an error, counted and shown.
+ * processes PID used meanwhile, user and system, all threads; opened counts all connections, whenever they were begun.
+ * PIDs after `--` are ours too: they are no noise. Every connection must end in order: the client shuts its half down,
+ * the server's end comes back. Whatever else happens is an error, counted and shown.
  */
 #include "load.h"
 

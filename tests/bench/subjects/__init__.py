@@ -81,7 +81,7 @@ def subject(peer: str, mode: str, workers: int, program: Path) -> Iterator[Subje
 
 def _build(peer: str, mode: str, workers: int, world: World, web: Host, api: Host, program: Path) -> Subject:
     for host in (web, api):
-        _allow_many_short_connections(host)
+        allow_many_short_connections(host)
     server = api.spawn(program, "serve", str(PORT))
     wait_for(lambda: api.listens(PORT), what="the server")
     mesh = None
@@ -113,7 +113,7 @@ def _peer(peer: str, mode: str, workers: int, web: Host, api: Host, server: Proc
     return Subject(peer, web, path[0].listen, server, sidecars)
 
 
-def _allow_many_short_connections(host: Host) -> None:
+def allow_many_short_connections(host: Host) -> None:
     """A closed connection blocks its port for a minute, and a minute of them is more than there are ports."""
     with host.entered():
         ipv4 = Path("/proc/sys/net/ipv4")

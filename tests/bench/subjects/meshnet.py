@@ -5,6 +5,7 @@ from typing import Any
 from meshnet.codec.frames import Ping, Pong, encode
 from meshnet.control.authority import CERTIFICATE, KEY
 from meshnet.model.connection import Connection, Security
+from meshnet.model.resource import API_VERSION, LimitsSpec, Metadata, TrafficPolicy, TrafficPolicySpec
 from meshnet.net.tls import ALPN
 from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.world import Host, Process, wait_for
@@ -23,7 +24,11 @@ _SERVICE_ADDRESS = "10.96.0.10"
 
 
 def build(web: Host, api: Host, mesh: Mesh, server: Process, mode: str, workers: int) -> Subject:
-    mesh.write(mesh.service("api", [PORT], [api], addresses=(_SERVICE_ADDRESS,), meshed=mode == MTLS))
+    unlimited = TrafficPolicySpec(services=("api",), limits=LimitsSpec(max_connections=0))
+    mesh.write(
+        mesh.service("api", [PORT], [api], addresses=(_SERVICE_ADDRESS,), meshed=mode == MTLS),
+        TrafficPolicy(api_version=API_VERSION, metadata=Metadata(name="unlimited"), spec=unlimited),
+    )
     hosts = (web,) if mode == SINGLE else (web, api)
     sidecars = [_sidecar(mesh, host, **SETTINGS[workers]) for host in hosts]
     for sidecar in sidecars:

@@ -71,7 +71,7 @@ def test_histograms_add_up_by_buckets() -> None:
     [
         ("meshnet_tcp_connections_open", 5),
         ("meshnet_breaker_state", 3),
-        ("meshnet_event_loop_lag_seconds", 3),
+        ("meshnet_tunnels", 5),
         ("meshnet_cert_expiry_timestamp_seconds", 2),
         ("meshnet_config_revision", 2),
         ("meshnet_config_age_seconds", 3),

@@ -1,7 +1,7 @@
-"""How the sidecar's work grows: choosing among endpoints, taking up a large mesh, a scrape of its metrics.
+"""The mesh grows: choosing among endpoints, taking up many services, a scrape of their metrics.
 
 Nothing is sent: the parts that could stall the event loop run in one, with real files, while a probe that wants to run
-every millisecond notes how late it was. `python -m tests.bench.growth`, or `scripts/bench --growth`; half a minute.
+every millisecond notes how late it was.
 """
 
 import gc
@@ -29,6 +29,7 @@ from meshnet.proxy.registry import Registry
 from meshnet.proxy.state import ProxyState
 from meshnet.relay.ladder import best_relay
 from meshnet.tunnel.pool import Pool
+from tests.bench.growth.table import table
 
 ENDPOINTS = (1, 2, 5, 10, 100, 1000, 10_000)
 MESHES = ((1, 1), (100, 2), (1000, 2), (5000, 2), (1, 1000), (1, 10_000))
@@ -37,10 +38,15 @@ MESHES = ((1, 1), (100, 2), (1000, 2), (5000, 2), (1, 1000), (1, 10_000))
 _PROBE_EVERY = 0.001  # seconds
 
 
-def main() -> None:
-    print(_table(("endpoints", *(f"{kind}, µs" for kind in Balance)), [_choosing(count) for count in ENDPOINTS]))
-    rows = [trio.run(_growing, services, endpoints) for services, endpoints in MESHES]
-    print(_table(("services", "endpoints of each", "to take up, s", "lag, ms", "scrape, ms", "its lag, ms"), rows))
+def endpoints() -> str:
+    """What choosing one of them costs."""
+    return table(("endpoints", *(f"{kind}, us" for kind in Balance)), [_choosing(count) for count in ENDPOINTS])
+
+
+def services() -> str:
+    """How long a change of all of them takes, and what the loop notices."""
+    head = ("services", "endpoints of each", "to take up, s", "lag, ms", "scrape, ms", "its lag, ms")
+    return table(head, [trio.run(_growing, services, endpoints) for services, endpoints in MESHES])
 
 
 def _choosing(count: int) -> tuple[object, ...]:
@@ -160,12 +166,3 @@ def _service(name: str, first: int, endpoints: int) -> str:
 
 def _address(number: int) -> Address:
     return Address(f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 80)
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    lines = [head, ("--:",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()
