@@ -1,6 +1,7 @@
 """A tunnel seen from the side that dialled it: how it comes up, and how it asks for a lease."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshnet.codec.frames import Frame, Open, Opened, Pong, Refused
@@ -33,7 +34,8 @@ class Resumable:
 class ClientTunnel:
     """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones.
 
-    `idle_since` is 0 until it stands idle.
+    `idle_since` is 0 until it stands idle. `on_answer` is called when the peer has answered an OPEN: what TLS had to
+    bring, tickets among it, came before that.
     """
 
     key: Key
@@ -45,6 +47,7 @@ class ClientTunnel:
     leases: int = 0
     idle_since: float = 0.0
     pinged: bool = False
+    on_answer: "Callable[[ClientTunnel], None]" = lambda tunnel: None
 
     @property
     def is_fresh(self) -> bool:
@@ -66,6 +69,8 @@ class ClientTunnel:
             while data := await channel.receive():
                 frames = wire.receive(memoryview(data))
                 for position, frame in enumerate(frames):
+                    if isinstance(frame, Opened | Refused):
+                        self.on_answer(self)
                     if isinstance(frame, Opened):
                         # `data` is ours alone, so the payload views in it stay valid.
                         return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]

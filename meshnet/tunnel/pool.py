@@ -126,8 +126,6 @@ class Pool:
             tunnel.channel.close()
             self._look_ahead(tunnel.key, peer)
             return
-        if tunnel.leases == 1 and (ticket := tunnel.channel.ticket) is not None:
-            peer.resumable = Resumable(tunnel.channel.context, ticket)
         self._keep(tunnel)
 
     def counts(self) -> dict[Key, tuple[int, int]]:
@@ -201,7 +199,13 @@ class Pool:
             timeout=timeout,
         )
         self.on_handshake(tunnel.handshake_ms, tunnel.channel.resumed)
+        tunnel.on_answer = self._learn
         return tunnel
+
+    def _learn(self, tunnel: ClientTunnel) -> None:
+        """The ticket of a tunnel's first lease, so that the rest of a burst can begin with it."""
+        if tunnel.leases == 1 and (ticket := tunnel.channel.ticket) is not None:
+            self._peer(tunnel.key).resumable = Resumable(tunnel.channel.context, ticket)
 
     async def _make_ahead(self) -> None:
         """One after the other, the peers in turn."""
