@@ -7,8 +7,11 @@ file moves the whole run into namespaces of its own before anything else starts,
         web, api = world.host("web"), world.host("api")
 """
 
+import os
 import resource
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -30,6 +33,7 @@ __all__ = [
     "eventually",
     "into_the_mesh",
     "mesh",
+    "stand_still",
     "still_alive",
     "wait_for",
     "world",
@@ -87,6 +91,17 @@ def still_alive(mesh: Mesh, request: pytest.FixtureRequest) -> None:
         if sidecar.process is not None:
             request.node.add_report_section("teardown", sidecar.host.name, sidecar.process.output[-4000:])
             assert sidecar.process.alive, f"the sidecar of {sidecar.host.name} did not live to the end of the test"
+
+
+def stand_still(pid: int) -> None:
+    """SIGSTOP, and every thread of the process has obeyed: each does so in its own time."""
+    os.kill(pid, signal.SIGSTOP)
+
+    def all_stopped() -> bool:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    wait_for(all_stopped, what=f"process {pid} stands still")
 
 
 async def eventually(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "") -> T:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager
+from functools import partial
 
 import trio
 from msgspec import structs
@@ -161,12 +162,14 @@ class Sidecar:
         """`direction`: of the applications' connections that come here; None: peers' tunnels do."""
         # Who comes before the mesh is known waits in the kernel: nothing is known to be meshed, or denied, until then.
         await self._first_look.wait()
+        shared = self.state.settings.proxy.workers > 1
         async with trio.open_nursery() as nursery:
             for sock in listeners:
                 if direction is None:
                     nursery.start_soon(sockets.accept_forever, sock, start)
                 else:
-                    nursery.start_soon(self.state.relays.available[0].accept_forever, sock, direction, start)
+                    accept = partial(self.state.relays.available[0].accept_forever, shared=shared)
+                    nursery.start_soon(accept, sock, direction, start)
             await self._last_call.wait()
             nursery.cancel_scope.cancel()
 

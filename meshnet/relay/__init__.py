@@ -237,9 +237,17 @@ class Relay(Protocol):
         """
 
     async def accept_forever(
-        self, listener: socket.socket, direction: Direction, carry: Callable[[socket.socket, Address], object]
+        self,
+        listener: socket.socket,
+        direction: Direction,
+        carry: Callable[[socket.socket, Address], object],
+        *,
+        shared: bool,
     ) -> None:
-        """As meshnet.net.sockets.accept_forever; `carry` is called with connections that no order covers."""
+        """As meshnet.net.sockets.accept_forever; `carry` is called with connections that no order covers.
+
+        `shared`: other processes accept at the same socket.
+        """
 
     def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
         """From now on the relay itself dials and carries connections of `flow`, at most `places` at once.

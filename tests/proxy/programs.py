@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from meshnet.model.connection import Connection
 from meshnet.net.sockets import reset
-from tests.world import Host, Sidecar, wait_for
+from tests.world import Host, Sidecar, stand_still, wait_for
 
 TIMEOUT = 5.0
 
@@ -45,7 +45,7 @@ def stopped(sidecar: Sidecar) -> Iterator[None]:
     """It stands still; the kernel goes on accepting and buffering for it."""
     process = sidecar.process
     assert process is not None
-    os.kill(process.pid, signal.SIGSTOP)
+    stand_still(process.pid)
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from meshnet.tunnel.client import ClientTunnel
 from meshnet.tunnel.pool import Pool
 from tests.proxy.conftest import Hosts
 from tests.proxy.own_pool import connections, idle, issue, used, with_pool
-from tests.world import eventually
+from tests.world import eventually, stand_still
 
 pytestmark = pytest.mark.netns
 
@@ -101,7 +101,7 @@ def test_connections_that_wait_for_a_handshake_come_first(hosts: Hosts) -> None:
         async def connection() -> None:
             tunnels.append(await pool.lease(address, identity, patience=100.0, timeout=100.0))
 
-        os.kill(process.pid, signal.SIGSTOP)
+        stand_still(process.pid)
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(2 * AT_ONCE):

@@ -18,7 +18,7 @@ from meshnet.tunnel.pool import Pool
 from tests.proxy.conftest import Hosts
 from tests.proxy.own_pool import IDLE_TIMEOUT, MAX_IDLE, connections, idle, issue, used, with_pool
 from tests.proxy.peer import TUNNEL_PORT
-from tests.world import eventually
+from tests.world import eventually, stand_still
 
 pytestmark = pytest.mark.netns
 
@@ -57,7 +57,7 @@ def test_a_tunnel_that_does_not_answer_its_ping_is_closed(hosts: Hosts) -> None:
 
     async def body(pool: Pool, address: Address, identity: str) -> None:
         tunnel = await used(pool, address, identity)
-        os.kill(process.pid, signal.SIGSTOP)
+        stand_still(process.pid)
         try:
             pool.reap(tunnel.idle_since + 31)
             assert idle(pool) == 1
@@ -118,7 +118,7 @@ def test_a_lease_that_is_cancelled_within_its_handshake_leaves_nothing(hosts: Ho
 
     async def body(pool: Pool, address: Address, identity: str) -> None:
         before = len(os.listdir("/proc/self/fd"))
-        os.kill(process.pid, signal.SIGSTOP)
+        stand_still(process.pid)
         try:
             with trio.move_on_after(0.05) as patience:
                 await pool.lease(address, identity)
@@ -160,7 +160,7 @@ def test_a_burst_to_a_cold_peer_makes_few_handshakes_at_once_and_serves_all(host
             pool.give_back(tunnel, reusable=True)
 
         pool.on_handshake = count
-        os.kill(process.pid, signal.SIGSTOP)
+        stand_still(process.pid)
         try:
             async with trio.open_nursery() as nursery:
                 for number in range(BURST):
@@ -197,7 +197,7 @@ def test_who_waits_for_one_peer_is_not_held_up_by_a_burst_to_another(hosts: Host
             served.append(who)
             pool.give_back(tunnel, reusable=False)
 
-        os.kill(process.pid, signal.SIGSTOP)
+        stand_still(process.pid)
         try:
             async with trio.open_nursery() as nursery:
                 for _ in range(10 * AT_ONCE):

@@ -10,7 +10,7 @@ from meshnet.model.admin import EndpointView
 from tests.proxy.programs import Records, read, reason, reset
 from tests.traffic.calls import is_reset, waiting, who
 from tests.traffic.conftest import Hosts, Name, access, traffic
-from tests.world import Host, wait_for
+from tests.world import Host, stand_still, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -30,7 +30,7 @@ def stopped(hosts: Hosts, host: Host) -> Iterator[None]:
     """The host's sidecar stands still in the block."""
     process = hosts.sidecar(host).process
     assert process is not None
-    process.popen.send_signal(signal.SIGSTOP)
+    stand_still(process.pid)
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from meshnet.model.connection import Connection, Security, TlsView
 from tests.proxy.programs import Records, accept, ended_by_rst, listen, read, read_all, reason, reset
 from tests.traffic.calls import is_reset, who
 from tests.traffic.conftest import Hosts, Name, traffic
+from tests.world import stand_still
 
 pytestmark = pytest.mark.netns
 
@@ -92,7 +93,7 @@ def test_what_the_client_has_sent_by_then_reaches_the_next_endpoint_whole(hosts:
     assert process is not None
     with listen(hosts.apis[1], name.port) as server:
         # While its sidecar stands still, the client connects and sends: so the first attempt already has bytes.
-        process.popen.send_signal(signal.SIGSTOP)
+        stand_still(process.pid)
         try:
             client = hosts.web.connect(name.address, name.port)
             client.sendall(sent)

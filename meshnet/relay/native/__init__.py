@@ -152,12 +152,17 @@ class NativeRelay:
         return link.outcome
 
     async def accept_forever(
-        self, listener: socket.socket, direction: Direction, carry: Callable[[socket.socket, Address], object]
+        self,
+        listener: socket.socket,
+        direction: Direction,
+        carry: Callable[[socket.socket, Address], object],
+        *,
+        shared: bool,
     ) -> None:
         """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
         if not self._cores:
             raise RuntimeError("the relay is not started")
-        await Door(direction, carry).accept_forever(self._cores[0], listener)
+        await Door(direction, shared, carry).accept_forever(self._cores[0], listener)
 
     def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
         """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""

@@ -275,6 +275,8 @@ static int patience(struct core *core)
         until = core->lingering->linger_until;
     if (core->dial_due && core->dial_due < until)
         until = core->dial_due;
+    if (core->shared && core->look_due < until)
+        until = core->look_due;
     if (core->unrung && core->unrung_since + QUIET_NS < until)
         until = core->unrung_since + QUIET_NS;
     if (until == UINT64_MAX)
@@ -306,6 +308,7 @@ static void *run(void *argument)
         take_turns(core);
         cut_lingering(core);
         dial_give_up(core);
+        listeners_look(core);
         report(core);
     }
     while (core->links)

@@ -45,6 +45,7 @@
 #define QUIET_NS 10000000u    /* news that nobody waits for may wait for more of its kind */
 #define QUIET_MOST 64         /* until there are so many */
 #define ORDER_BUCKETS 1024
+#define LOOK_NS 1000000000u   /* who was woken for a connection may have died before it accepted */
 
 /* Keep in step with _REASONS and _ENDED_BY in __init__.py. */
 enum reason {
@@ -113,13 +114,15 @@ struct backlog {
     size_t size;
 };
 
-/* A listening socket that several processes may share. Belongs to the core's thread from `listener_open` on. */
+/* A listening socket. Belongs to the core's thread from `listener_open` on. */
 struct listener {
     struct source source;
     struct core *core;
     int fd;
     int direction;
+    bool shared; /* with other processes */
     bool watched;
+    struct listener *next, **place; /* in core->shared while it is watched, if it is shared */
     int error; /* errno, when it is stuck */
     struct news stuck, gone;
 };
@@ -291,6 +294,8 @@ struct core {
     struct tunnel *tunnels;
     struct link *ready;
     struct link *lingering, **last_lingering;
+    struct listener *shared;
+    uint64_t look_due; /* when they are looked at next */
     struct link *dialling;
     uint64_t dial_due;                /* when the first of them may be out of time; 0: none */
     struct news *fresh, **last_fresh; /* of this round */
@@ -326,6 +331,7 @@ void core_stop_lingering(struct core *core, struct link *link);
 void listener_open(struct listener *listener);
 void listener_on_event(struct listener *listener);
 void listener_close(struct listener *listener);
+void listeners_look(struct core *core);
 
 /* order.c */
 void order_add(struct order *order);

@@ -33,9 +33,9 @@ static PyObject *told(PyObject *waiter, enum heard what, PyObject *about)
 
 PyObject *doors_listen(CoreObject *core, PyObject *arguments)
 {
-    int fd, direction;
+    int fd, direction, shared;
     PyObject *waiter;
-    if (!PyArg_ParseTuple(arguments, "iiO", &fd, &direction, &waiter))
+    if (!PyArg_ParseTuple(arguments, "iipO", &fd, &direction, &shared, &waiter))
         return NULL;
     if (!core->open)
         return module_core_is_closed();
@@ -46,6 +46,7 @@ PyObject *doors_listen(CoreObject *core, PyObject *arguments)
                                        .core = &core->core,
                                        .fd = fd,
                                        .direction = direction,
+                                       .shared = shared,
                                        .stuck = {.kind = NEWS_LISTENER_STUCK, .owner = &self->listener},
                                        .gone = {.kind = NEWS_LISTENER_GONE, .owner = self}};
     if (core_post(&core->core, COMMAND_LISTEN, &self->listener, NULL, 0)) {

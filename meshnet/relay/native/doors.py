@@ -27,15 +27,16 @@ DIRECTIONS = tuple(Direction)
 class Door:
     """A listening socket in the core's hands."""
 
-    def __init__(self, direction: Direction, carry: Callable[[socket.socket, Address], object]) -> None:
+    def __init__(self, direction: Direction, shared: bool, carry: Callable[[socket.socket, Address], object]) -> None:
         self._direction = DIRECTIONS.index(direction)
+        self._shared = shared
         self._carry = carry
         self._is_stuck = trio.Event()
 
     async def accept_forever(self, core: "Core", listener: socket.socket) -> None:
         """See meshnet.net.sockets.accept_forever."""
         port = listener.getsockname()[1]
-        handle = core.listen(os.dup(listener.fileno()), self._direction, self)
+        handle = core.listen(os.dup(listener.fileno()), self._direction, self._shared, self)
         try:
             while True:
                 await self._is_stuck.wait()

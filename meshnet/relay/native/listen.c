@@ -1,4 +1,8 @@
-/* Connections come in: those that an order covers are dialled here, the others are for Python. */
+/* Connections come in: those that an order covers are dialled here, the others are for Python.
+ *
+ * Of the processes that share a listener one is woken for a connection (EPOLLEXCLUSIVE): who has waited longest, for who
+ * has accepted goes to the end of the line. Who was woken may die before it accepts; so each looks now and then.
+ */
 #define _GNU_SOURCE
 #include "core.h"
 
@@ -47,11 +51,42 @@ static void take(struct listener *listener, int fd, const struct sockaddr_storag
         hand_over(listener, fd, &source);
 }
 
+static bool watch(struct listener *listener)
+{
+    struct core *core = listener->core;
+    struct epoll_event event = {.events = EPOLLIN | (listener->shared ? EPOLLEXCLUSIVE : 0), .data.ptr = listener};
+    if (epoll_ctl(core->epoll, EPOLL_CTL_ADD, listener->fd, &event))
+        return false;
+    listener->watched = true;
+    if (listener->shared) {
+        listener->next = core->shared;
+        listener->place = &core->shared;
+        if (listener->next)
+            listener->next->place = &listener->next;
+        core->shared = listener;
+    }
+    return true;
+}
+
 static void stop(struct listener *listener)
 {
-    if (listener->watched)
-        core_unwatch(listener->core, listener->fd);
+    if (!listener->watched)
+        return;
+    core_unwatch(listener->core, listener->fd);
     listener->watched = false;
+    if (listener->shared) {
+        *listener->place = listener->next;
+        if (listener->next)
+            listener->next->place = listener->place;
+    }
+}
+
+/* Python says so, and tries again after a while. */
+static void get_stuck(struct listener *listener)
+{
+    listener->error = errno;
+    stop(listener);
+    core_tell(listener->core, &listener->stuck);
 }
 
 /* Whether to go on. */
@@ -74,10 +109,7 @@ static bool accept_one(struct listener *listener)
     case EBADF:
     case EINVAL:
     case ENOTSOCK:
-        /* Python says so, and tries again after a while. */
-        listener->error = errno;
-        stop(listener);
-        core_tell(listener->core, &listener->stuck);
+        get_stuck(listener);
         return false;
     default: /* what befell that one connection before we took it: accept(2), "Error handling" */
         return true;
@@ -88,22 +120,32 @@ void listener_on_event(struct listener *listener)
 {
     for (int accepted = 0; accepted < ACCEPTS_PER_TURN && listener->watched; accepted++) {
         if (!accept_one(listener))
-            return;
+            break;
+    }
+    if (!listener->shared || !listener->watched)
+        return;
+    stop(listener);
+    if (!watch(listener))
+        get_stuck(listener);
+}
+
+void listeners_look(struct core *core)
+{
+    if (!core->shared || core->now < core->look_due)
+        return;
+    core->look_due = core->now + LOOK_NS;
+    for (struct listener *listener = core->shared, *next; listener; listener = next) {
+        next = listener->next;
+        while (listener->watched && accept_one(listener))
+            ;
     }
 }
 
 /* Also after it was stuck. */
 void listener_open(struct listener *listener)
 {
-    /* Level-triggered, and of the processes that share it one is woken. */
-    struct epoll_event event = {.events = EPOLLIN | EPOLLEXCLUSIVE, .data.ptr = listener};
-    if (listener->watched)
-        return;
-    listener->watched = !epoll_ctl(listener->core->epoll, EPOLL_CTL_ADD, listener->fd, &event);
-    if (!listener->watched) {
-        listener->error = errno;
-        core_tell(listener->core, &listener->stuck);
-    }
+    if (!listener->watched && !watch(listener))
+        get_stuck(listener);
 }
 
 /* Takes those that still wait, for the kernel has told their clients that they are connected. */

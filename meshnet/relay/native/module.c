@@ -419,8 +419,8 @@ static PyMethodDef core_methods[] = {
      "Takes over the descriptor of a connected, non-blocking TCP socket and begins a TLS handshake on it. `waiter`\n"
      "comes back from `news` when it is over, one way or the other, and later whenever there is something to take."},
     {"listen", core_listen, METH_VARARGS,
-     "listen(fd, direction, waiter) -> Listener\n\n"
-     "Takes over the descriptor of a listening, non-blocking TCP socket. `news` has (waiter, 3, (fd, family, host, port))\n"
+     "listen(fd, direction, shared, waiter) -> Listener\n\n"
+     "Takes over the descriptor of a listening, non-blocking TCP socket, which other processes may share. `news` has (waiter, 3, (fd, family, host, port))\n"
      "for each connection that no order covers, and (waiter, 4, errno) when it can accept no more for now."},
     {"order", core_order, METH_VARARGS,
      "order(direction, source, original, target, mark, local, patience, places, waiter) -> Order\n\n"

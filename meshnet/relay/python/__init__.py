@@ -93,7 +93,12 @@ class PythonRelay:
         return result
 
     async def accept_forever(
-        self, listener: socket.socket, direction: Direction, carry: Callable[[socket.socket, Address], object]
+        self,
+        listener: socket.socket,
+        direction: Direction,
+        carry: Callable[[socket.socket, Address], object],
+        *,
+        shared: bool,
     ) -> None:
         """See meshnet.relay.Relay."""
         await sockets.accept_forever(listener, carry)

@@ -12,7 +12,7 @@ from meshnet.model.connection import Connection, Direction
 from meshnet.proxy.record import number_in_letters
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.programs import accept, read
-from tests.world import Process, Sidecar, wait_for
+from tests.world import Process, Sidecar, stand_still, wait_for
 
 _MOST = 200
 
@@ -89,7 +89,7 @@ def row(sidecar: Sidecar, number: int) -> WorkerStatus:
 @contextmanager
 def stopped(pid: int) -> Iterator[None]:
     """A worker that stands still, and goes on afterwards if it is not dead by then."""
-    os.kill(pid, signal.SIGSTOP)
+    stand_still(pid)
     try:
         yield
     finally:
