@@ -28,6 +28,8 @@ kernel's own threads. A verdict needs every round on one side of the target (wit
 - mTLS: TLS 1.3, P-256, certificates of one authority, verified on both sides, AES-128-GCM for the peers; they may
   resume sessions. HAProxy and nginx send the issuer with the leaf, Envoy the leaf alone. Envoy and meshnet check
   SPIFFE ids. meshnet reuses tunnels.
+- *nginx, redirected* is nginx behind the rules that meshnet has: what capture costs anybody, in the kernel's connection
+  tracking and address translation. It is no peer in the ratios.
 - One sidecar, plain: that of the client; it dials the server itself.
 - Both ways: bytes that came and bytes that went, both counted at the client.
 - Others' use of the processors is what `/proc/stat` shows beyond our own processes; *stolen* is the hypervisor's.

@@ -13,8 +13,8 @@ from tests.bench.figures import Cell, Sample
 from tests.bench.load import LoadFailed
 from tests.bench.machine import Noise, wait_until_quiet
 from tests.bench.subjects import absent, subject
-from tests.bench.table import DIRECT, DIRECT_CELL
-from tests.bench.tests import CPU, MEMORY, MTLS, RATE, TESTS, Test, in_quick
+from tests.bench.table import DIRECT, DIRECT_CELL, REDIRECTED
+from tests.bench.tests import CPU, MEMORY, MTLS, PLAIN, RATE, TESTS, Test, in_quick
 
 _WARM = 0.15  # of a cell's seconds, before them
 _FRESH_ROUNDS = 3  # at most, where each sample takes new processes
@@ -135,5 +135,7 @@ def _failed(cell: Cell, peer: str, round_: int, error: LoadFailed | CommandError
 
 
 def _fits(peer: str, test: Test, mode: str) -> bool:
-    """Splicing is for streams, and cannot encrypt."""
+    """Splicing is for streams, and cannot encrypt. What capture costs is seen in plain text."""
+    if peer == REDIRECTED:
+        return mode == PLAIN and not test.held
     return peer != _SPLICE or (test.streams and mode != MTLS)

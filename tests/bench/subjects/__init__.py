@@ -22,18 +22,19 @@ from tests.bench import load
 from tests.bench.load import LoadFailed, Subject
 from tests.bench.subjects import envoy, haproxy, meshnet, nginx
 from tests.bench.subjects.check import CheckFailed, Probe, check_refusals
-from tests.bench.subjects.hops import DOMAIN, PORT, TUNNEL_PORT, Hop, way
-from tests.bench.table import DIRECT, MESHNET
+from tests.bench.subjects.hops import DOMAIN, PORT, TUNNEL_PORT, Hop, capture, way
+from tests.bench.table import DIRECT, MESHNET, REDIRECTED
 from tests.bench.tests import MTLS
 
 _SIDECARS: Mapping[str, Callable[[Hop, int], Process]] = {
     "haproxy": haproxy.start,
     "haproxy-splice": partial(haproxy.start, splice=True),
     "nginx": nginx.start,
+    REDIRECTED: nginx.start,
     "envoy": envoy.start,
 }
 _ECHO = Probe(b"Eecho", b"Eecho")  # what begins with an E comes back; see generator/server.c
-_PROGRAMS = {"haproxy": "haproxy", "haproxy-splice": "haproxy", "nginx": "nginx", "envoy": "envoy"}
+_PROGRAMS = {"haproxy": "haproxy", "haproxy-splice": "haproxy", "nginx": "nginx", REDIRECTED: "nginx", "envoy": "envoy"}
 
 
 def absent(peer: str, workers: int) -> str:
@@ -102,6 +103,9 @@ def _build(peer: str, mode: str, workers: int, world: World, web: Host, api: Hos
 
 def _peer(peer: str, mode: str, workers: int, web: Host, api: Host, server: Process) -> Subject:
     path = way(mode, web, api)
+    target = path[0].listen
+    if peer == REDIRECTED:
+        target, path = capture(path)
     sidecars = [_SIDECARS[peer](hop, workers) for hop in path]
     wait_for(
         lambda: all(hop.host.listens(hop.listen[1]) for hop in path) or not all(one.alive for one in sidecars),
@@ -110,7 +114,7 @@ def _peer(peer: str, mode: str, workers: int, web: Host, api: Host, server: Proc
     for sidecar in sidecars:
         if not sidecar.alive:
             raise CheckFailed(f"{peer} does not start")
-    return Subject(peer, web, path[0].listen, server, sidecars)
+    return Subject(peer, web, target, server, sidecars)
 
 
 def allow_many_short_connections(host: Host) -> None:

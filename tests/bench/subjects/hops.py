@@ -1,6 +1,6 @@
 """The way of a connection through a peer's sidecars, and the certificates they show each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tests.bench.tests import MTLS, SINGLE
 PORT = 8080
 TUNNEL_PORT, PLAIN_PORT = 15108, 15106
 DOMAIN = "bench.example"
+SERVICE_ADDRESS = "10.96.0.10"
 
 # In a sidecar's directory. `chain` is the leaf and its issuer, `both` is the chain and the key.
 LEAF, CHAIN, KEY, BOTH, BUNDLE = "leaf.pem", "chain.pem", "key.pem", "both.pem", "ca.pem"
@@ -53,6 +54,19 @@ def way(mode: str, web: Host, api: Host) -> tuple[Hop, ...]:
         Hop(web, entry, between, peer=api.name, dials_tls=tls),
         Hop(api, between, ("127.0.0.1", PORT), peer=web.name, accepts_tls=tls),
     )
+
+
+def capture(path: tuple[Hop, ...]) -> tuple[tuple[str, int], tuple[Hop, ...]]:
+    """Rules that turn connections to the sidecars, as meshnet's do: what the client dials then, and the hops."""
+    web, api = path
+    for hop, hook, match in (
+        (web, "output", f"ip daddr {SERVICE_ADDRESS} tcp dport {PORT}"),
+        (api, "prerouting", f"tcp dport {PORT}"),
+    ):
+        rule = f"tcp flags & (fin | syn | rst | ack) == syn {match} redirect to :{hop.listen[1]};"
+        chain = f"chain turn {{ type nat hook {hook} priority -105; {rule} }};"
+        hop.host.run("nft", "-f", "-", stdin=f"table ip capture {{ {chain} }}\n")
+    return (SERVICE_ADDRESS, PORT), (replace(web, to=(api.listen[0], PORT)), api)
 
 
 def identity(name: str) -> str:

@@ -11,7 +11,7 @@ from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.world import Host, Process, wait_for
 from tests.bench.load import Subject
 from tests.bench.subjects.check import CheckFailed, Probe, check_refusals
-from tests.bench.subjects.hops import BOTH, PORT, TUNNEL_PORT
+from tests.bench.subjects.hops import BOTH, PORT, SERVICE_ADDRESS, TUNNEL_PORT
 from tests.bench.table import MESHNET
 from tests.bench.tests import MTLS, SINGLE
 
@@ -20,13 +20,12 @@ SETTINGS: dict[int, dict[str, dict[str, Any]]] = {1: {}, 2: {"proxy": {"workers"
 
 # Twice: who expects TLS can refuse plain text from the fifth byte on, and one PING has four.
 _PING = Probe(encode(Ping()) * 2, encode(Pong()) * 2, ALPN)
-_SERVICE_ADDRESS = "10.96.0.10"
 
 
 def build(web: Host, api: Host, mesh: Mesh, server: Process, mode: str, workers: int) -> Subject:
     unlimited = TrafficPolicySpec(services=("api",), limits=LimitsSpec(max_connections=0))
     mesh.write(
-        mesh.service("api", [PORT], [api], addresses=(_SERVICE_ADDRESS,), meshed=mode == MTLS),
+        mesh.service("api", [PORT], [api], addresses=(SERVICE_ADDRESS,), meshed=mode == MTLS),
         TrafficPolicy(api_version=API_VERSION, metadata=Metadata(name="unlimited"), spec=unlimited),
     )
     hosts = (web,) if mode == SINGLE else (web, api)
@@ -35,7 +34,7 @@ def build(web: Host, api: Host, mesh: Mesh, server: Process, mode: str, workers:
         sidecar.wait_until_ready()
         sidecar.capture()
     processes = [sidecar.process for sidecar in sidecars if sidecar.process]
-    return Subject(MESHNET, web, (_SERVICE_ADDRESS, PORT), server, processes)
+    return Subject(MESHNET, web, (SERVICE_ADDRESS, PORT), server, processes)
 
 
 def _sidecar(mesh: Mesh, host: Host, **sections: dict[str, Any]) -> Sidecar:
