@@ -186,6 +186,11 @@ class Reader:
         except (ValueError, RecursionError) as error:  # JSON nested too deep is a RecursionError
             raise TunnelError(f"malformed frame: {error}") from error
 
+    @property
+    def is_between(self) -> bool:
+        """Nothing has come of the next frame."""
+        return not self._held
+
     def give_away(self) -> bytes:
         """The bytes of the incomplete frame, which it then holds no more."""
         held, self._held = bytes(self._held), bytearray()

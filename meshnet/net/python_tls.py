@@ -79,6 +79,12 @@ class PythonChannel:
         except ssl.SSLWantReadError:
             return None
 
+    def serve(self, host: str) -> None:
+        pass  # there are no orders for its relay
+
+    def served(self) -> tuple[str, str]:
+        return "", ""
+
     def shut(self) -> None:
         # Not self.sock.shutdown: that of an SSLSocket forgets its TLS, which somebody is about to use.
         socket.socket.shutdown(self.sock, socket.SHUT_RDWR)

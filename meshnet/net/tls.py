@@ -54,6 +54,15 @@ class Channel(Protocol):
     def receive_now(self) -> bytes | None:
         """As `receive`; None when it would have to wait."""
 
+    def serve(self, host: str) -> None:
+        """Before `receive`, by who waits for the peer at `host` to ask for a connection; only between frames.
+
+        Where a relay takes orders it may answer by itself what they cover, until `receive` has something.
+        """
+
+    def served(self) -> tuple[str, str]:
+        """How the last lease that was answered so has ended: see meshnet.relay.Wire.take_back."""
+
     def shut(self) -> None:
         """Whoever receives finds an end."""
 

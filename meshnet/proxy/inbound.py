@@ -64,6 +64,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
         try:
             if tunnel.good_until < time.time():
                 raise ConnectionFailed(Reason.TLS_EXPIRED, f"the certificate of {tunnel.identity} has expired")
+            decided = state.orders.generation
             admit(tunnel.identity, target, record, state, tunnelled=True)
             timeout = min(_APP_CONNECT_TIMEOUT, request.deadline / 1000 or _APP_CONNECT_TIMEOUT)
             leg = await reach_address(target, record, state, timeout, local=True)
@@ -74,6 +75,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
             tunnel.reusable = await tunnel.refuse(failure)
             raise
         record.security = Security.MTLS
+        state.orders.offer(record, Target(target, state.mark, True, _APP_CONNECT_TIMEOUT), decided)
         try:
             early = await tunnel.opened()
         except BaseException as error:
@@ -135,7 +137,10 @@ class ServedTunnel:
                             return None
                         case _:
                             pass  # what a lease that is over has left behind
+                if self.wire.is_between_frames and not self.wire.retired:
+                    self.channel.serve(self.source.host)
                 data = await self.channel.receive()
+                self.wire.take_back(*self.channel.served())
                 if not data:
                     return None
                 frames = self.wire.receive(memoryview(data))

@@ -118,7 +118,9 @@ class Metrics:
         """As `ended`, of one that ended well under an order."""
         told, facts = passed.told, passed.facts
         reporter = _REPORTERS[told.flow.direction]
-        cell = self._cell(self._within_bounds((reporter, told.source_identity, told.service, "", "none")))
+        security = "mutual_tls" if told.security == "mtls" else "none"
+        key = (reporter, told.source_identity, told.service, told.destination_identity, security)
+        cell = self._cell(self._within_bounds(key))
         cell.opened += 1
         cell.closed += 1
         cell.sent += facts.sent

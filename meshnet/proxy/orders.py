@@ -15,10 +15,10 @@ import trio
 
 from meshnet.decide.breaker import counts_against_endpoint
 from meshnet.errors import ConnectionFailed, Reason
-from meshnet.model.connection import Attempt, Direction
+from meshnet.model.connection import Attempt, Direction, Security
 from meshnet.net import sockets
 from meshnet.proxy.passed import Passed, Told
-from meshnet.proxy.record import Record, milliseconds
+from meshnet.proxy.record import Record, milliseconds, new_id
 from meshnet.relay import Facts, Flow, Order, OrderedLink, Outcome, Target, Watcher
 
 if TYPE_CHECKING:  # it holds orders
@@ -60,7 +60,8 @@ class Orders:
         relay = self._state.relays.available[0]
         if not relay.takes_orders or decided != self.generation or record.original is None:
             return
-        flow = Flow(record.direction, record.source.host, record.original)
+        asked_by = record.source_identity if record.security is Security.MTLS else ""
+        flow = Flow(record.direction, record.source.host, record.original, asked_by)
         if (order := self._in_force.get(flow)) is not None:
             order.widen()
             return
@@ -154,6 +155,9 @@ class StandingOrder:
 
     def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
         """A connection that was over before anybody looked."""
+        if facts.undone:
+            self._take_back(facts)
+            return
         if outcome.reason is not Reason.OK or not facts.connected:
             self.end(self._record(facts), facts, outcome)
             return
@@ -163,7 +167,15 @@ class StandingOrder:
                 self.state.leave(self.held)
         opened_at = time.time() + facts.opened - time.monotonic()
         registry = self.state.registry
-        registry.passed(Passed(self.told, facts, outcome, opened_at, registry.id_suffix))
+        connection_id = facts.id or new_id(opened_at) + registry.id_suffix
+        registry.passed(Passed(self.told, facts, outcome, opened_at, connection_id))
+
+    def _take_back(self, facts: Facts) -> None:
+        """The application of this host could not be reached, and the usual way is taken, which says so to the peer."""
+        if facts.owes and self.held is not None:
+            self.state.leave(self.held)
+        if not self.revoked:
+            self.state.orders.revoke([self])
 
     def end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
         if facts.owes and self.held is not None:
@@ -191,7 +203,8 @@ class StandingOrder:
                 detail=failure.detail,
             )
         )
-        self.state.orders.revoke([self] if not self.revoked else [])
+        if not self.revoked:
+            self.state.orders.revoke([self])
         if self.known is not None:
             self.known.last_error = f"{failure.reason}: {failure.detail}"
             if counts_against_endpoint(failure.reason) and self.known.breaker.admit(now):

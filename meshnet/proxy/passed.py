@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from meshnet.errors import EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
-from meshnet.proxy.record import Record, milliseconds, new_id, rfc3339
+from meshnet.proxy.record import Record, milliseconds, rfc3339
 from meshnet.relay import Facts, Flow, Outcome
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ class Told:
     __slots__ = (
         "call",
         "destination",
+        "destination_identity",
         "endpoint",
         "flow",
         "original",
         "policy",
         "relay",
+        "security",
         "service",
         "source_identity",
+        "tls_version",
     )
 
     def __init__(self, of: Record, flow: Flow, endpoint: str, relay: str) -> None:
@@ -42,12 +45,16 @@ class Told:
         self.source_identity = of.source_identity
         self.policy = of.policy
         self.call = of.call
+        self.security = Security.MTLS if flow.identity else Security.PLAIN
+        self.destination_identity = of.destination_identity
+        self.tls_version = of.tls_version
         self.original = str(flow.original)
-        self.destination = Peer(address=self.original, service=self.service)
+        self.destination = Peer(address=self.original, identity=self.destination_identity, service=self.service)
 
     def record(self, registry: "Registry", facts: Facts, connection_id: str = "") -> Record:
         """Of one that has not ended, as far as it says."""
         source = Address(self.flow.source, facts.port)
+        connection_id = connection_id or facts.id
         record = Record(registry, self.flow.direction, source, None, connection_id, opened=facts.opened)
         record.original = self.flow.original
         record.service = self.service
@@ -56,6 +63,10 @@ class Told:
         record.call = self.call
         record.endpoint = self.endpoint
         record.phase = Phase.CONNECT
+        if facts.cipher:
+            record.security = self.security
+            record.destination_identity = self.destination_identity
+            record.tls_version, record.cipher = self.tls_version, facts.cipher
         if facts.connected:
             self.note_connected(record, facts)
         return record
@@ -65,7 +76,7 @@ class Told:
         record.attempts.append(Attempt(endpoint=self.endpoint, result="ok", ms=ms))
         record.connected = facts.connected
         record.phase = Phase.DATA
-        record.security = Security.PLAIN
+        record.security = self.security
         record.relay = self.relay
 
     def note_end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
@@ -83,9 +94,9 @@ class Passed:
     __slots__ = ("_outcome", "facts", "id", "opened_at", "told")
     failed = False
 
-    def __init__(self, told: Told, facts: Facts, outcome: Outcome, opened_at: float, id_suffix: str = "") -> None:
+    def __init__(self, told: Told, facts: Facts, outcome: Outcome, opened_at: float, connection_id: str) -> None:
         """Only of one that was connected, and whose reason is ok."""
-        self.id = new_id(opened_at) + id_suffix
+        self.id = connection_id
         self.opened_at = opened_at
         self.told = told
         self.facts = facts
@@ -119,7 +130,7 @@ class Passed:
             destination=told.destination,
             original_destination=told.original,
             endpoint=told.endpoint,
-            tls=_PLAIN,
+            tls=_tls(told.tls_version, facts.cipher, told.source_identity) if facts.cipher else _PLAIN,
             policy=told.policy,
             relay=told.relay,
             attempts=(Attempt(endpoint=told.endpoint, result="ok", ms=connect_ms),),
@@ -132,6 +143,11 @@ class Passed:
             idle_ms=milliseconds(ended - moved_at) if moved_at else None,
             reason=_ended(self._outcome.ended_by),
         )
+
+
+@functools.lru_cache(maxsize=1024)  # as many as there are peers
+def _tls(version: str, cipher: str, peer: str) -> TlsView:
+    return TlsView(mode=Security.MTLS, version=version, cipher=cipher, peer_identity=peer)
 
 
 @functools.cache

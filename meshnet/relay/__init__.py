@@ -125,11 +125,15 @@ def reset_by_peer(text: str, far: EndedBy) -> tuple[Reason, EndedBy, str]:
 
 
 class Flow(NamedTuple):
-    """All connections of a kind: how they came, from which host, and where they were going."""
+    """All connections of a kind: how they came, from which host, and where they were going.
+
+    `identity`: of the peer that asked for them through a tunnel; empty: they came by themselves, in plain text.
+    """
 
     direction: Direction
     source: str
     original: Address
+    identity: str = ""
 
 
 class Target(NamedTuple):
@@ -146,7 +150,9 @@ class Facts(NamedTuple):
 
     `port` is its client's. `owes`: the order was revoked while the connection lived, so its place is not the order's
     again. `client`: the descriptor of the client leg, of which no byte was read, when the endpoint could not be
-    reached; -1 when the connection was carried to its end. `error` is an errno.
+    reached; -1 when the connection was carried to its end; -2 when all was put back as it was, and who decides about
+    such connections is asked about this one too. `error` is an errno. `id` and `cipher`: what the peer called it, and
+    the tunnel's. `reset`: the payload of the peer's RESET.
     """
 
     port: int
@@ -163,6 +169,13 @@ class Facts(NamedTuple):
     error: int
     owes: bool
     client: int
+    id: str = ""
+    cipher: str = ""
+    reset: bytes = b""
+
+    @property
+    def undone(self) -> bool:
+        return self.client == -2
 
 
 class OrderedLink(Protocol):

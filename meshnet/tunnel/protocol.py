@@ -205,6 +205,10 @@ class Tunnel:
             self._broken = str(error)
             raise
 
+    @property
+    def is_between_frames(self) -> bool:
+        return self._reader.is_between
+
     def hand_over(self) -> bytes:
         """Within a lease that is up: what has come of a frame that is not whole. See meshnet.relay.Wire."""
         return self._reader.give_away()

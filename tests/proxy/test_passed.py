@@ -55,7 +55,7 @@ def test_its_view_is_that_of_its_record(
 ) -> None:
     connected, last, ended = opened + took[0], opened + took[0] + took[1], opened + sum(took)
     facts = Facts(40000, opened, connected, ended, *counts, last if moved else 0.0, True, True, 0, 0, 0, False, -1)
-    passed = Passed(told(direction, source), facts, Outcome(Reason.OK, ended_by), wall)
+    passed = Passed(told(direction, source), facts, Outcome(Reason.OK, ended_by), wall, "an id")
     assert passed.view() == passed.record(registry(Metrics())).view()
 
 
@@ -63,7 +63,7 @@ def test_its_view_is_that_of_its_record(
 def test_metrics_count_it_as_they_count_its_record(direction: Direction) -> None:
     facts = Facts(40000, 1.0, 1.5, 3.0, 100, 200, 2.0, True, True, 0, 0, 0, False, -1)
     as_passed, as_record = Metrics(), Metrics()
-    passed = Passed(told(direction, "10.0.0.1", judged=True), facts, Outcome(Reason.OK, EndedBy.CLIENT), 1e9)
+    passed = Passed(told(direction, "10.0.0.1", judged=True), facts, Outcome(Reason.OK, EndedBy.CLIENT), 1e9, "an id")
     registry(as_passed).passed(passed)
     here = registry(as_record)
     here.ended(passed.record(here))
@@ -74,7 +74,7 @@ def test_a_registry_keeps_it_and_makes_its_record_when_somebody_asks() -> None:
     here = registry(Metrics())
     follower = here.follow()
     facts = Facts(40000, 1.0, 1.5, 3.0, 100, 200, 2.0, True, True, 0, 0, 0, False, -1)
-    passed = Passed(told(Direction.INBOUND, "10.0.0.1"), facts, Outcome(Reason.OK, EndedBy.CLIENT), 1e9)
+    passed = Passed(told(Direction.INBOUND, "10.0.0.1"), facts, Outcome(Reason.OK, EndedBy.CLIENT), 1e9, "an id")
     here.passed(passed)
     assert (here.opened_total, here.failed_total, list(here.open)) == (1, 0, [])
     assert list(here.listing(recent=60.0, everything=True)) == [passed]

@@ -30,8 +30,8 @@ from meshnet.relay import (
     TunnelLeg,
     reset_by_peer,
 )
-from meshnet.relay.native.doors import DIRECTIONS, Door, NativeOrder
-from meshnet.relay.native.reasons import ABORTED, ENDED_BY, LOST, PROTOCOL, REASONS, RESET
+from meshnet.relay.native.doors import Door, NativeOrder, direction_of
+from meshnet.relay.native.reasons import ABORTED, ENDED_BY, LOST, PROTOCOL, REASONS, RESET, reset_payload
 from meshnet.relay.native.tls import NativeChannel, NativeTls
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class _Waiter(Wait):
         self.raise_cancel: trio.lowlevel.RaiseCancelT | None = None
 
     def abort(self) -> None:
-        self.handle.abort(_reset_payload(self.link.abort_reason))
+        self.handle.abort(reset_payload(self.link.abort_reason))
 
     def cancel(self, raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
         self.raise_cancel = raise_cancel
@@ -96,7 +96,7 @@ class NativeRelay:
     async def __aenter__(self) -> Self:
         if MISSING:
             raise RuntimeError(MISSING)
-        resets = tuple(_reset_payload(reason) for reason in REASONS)
+        resets = tuple(reset_payload(reason) for reason in REASONS)
         relay, handshakes = self._cores = [_core.Core(resets, "relay"), _core.Core(resets, "handshakes")]
         self._tls = NativeTls(handshakes, relay)
         for core in self._cores:
@@ -170,7 +170,8 @@ class NativeRelay:
             raise RuntimeError("the relay is not started")
         order = NativeOrder(issuer, self._orders)
         order.handle = self._cores[0].order(
-            DIRECTIONS.index(flow.direction),
+            direction_of(flow),
+            self.tls.number_of(flow.identity) if flow.identity else 0,
             flow.source,
             (flow.original.host, flow.original.port),
             (target.address.host, target.address.port),
@@ -206,7 +207,7 @@ class _Early:
                 self.received_end = Kind.FIN
             elif isinstance(frame, Reset):
                 self.received_end = Kind.RESET
-                self.reset = _reset_payload(frame.reason)
+                self.reset = reset_payload(frame.reason)
 
     def forget(self, link: Link) -> None:
         """The core has its own copies, for as long as it needs them."""
@@ -265,10 +266,6 @@ def _reset_by_peer(payload: bytes, from_client: bool, reusable: bool, late: Sequ
         return Outcome(Reason.TUNNEL_PROTOCOL, EndedBy.PEER_PROXY, detail)
     reason, ended_by, detail = reset_by_peer(text, EndedBy.CLIENT if from_client else EndedBy.SERVER)
     return Outcome(reason, ended_by, detail, reusable=reusable, late=late)
-
-
-def _reset_payload(reason: str) -> bytes:
-    return frames.encode(Reset(reason=str(reason)))[frames.HEADER_SIZE :]
 
 
 async def _listen(core: "Core") -> None:

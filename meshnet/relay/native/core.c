@@ -49,6 +49,16 @@ void core_unwatch(struct core *core, int fd)
     epoll_ctl(core->epoll, EPOLL_CTL_DEL, fd, NULL);
 }
 
+/* When this round's events are done: who asks may be in the middle of its bytes. */
+void core_read_on(struct core *core, struct tunnel *tunnel)
+{
+    if (tunnel->has_more)
+        return;
+    tunnel->has_more = true;
+    tunnel->next_more = core->more;
+    core->more = tunnel;
+}
+
 /* Its turn comes again at the end of this round, or in the next. */
 void core_make_ready(struct core *core, struct link *link)
 {
@@ -173,6 +183,9 @@ static void carry_out(struct command *command)
     case COMMAND_CLOSE:
         tunnel_close(command->target);
         break;
+    case COMMAND_SERVE:
+        tunnel_serve(command->target, (const struct serving *)command->bytes);
+        break;
     case COMMAND_LISTEN:
         listener_open(command->target);
         break;
@@ -211,6 +224,16 @@ static void take_turns(struct core *core)
         ready = link->next_ready;
         link->ready = false;
         link_continue(link);
+    }
+}
+
+static void read_on(struct core *core)
+{
+    while (core->more) {
+        struct tunnel *tunnel = core->more;
+        core->more = tunnel->next_more;
+        tunnel->has_more = false;
+        tunnel_read(tunnel);
     }
 }
 
@@ -306,6 +329,7 @@ static void *run(void *argument)
         }
         go_on = obey(core);
         take_turns(core);
+        read_on(core);
         cut_lingering(core);
         dial_give_up(core);
         listeners_look(core);

@@ -7,6 +7,7 @@
  *   listen.c      connections come in: the ones that no order covers are for Python
  *   order.c       what Python has decided about all connections of a kind, until it takes that back
  *   dial.c        a connection under an order: its endpoint is dialled here
+ *   serve.c       so also one that a peer asks for through a tunnel
  *   link.c        the life of a link: two FINs or the first failure end it, and it is reported once
  *   plain.c       a plain TCP leg: one recv and one send a message, splice when there is much
  *   pipes.c       the pipes for splice
@@ -14,6 +15,7 @@
  *   lease.c       a tunnel as a link's leg: DATA, FIN and RESET
  *   tls.c         OpenSSL's part of a tunnel: contexts, and a BIO that costs no system call
  *   frame.c       the frames of a lease, taken apart
+ *   open.c        so also an OPEN
  *   libssl.c      finds OpenSSL
  *
  * It decides nothing: who may talk to whom is settled before a link gets here, or by an order that Python has given
@@ -45,6 +47,8 @@
 #define QUIET_NS 10000000u    /* news that nobody waits for may wait for more of its kind */
 #define QUIET_MOST 64         /* until there are so many */
 #define ORDER_BUCKETS 1024
+#define DIRECTION_SERVED 2    /* of orders for what peers ask for; listeners have others */
+#define MAX_ID 15             /* letters of a connection's id; a longer one is for Python */
 #define LOOK_NS 1000000000u   /* who was woken for a connection may have died before it accepted */
 
 /* Keep in step with _REASONS and _ENDED_BY in __init__.py. */
@@ -139,6 +143,7 @@ struct accepted {
 struct order {
     struct core *core;
     int direction;
+    int identity; /* of the peer that asks, as Python numbers them; 0: nobody's */
     struct address source, original;
     struct sockaddr_storage target;
     socklen_t target_size;
@@ -208,6 +213,9 @@ struct link {
     /* Of a link under an order: */
     struct order *order;
     struct address source;
+    char id[MAX_ID + 1];     /* that the peer gave it, or empty */
+    const char *cipher_name; /* of the tunnel, or NULL */
+    bool undone;             /* Python has got everything back as it came, and begins anew */
     /* Nanoseconds, CLOCK_MONOTONIC, and 0 before it is so; read by Python at any time. */
     _Atomic uint64_t opened_at, connected_at, ended_at;
     uint64_t dial_until;
@@ -236,6 +244,14 @@ struct tunnel {
     bool readable, hung_up;
     bool closed;
     struct leg *leg; /* while leased */
+    bool serving;    /* Python waits for an OPEN, which the core may answer itself; what follows is known of the peer: */
+    int identity;
+    struct address peer;
+    uint64_t good_until;     /* seconds since the epoch: its certificate */
+    struct backlog opening;  /* what has come since an OPEN that is not answered yet; empty: there is none */
+    bool late_reset;         /* the last lease that the core served ended by the peer's FIN: RESET may follow */
+    bool has_more;           /* in core->more */
+    struct tunnel *next_more;
     const uint8_t *cipher; /* just received, for OpenSSL to read */
     size_t cipher_size;
     bool bloated; /* to take a ticket, OpenSSL made itself a buffer for writing, and keeps it */
@@ -252,6 +268,8 @@ struct tunnel {
     bool resumed;
     /* Guarded by core->lock: */
     struct backlog inbox; /* decrypted bytes that no lease wanted */
+    uint64_t kept;        /* how often something was put there */
+    enum frame_kind served_sent, served_received; /* how the last lease that the core served ended; FRAME_DATA: none */
     SSL_SESSION *session; /* the latest ticket that the peer gave us */
     bool lost;
     int error;               /* errno */
@@ -267,8 +285,16 @@ enum command_kind {
     COMMAND_SAY,
     COMMAND_READ,
     COMMAND_CLOSE,
+    COMMAND_SERVE,
     COMMAND_LISTEN,
     COMMAND_UNLISTEN
+};
+
+/* The payload of COMMAND_SERVE. */
+struct serving {
+    int identity;
+    struct address peer;
+    uint64_t good_until, kept;
 };
 
 struct command {
@@ -293,6 +319,7 @@ struct core {
     struct link *links;
     struct tunnel *tunnels;
     struct link *ready;
+    struct tunnel *more; /* to be read on, when this round's events are done */
     struct link *lingering, **last_lingering;
     struct listener *shared;
     uint64_t look_due; /* when they are looked at next */
@@ -323,6 +350,7 @@ void core_forget(struct core *core, struct news *news);
 void core_tell(struct core *core, struct news *news);
 int core_watch(struct core *core, int fd, struct source *source);
 void core_unwatch(struct core *core, int fd);
+void core_read_on(struct core *core, struct tunnel *tunnel);
 void core_make_ready(struct core *core, struct link *link);
 void core_linger(struct core *core, struct link *link);
 void core_stop_lingering(struct core *core, struct link *link);
@@ -335,8 +363,9 @@ void listeners_look(struct core *core);
 
 /* order.c */
 void order_add(struct order *order);
-struct order *order_take(struct core *core, int direction, const struct address *source,
+struct order *order_take(struct core *core, int direction, int identity, const struct address *source,
                          const struct address *original);
+void order_cancel(struct order *order);
 bool order_leave(struct order *order);
 bool order_revoke(struct order *order, unsigned *unused);
 void order_widen(struct order *order, unsigned places);
@@ -345,9 +374,17 @@ bool address_of(struct address *address, const struct sockaddr_storage *from);
 
 /* dial.c */
 void dial_begin(struct order *order, int client, const struct address *source);
+void dial_serve(struct order *order, struct link *link, const struct address *source);
 void dial_on_event(struct leg *leg, uint32_t events);
 void dial_forget(struct link *link);
 void dial_give_up(struct core *core);
+
+/* open.c */
+bool open_parse(const uint8_t *payload, size_t size, struct address *target, struct address *source, char *id);
+
+/* serve.c */
+bool serve(struct tunnel *tunnel, const uint8_t **bytes, size_t *size);
+void tunnel_serve(struct tunnel *tunnel, const struct serving *serving);
 
 /* link.c */
 struct link *link_new(struct core *core);
@@ -372,6 +409,7 @@ void plain_on_event(struct leg *leg, uint32_t events);
 void plain_pull(struct leg *leg);
 void plain_write(struct leg *leg, struct iovec *pieces, int count);
 void plain_finish(struct leg *leg);
+void plain_connected(struct leg *leg);
 void plain_reset(struct leg *leg);
 void plain_close(struct leg *leg);
 
@@ -405,6 +443,7 @@ void lease_on_flushed(struct leg *leg);
 void lease_lost(struct leg *leg);
 void lease_cut(struct leg *leg);
 void lease_end(struct leg *leg);
+void lease_answer(struct leg *leg);
 
 /* tls.c */
 SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server);

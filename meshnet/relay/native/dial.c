@@ -47,9 +47,9 @@ static int dial(struct link *link)
     if (connect(fd, (const struct sockaddr *)&order->target, order->target_size) && errno != EINPROGRESS)
         return errno;
     struct core *core = link->core;
-    if (core_watch(core, link->client.fd, &link->client.source) || core_watch(core, fd, &link->endpoint.source))
+    if (!link->client.tunnel && core_watch(core, link->client.fd, &link->client.source))
         return errno;
-    return 0;
+    return core_watch(core, fd, &link->endpoint.source) ? errno : 0;
 }
 
 /* Out of the list of those that are being dialled, if it is there. */
@@ -64,34 +64,49 @@ void dial_forget(struct link *link)
     link->endpoint.dialling = false;
 }
 
+/* What has come from a tunnel's peer since its OPEN goes to Python, as if nothing had happened. */
+static void undo(struct link *link)
+{
+    struct tunnel *tunnel = link->client.tunnel;
+    struct core *core = link->core;
+    link->undone = true;
+    pthread_mutex_lock(&core->lock);
+    tunnel->inbox = tunnel->opening; /* it was empty, or the OPEN would have been Python's */
+    tunnel->kept++;
+    pthread_mutex_unlock(&core->lock);
+    tunnel->opening = (struct backlog){0};
+    tunnel->serving = false;
+    frame_reader_free(&tunnel->frames);
+    tunnel->frames = (struct frame_reader){0};
+    link_end(link);
+    core_tell(core, &tunnel->heard);
+    core_read_on(core, tunnel);
+}
+
 /* Gives the client leg back; the endpoint leg is closed. */
 static void hand_back(struct link *link, int error)
 {
-    link->handed_back = true;
     link->error = error;
     link->ended.quiet = false;
-    core_unwatch(link->core, link->client.fd);
-    link->client.closed = true;
     if (link->endpoint.fd < 0)
         link->endpoint.closed = true;
+    if (link->client.tunnel) {
+        undo(link);
+        return;
+    }
+    link->handed_back = true;
+    core_unwatch(link->core, link->client.fd);
+    link->client.closed = true;
     link_end(link);
 }
 
-/* Owns `client`, and a place of the order. */
-void dial_begin(struct order *order, int client, const struct address *source)
+static void begin(struct link *link, struct order *order, const struct address *source)
 {
     struct core *core = order->core;
-    struct link *link = link_new(core);
-    if (!link) {
-        /* A place stays taken; with no memory left for a link, that is not what ends us. */
-        close(client);
-        return;
-    }
     link->order = order;
     link->source = *source;
     link->ended.quiet = true;
     link->begun = (struct news){.kind = NEWS_LINK_BEGUN, .owner = link, .quiet = true};
-    link_set_plain(&link->client, client);
     link->endpoint.dialling = true;
     link->dial_until = core->now + order->patience;
     atomic_store(&link->opened_at, core->now);
@@ -103,7 +118,29 @@ void dial_begin(struct order *order, int client, const struct address *source)
     core->dialling = link;
     if (!core->dial_due || link->dial_until < core->dial_due)
         core->dial_due = link->dial_until;
-    core_tell(core, &link->begun);
+}
+
+/* Owns `client`, and a place of the order. */
+void dial_begin(struct order *order, int client, const struct address *source)
+{
+    struct link *link = link_new(order->core);
+    if (!link) {
+        order_cancel(order);
+        close(client);
+        return;
+    }
+    link_set_plain(&link->client, client);
+    begin(link, order, source);
+    core_tell(order->core, &link->begun);
+    int error = dial(link);
+    if (error)
+        hand_back(link, error);
+}
+
+/* For a link whose client leg is a tunnel; as long as its application does not answer, Python does not hear of it. */
+void dial_serve(struct order *order, struct link *link, const struct address *source)
+{
+    begin(link, order, source);
     int error = dial(link);
     if (error)
         hand_back(link, error);
@@ -125,7 +162,10 @@ void dial_on_event(struct leg *leg, uint32_t events)
     dial_forget(link);
     atomic_store(&link->connected_at, link->core->now);
     core_tell(link->core, &link->begun);
-    link_pull(&link->client);
+    if (link->client.tunnel)
+        lease_answer(&link->client);
+    if (!leg->closed)
+        plain_connected(leg);
     if (!leg->closed && events & (EPOLLIN | EPOLLRDHUP))
         plain_on_event(leg, events);
 }

@@ -165,14 +165,21 @@ static bool parse(const char *host, int port, struct sockaddr_storage *parsed, s
     return true;
 }
 
+bool doors_host(const char *host, struct address *address)
+{
+    struct sockaddr_storage parsed;
+    socklen_t size;
+    return parse(host, 0, &parsed, &size) && address_of(address, &parsed);
+}
+
 PyObject *doors_order(CoreObject *core, PyObject *arguments)
 {
-    int direction, original_port, target_port, local;
+    int direction, identity, original_port, target_port, local;
     const char *source, *original, *target;
     unsigned mark, places;
     double patience;
     PyObject *waiter;
-    if (!PyArg_ParseTuple(arguments, "is(si)(si)IpdIO", &direction, &source, &original, &original_port, &target,
+    if (!PyArg_ParseTuple(arguments, "iis(si)(si)IpdIO", &direction, &identity, &source, &original, &original_port, &target,
                           &target_port, &mark, &local, &patience, &places, &waiter))
         return NULL;
     if (!core->open)
@@ -181,6 +188,7 @@ PyObject *doors_order(CoreObject *core, PyObject *arguments)
     socklen_t size;
     struct order order = {.core = &core->core,
                           .direction = direction,
+                          .identity = identity,
                           .mark = mark,
                           .local = local,
                           .patience = (uint64_t)(patience * 1e9),
@@ -283,13 +291,16 @@ static double seconds(const _Atomic uint64_t *nanoseconds)
 /* See Facts in __init__.py. */
 static PyObject *facts(struct link *link)
 {
-    return Py_BuildValue("idddKKdNNiiiNi", (int)ntohs(link->source.port), seconds(&link->opened_at),
+    int client = link->handed_back ? link->client.fd : link->undone ? -2 : -1;
+    return Py_BuildValue("idddKKdNNiiiNissy#", (int)ntohs(link->source.port), seconds(&link->opened_at),
                          seconds(&link->connected_at), seconds(&link->ended_at),
                          (unsigned long long)atomic_load(&link->sent),
                          (unsigned long long)atomic_load(&link->received), seconds(&link->moved_at),
                          PyBool_FromLong(atomic_load(&link->client_done)),
                          PyBool_FromLong(atomic_load(&link->endpoint_done)), (int)link->reason, (int)link->ended_by,
-                         link->error, PyBool_FromLong(link->owes), link->handed_back ? link->client.fd : -1);
+                         link->error, PyBool_FromLong(link->owes), client, link->id,
+                         link->cipher_name ? link->cipher_name : "",
+                         link->peer_reset ? (const char *)link->peer_reset : "", (Py_ssize_t)link->peer_reset_size);
 }
 
 PyObject *doors_facts(PyObject *object, PyObject *unused)

@@ -12,8 +12,8 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.net import sockets
-from meshnet.relay import Facts, Issuer, Outcome, Watcher
-from meshnet.relay.native.reasons import ABORTED, plain_outcome
+from meshnet.relay import Facts, Flow, Issuer, Outcome, Watcher
+from meshnet.relay.native.reasons import ABORTED, link_outcome, reset_payload
 
 if TYPE_CHECKING:
     from meshnet.relay.native._core import Core, Link
@@ -21,14 +21,20 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("meshnet.relay")
 
-DIRECTIONS = tuple(Direction)
+_DIRECTIONS = tuple(Direction)
+_SERVED = 2
+
+
+def direction_of(flow: Flow) -> int:
+    """As the core numbers them."""
+    return _SERVED if flow.identity else _DIRECTIONS.index(flow.direction)
 
 
 class Door:
     """A listening socket in the core's hands."""
 
     def __init__(self, direction: Direction, shared: bool, carry: Callable[[socket.socket, Address], object]) -> None:
-        self._direction = DIRECTIONS.index(direction)
+        self._direction = _DIRECTIONS.index(direction)
         self._shared = shared
         self._carry = carry
         self._is_stuck = trio.Event()
@@ -80,7 +86,8 @@ class NativeOrder:
     def hear(self, what: int, about: "Link | tuple[Any, ...]") -> None:
         if isinstance(about, tuple):
             facts = Facts(*about)  # as doors.c has them
-            self._issuer.came_and_went(facts, plain_outcome(facts.reason, facts.ended_by, facts.error))
+            outcome = link_outcome(facts.reason, facts.ended_by, facts.error, facts.reset, from_client=True)
+            self._issuer.came_and_went(facts, outcome)
         else:
             link = NativeOrderedLink(about)
             link.watcher = self._issuer.began(link)
@@ -103,7 +110,7 @@ class NativeOrderedLink:
         return self._abort
 
     def _abort(self) -> None:
-        self._handle.abort(b"")
+        self._handle.abort(reset_payload(self.abort_reason))
 
     def live(self) -> tuple[int, int, bool, bool, float]:
         return self._handle.counts()
@@ -112,10 +119,10 @@ class NativeOrderedLink:
         return Facts(*self._handle.facts())
 
     def outcome(self) -> Outcome:
-        reason, ended_by, error = self._handle.result()[:3]
+        reason, ended_by, error, *_, reset = self._handle.result()
         if reason == ABORTED:
             return Outcome(self.abort_reason, self.abort_by)
-        return plain_outcome(reason, ended_by, error)
+        return link_outcome(reason, ended_by, error, reset, from_client=True)
 
     def hear(self, what: int, about: None) -> None:
         self.watcher.connected()

@@ -238,6 +238,38 @@ static PyObject *tunnel_go_on(PyObject *object, PyObject *unused)
     Py_RETURN_NONE;
 }
 
+static PyObject *tunnel_served_on(PyObject *object, PyObject *arguments)
+{
+    TunnelObject *self = (TunnelObject *)object;
+    struct tunnel *tunnel = &self->tunnel;
+    struct serving serving = {0};
+    const char *host;
+    double good_until;
+    if (!PyArg_ParseTuple(arguments, "isd", &serving.identity, &host, &good_until) ||
+        !doors_host(host, &serving.peer))
+        return NULL;
+    serving.good_until = good_until > 0 ? (uint64_t)good_until : 0;
+    pthread_mutex_lock(&tunnel->core->lock);
+    bool has_inbox = tunnel->inbox.size > 0;
+    serving.kept = tunnel->kept;
+    pthread_mutex_unlock(&tunnel->core->lock);
+    if (!has_inbox && !self->closing && ((CoreObject *)self->core)->open &&
+        !post(self, COMMAND_SERVE, &serving, sizeof serving))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *tunnel_served(PyObject *object, PyObject *unused)
+{
+    struct tunnel *tunnel = &((TunnelObject *)object)->tunnel;
+    (void)unused;
+    pthread_mutex_lock(&tunnel->core->lock);
+    int sent = (int)tunnel->served_sent, received = (int)tunnel->served_received;
+    tunnel->served_sent = tunnel->served_received = FRAME_DATA;
+    pthread_mutex_unlock(&tunnel->core->lock);
+    return Py_BuildValue("ii", sent, received);
+}
+
 static PyObject *tunnel_state(PyObject *object, PyObject *unused)
 {
     TunnelObject *self = (TunnelObject *)object;
@@ -328,6 +360,13 @@ static PyMethodDef tunnel_methods[] = {
     {"say", tunnel_said, METH_VARARGS, "say(bytes)\n\nSends frames, soon and in order; not within a link."},
     {"take", tunnel_take, METH_NOARGS, "take() -> bytes\n\nWhat has come that no link wanted; maybe nothing."},
     {"go_on", tunnel_go_on, METH_NOARGS, "go_on()\n\nReads on, after a link that left something unread."},
+    {"serve", tunnel_served_on, METH_VARARGS,
+     "serve(identity, host, good_until)\n\n"
+     "Until something comes that is to be taken, orders may answer what the peer asks for. `identity` is the number of its\n"
+     "identity, `host` its address, `good_until` the end of its certificate in seconds since the epoch."},
+    {"served", tunnel_served, METH_NOARGS,
+     "served() -> (sent_end, received_end)\n\n"
+     "The kinds of the frames that ended the last lease which an order answered, since this was last asked; 0: none."},
     {"state", tunnel_state, METH_NOARGS,
      "state() -> (established, lost, errno, verify, verify_text, ssl_reason, ssl_text)\n\n"
      "`verify` is X509_V_ERR_*, `ssl_reason` SSL_R_*, each 0 without an error."},

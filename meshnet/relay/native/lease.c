@@ -105,6 +105,10 @@ static bool on_frame(struct leg *leg)
 void lease_digest(struct leg *leg, const uint8_t *bytes, size_t size)
 {
     struct tunnel *tunnel = leg->tunnel;
+    if (tunnel->opening.size && !backlog_append(&tunnel->opening, bytes, size)) {
+        fail(leg, REASON_INTERNAL, ENOMEM);
+        return;
+    }
     while (size && !leg->over) {
         const uint8_t *piece;
         size_t piece_size;
@@ -195,6 +199,10 @@ void lease_abort(struct leg *leg)
     struct tunnel *tunnel = leg->tunnel;
     if (leg->over)
         return;
+    if (tunnel->opening.size)
+        lease_answer(leg); /* first: an OPEN is never answered by RESET */
+    if (leg->over)
+        return;
     if (!both_have_ended(tunnel)) {
         uint8_t frame[FRAME_HEADER + FRAME_MAX_CONTROL];
         frame_header(frame, FRAME_RESET, link->reset_size);
@@ -207,6 +215,18 @@ void lease_abort(struct leg *leg)
         tunnel_flush(tunnel);
     }
     ended_out(leg);
+}
+
+/* OPENED, to an OPEN that the core took itself. */
+void lease_answer(struct leg *leg)
+{
+    uint8_t frame[FRAME_HEADER];
+    struct tunnel *tunnel = leg->tunnel;
+    free(tunnel->opening.bytes);
+    tunnel->opening = (struct backlog){0};
+    frame_header(frame, FRAME_OPENED, 0);
+    if (put(leg, frame, sizeof frame, 0))
+        tunnel_flush(tunnel);
 }
 
 /* The socket has taken all there was for it. */
@@ -248,6 +268,26 @@ void lease_begin(struct leg *leg)
         tunnel_read(tunnel);
 }
 
+/* Python waits for the next OPEN as it waited for the one before, and need not hear of this. */
+static void serve_on(struct link *link, struct tunnel *tunnel)
+{
+    struct core *core = tunnel->core;
+    free(tunnel->opening.bytes); /* of one that failed before it was answered */
+    tunnel->opening = (struct backlog){0};
+    pthread_mutex_lock(&core->lock);
+    tunnel->served_sent = tunnel->sent_end;
+    tunnel->served_received = tunnel->received_end;
+    bool has_inbox = tunnel->inbox.size > 0;
+    pthread_mutex_unlock(&core->lock);
+    tunnel->late_reset = tunnel->received_end == FRAME_FIN;
+    if (link->reusable && !has_inbox) {
+        core_read_on(core, tunnel);
+        return;
+    }
+    tunnel->serving = false;
+    core_tell(core, &tunnel->heard);
+}
+
 /* The link is over. */
 void lease_end(struct leg *leg)
 {
@@ -259,4 +299,6 @@ void lease_end(struct leg *leg)
     leg->link->reusable = !tunnel->lost && both_have_ended(tunnel);
     tunnel->leg = NULL;
     tunnel->mark_count = 0;
+    if (leg->link->order && !leg->link->undone)
+        serve_on(leg->link, tunnel);
 }

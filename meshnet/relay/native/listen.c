@@ -44,7 +44,7 @@ static void take(struct listener *listener, int fd, const struct sockaddr_storag
         return;
     }
     if (original_of(fd, &source, &original))
-        order = order_take(listener->core, listener->direction, &source, &original);
+        order = order_take(listener->core, listener->direction, 0, &source, &original);
     if (order)
         dial_begin(order, fd, &source);
     else

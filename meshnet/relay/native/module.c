@@ -423,9 +423,10 @@ static PyMethodDef core_methods[] = {
      "Takes over the descriptor of a listening, non-blocking TCP socket, which other processes may share. `news` has (waiter, 3, (fd, family, host, port))\n"
      "for each connection that no order covers, and (waiter, 4, errno) when it can accept no more for now."},
     {"order", core_order, METH_VARARGS,
-     "order(direction, source, original, target, mark, local, patience, places, waiter) -> Order\n\n"
+     "order(direction, identity, source, original, target, mark, local, patience, places, waiter) -> Order\n\n"
      "Connections that come in at listeners of that direction from host `source` and were going to `original` are dialled\n"
-     "to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once. `news` has\n"
+     "to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once. Direction 2 is\n"
+     "what the peer with the number `identity` asks for through its tunnels. `news` has\n"
      "(waiter, 0, Link) for one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) for\n"
      "one that has come and gone."},
     {"news", core_news, METH_NOARGS,

@@ -14,10 +14,10 @@ static bool is_same(const struct address *one, const struct address *other)
 }
 
 /* FNV-1a over what makes connections a kind. */
-static unsigned bucket_of(int direction, const struct address *source, const struct address *original)
+static unsigned bucket_of(int direction, int identity, const struct address *source, const struct address *original)
 {
     const struct address *parts[] = {source, original};
-    uint32_t hash = 2166136261u ^ (uint32_t)direction;
+    uint32_t hash = 2166136261u ^ (uint32_t)direction ^ (uint32_t)identity << 2;
     for (int part = 0; part < 2; part++) {
         const uint8_t *bytes = (const uint8_t *)parts[part];
         for (size_t at = 0; at < sizeof *parts[part]; at++)
@@ -28,7 +28,8 @@ static unsigned bucket_of(int direction, const struct address *source, const str
 
 static struct order **place_of(struct order *order)
 {
-    struct order **place = &order->core->orders[bucket_of(order->direction, &order->source, &order->original)];
+    struct order **place = &order->core->orders[bucket_of(order->direction, order->identity, &order->source,
+                                                          &order->original)];
     while (*place && *place != order)
         place = &(*place)->next;
     return place;
@@ -58,7 +59,8 @@ void order_add(struct order *order)
     struct core *core = order->core;
     order->source.port = 0;
     pthread_mutex_lock(&core->lock);
-    struct order **bucket = &core->orders[bucket_of(order->direction, &order->source, &order->original)];
+    struct order **bucket =
+        &core->orders[bucket_of(order->direction, order->identity, &order->source, &order->original)];
     order->next = *bucket;
     *bucket = order;
     pthread_mutex_unlock(&core->lock);
@@ -81,15 +83,15 @@ bool order_revoke(struct order *order, unsigned *unused)
 }
 
 /* One of its places for a connection that has come, or NULL: there is no such order, or no place. */
-struct order *order_take(struct core *core, int direction, const struct address *source,
+struct order *order_take(struct core *core, int direction, int identity, const struct address *source,
                          const struct address *original)
 {
     struct address host = *source;
     host.port = 0;
     pthread_mutex_lock(&core->lock);
-    struct order *order = core->orders[bucket_of(direction, &host, original)];
-    while (order && (order->direction != direction || !is_same(&order->source, &host) ||
-                     !is_same(&order->original, original)))
+    struct order *order = core->orders[bucket_of(direction, identity, &host, original)];
+    while (order && (order->direction != direction || order->identity != identity ||
+                     !is_same(&order->source, &host) || !is_same(&order->original, original)))
         order = order->next;
     if (order && order->taken < order->places) {
         order->taken++;
@@ -100,6 +102,15 @@ struct order *order_take(struct core *core, int direction, const struct address 
     }
     pthread_mutex_unlock(&core->lock);
     return order;
+}
+
+/* The place that was taken is not used after all. */
+void order_cancel(struct order *order)
+{
+    pthread_mutex_lock(&order->core->lock);
+    order->taken--;
+    order->links--;
+    pthread_mutex_unlock(&order->core->lock);
 }
 
 /* A link is over: whether its place is the order's again. If not, it is Python's to give back. */

@@ -87,6 +87,17 @@ static void flush(struct leg *leg)
         link_pull(leg->peer);
 }
 
+/* Its handshake is over: what was for it meanwhile can go. */
+void plain_connected(struct leg *leg)
+{
+    if (leg->held.size)
+        flush(leg);
+    else if (leg->fin_due)
+        shut_down(leg);
+    else
+        link_pull(leg->peer);
+}
+
 /* Whether to go on reading; `size` is what recv or splice said. */
 static bool read_anything(struct leg *leg, ssize_t size)
 {
@@ -169,7 +180,7 @@ void plain_pull(struct leg *leg)
 /* Spoils `pieces`. */
 void plain_write(struct leg *leg, struct iovec *pieces, int count)
 {
-    if (leg->held.size) {
+    if (leg->held.size || leg->dialling) {
         hold(leg, pieces, count);
         return;
     }
@@ -246,8 +257,10 @@ void plain_close(struct leg *leg)
         return;
     leg->closed = true;
     leg->over = true;
-    core_unwatch(leg->link->core, leg->fd);
-    close(leg->fd);
+    if (leg->fd >= 0) { /* or it never came to be dialled */
+        core_unwatch(leg->link->core, leg->fd);
+        close(leg->fd);
+    }
     free(leg->held.bytes);
     leg->held = (struct backlog){0};
     if (leg->pipe) {

@@ -3,8 +3,10 @@
 import functools
 import os
 
+from meshnet.codec import frames
+from meshnet.codec.frames import Reset
 from meshnet.errors import EndedBy, Reason
-from meshnet.relay import Outcome
+from meshnet.relay import TUNNEL_CLOSED, Outcome, reset_by_peer
 
 REASONS = (
     Reason.OK,
@@ -20,7 +22,28 @@ ABORTED, LOST, PROTOCOL, RESET = 1, 5, 6, 7
 ENDED_BY = (EndedBy.CLIENT, EndedBy.SERVER, EndedBy.PROXY, EndedBy.PEER_PROXY)
 
 
+def link_outcome(reason: int, ended_by: int, error: int, reset: bytes, from_client: bool) -> Outcome:
+    """Of a link that an order began. `from_client`: its client leg is the tunnel."""
+    if reason != RESET:
+        return plain_outcome(reason, ended_by, error)
+    try:
+        text = frames.decode_reset(reset).reason
+    except ValueError as problem:
+        detail = f"the peer sidecar broke meshnet/1 within a lease: {problem}"
+        return Outcome(Reason.TUNNEL_PROTOCOL, EndedBy.PEER_PROXY, detail)
+    return Outcome(*reset_by_peer(text, EndedBy.CLIENT if from_client else EndedBy.SERVER))
+
+
 @functools.lru_cache(maxsize=64)  # asked for every connection under an order, and nearly all end alike
 def plain_outcome(reason: int, ended_by: int, error: int) -> Outcome:
-    """Of a link between two plain legs."""
-    return Outcome(REASONS[reason], ENDED_BY[ended_by], os.strerror(error) if error else "")
+    detail = os.strerror(error) if error else ""
+    if reason == LOST and not error:
+        detail = TUNNEL_CLOSED
+    elif reason == PROTOCOL:
+        detail = "the peer sidecar broke meshnet/1 within a lease"
+    return Outcome(REASONS[reason], ENDED_BY[ended_by], detail)
+
+
+def reset_payload(reason: str) -> bytes:
+    """Of the RESET frame that says so."""
+    return frames.encode(Reset(reason=str(reason)))[frames.HEADER_SIZE :]

@@ -4,10 +4,12 @@ import errno
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 
+from meshnet.codec.frames import Kind
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.deadline import Deadlines
 from meshnet.net.strand import Wait, on_strand
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 # What the peer's alert may say about our certificate (RFC 8446, 6.2): SSL_R_*, which is 1000 and the alert's number.
 _OUR_CERTIFICATE = frozenset({1042, 1043, 1044, 1045, 1046, 1048, 1116})
+_MOST_NUMBERS = 65536
+_ENDS = {int(Kind.FIN): "FIN", int(Kind.RESET): "RESET"}
 _HUNG_UP = frozenset({0, errno.ECONNRESET, errno.EPIPE})
 
 
@@ -26,6 +30,7 @@ class NativeChannel:
 
     __slots__ = (
         "__weakref__",
+        "_number_of",
         "_tunnel",
         "_waiting",
         "cipher",
@@ -36,8 +41,10 @@ class NativeChannel:
         "version",
     )
 
-    def __init__(self, context: object) -> None:
+    def __init__(self, context: object, number_of: Callable[[str], int]) -> None:
+        """`number_of` an identity is what the core's orders call it by; 0: by nothing."""
         self.context = context
+        self._number_of = number_of
         self.identity = self.version = self.cipher = ""
         self.good_until = 0.0
         self.resumed = False
@@ -108,6 +115,15 @@ class NativeChannel:
             await self._news()
         return data
 
+    def serve(self, host: str) -> None:
+        number = self._number_of(self.identity)
+        if number:
+            self.tunnel.serve(number, host, self.good_until)
+
+    def served(self) -> tuple[str, str]:
+        sent, received = self.tunnel.served()
+        return _ENDS.get(sent, ""), _ENDS.get(received, "")
+
     def receive_now(self) -> bytes | None:
         if data := self.tunnel.take():
             return data
@@ -148,6 +164,16 @@ class NativeTls:
         self._handshakes = handshakes
         self._relay = relay
         self._deadlines = Deadlines()
+        self._numbers: dict[str, int] = {}
+
+    def number_of(self, identity: str) -> int:
+        """Of an identity that orders may be for; 0 when there are too many."""
+        number = self._numbers.get(identity)
+        if number is None:
+            if len(self._numbers) >= _MOST_NUMBERS:
+                return 0
+            number = self._numbers[identity] = len(self._numbers) + 1
+        return number
 
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
         from meshnet.relay.native._core import Context
@@ -160,7 +186,7 @@ class NativeTls:
     async def connect(
         self, sock: socket.socket, context: object, ticket: Ticket | None, timeout: float
     ) -> NativeChannel:
-        channel = NativeChannel(context)
+        channel = NativeChannel(context, self.number_of)
         await channel.shake(
             sock,
             self._handshakes,
@@ -173,7 +199,7 @@ class NativeTls:
         return channel
 
     async def accept(self, sock: socket.socket, context: object, timeout: float) -> NativeChannel:
-        channel = NativeChannel(context)
+        channel = NativeChannel(context, self.number_of)
         await channel.shake(sock, self._handshakes, self._relay, self._deadlines, timeout, is_client=False, ticket=None)
         return channel
 

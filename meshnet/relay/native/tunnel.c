@@ -149,8 +149,14 @@ void tunnel_adopt(struct tunnel *tunnel)
 void tunnel_keep(struct tunnel *tunnel, const uint8_t *bytes, size_t size)
 {
     struct core *core = tunnel->core;
+    if (!tunnel->leg && tunnel->serving) {
+        if (serve(tunnel, &bytes, &size))
+            return;
+        tunnel->serving = false;
+    }
     pthread_mutex_lock(&core->lock);
     bool fits = backlog_append(&tunnel->inbox, bytes, size);
+    tunnel->kept++;
     pthread_mutex_unlock(&core->lock);
     if (!fits)
         lose(tunnel, ENOMEM, 0, 0);
@@ -360,12 +366,23 @@ void tunnel_abandon(struct tunnel *tunnel)
     unwatch(tunnel);
 }
 
+static void read_no_more(struct tunnel *tunnel)
+{
+    struct tunnel **place = &tunnel->core->more;
+    while (*place != tunnel)
+        place = &(*place)->next_more;
+    *place = tunnel->next_more;
+    tunnel->has_more = false;
+}
+
 /* For good. No close_notify: meshnet/1 ends leases with FIN frames, so a bare TCP close truncates nothing. */
 void tunnel_close(struct tunnel *tunnel)
 {
     if (tunnel->leg)
         link_cut(tunnel->leg->link);
     unwatch(tunnel);
+    if (tunnel->has_more)
+        read_no_more(tunnel);
     tunnel->closed = true;
     close(tunnel->fd);
     core_tell(tunnel->core, &tunnel->gone);
@@ -385,6 +402,7 @@ void tunnel_free(struct tunnel *tunnel)
         libssl.SSL_SESSION_free(tunnel->session);
     free(tunnel->held.bytes);
     free(tunnel->inbox.bytes);
+    free(tunnel->opening.bytes);
     free(tunnel->certificate.bytes);
     frame_reader_free(&tunnel->frames);
 }
