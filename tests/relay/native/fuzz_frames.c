@@ -1,9 +1,6 @@
 /* What a peer may send within a lease, taken apart in pieces of any size: it must come to the same as in one piece.
  *
- * With clang, for as long as one likes:
- *
- *     clang -g -O1 -fsanitize=fuzzer,address,undefined -I meshnet/relay/native tests/relay/native/fuzz_frames.c \
- *         meshnet/relay/native/frame.c -o /tmp/fuzz_frames && /tmp/fuzz_frames
+ * With clang it is a target of libFuzzer: `scripts/test --deep` (test_deep.py) runs it.
  *
  * With any other compiler, -DWITHOUT_LIBFUZZER makes it a program of its own that takes a seed and a number of rounds.
  */

@@ -1,22 +1,15 @@
 """The native relay built anew with the compiler's help, and put through the contract again."""
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
-from meshnet_cli.demo.sandbox import search_path
+from tests.relay.native.builds import NATIVE, STRICT, build, copy, run, start
 
-ROOT = Path(__file__).parents[3]
-NATIVE = ROOT / "meshnet" / "relay" / "native"
-SOURCES = sorted(NATIVE.glob("*.c"))
-STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
@@ -33,26 +26,6 @@ WITHOUT_THREADS = (
 )
 
 compilers = pytest.mark.parametrize("compiler", ["gcc", *(["clang"] if shutil.which("clang") else [])])
-
-
-def build(compiler: str, output: Path, *flags: str) -> None:
-    include = f"-I{sysconfig.get_path('include')}"
-    limited = "-DPy_LIMITED_API=0x030B0000"
-    run(compiler, "-shared", "-fPIC", "-O1", "-g", *STRICT, *flags, limited, include, *map(str, SOURCES), "-o", output)
-
-
-def run(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(
-        [str(word) for word in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=os.environ | {"PATH": search_path()} | environment,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stdout[-8000:]
-    return done.stdout
 
 
 @compilers
@@ -76,35 +49,19 @@ def test_the_contract_holds_under_the_sanitizers(tmp_path: Path) -> None:
 
 
 def _start(stack: contextlib.ExitStack, name: str, flags: list[str], folder: Path) -> "subprocess.Popen[str]":
-    for top in ("meshnet", "cli", "init", "tests"):
-        shutil.copytree(ROOT / top, folder / top, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    build("gcc", folder / "meshnet" / "relay" / "native" / "_core.abi3.so", *flags, "-fno-omit-frame-pointer")
+    copy(folder, *flags)
     runtime = "libasan.so" if name == "address" else "libtsan.so"
-    library = run("gcc", f"-print-file-name={runtime}").strip()
-    left_out = LEFT_OUT + (WITHOUT_THREADS if name == "thread" else "")
-    pytest_command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/relay/native"]
-    pytest_command += ["tests/relay/test_relays.py", "-k", f"native and not ({left_out})"]
     log = f"log_path={folder}/report"
-    process = subprocess.Popen(
+    process = start(
+        folder,
         # The thread sanitizer cannot place its shadow where addresses are too random.
-        ["setarch", "-R", *pytest_command] if name == "thread" else pytest_command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        cwd=folder,
-        env=os.environ
-        | {
-            "PATH": search_path(),
-            "PYTHONPATH": os.pathsep.join(str(folder / top) for top in ("", "cli", "init")),
-            "PYTHONMALLOC": "malloc",  # or links and tunnels would lie in Python's own pools, where nobody looks
-            "LD_PRELOAD": library,
-            # Python itself leaves much behind: only what our own code has allocated is looked at.
-            "ASAN_OPTIONS": f"{log}:detect_leaks=1",
-            "LSAN_OPTIONS": "exitcode=0",
-            "TSAN_OPTIONS": f"{log}:report_signal_unsafe=0:history_size=4",
-        },
+        *(("setarch", "-R") if name == "thread" else ()),
+        left_out=LEFT_OUT + (WITHOUT_THREADS if name == "thread" else ""),
+        LD_PRELOAD=run("gcc", f"-print-file-name={runtime}").strip(),
+        # Python itself leaves much behind: only what our own code has allocated is looked at.
+        ASAN_OPTIONS=f"{log}:detect_leaks=1",
+        LSAN_OPTIONS="exitcode=0",
+        TSAN_OPTIONS=f"{log}:report_signal_unsafe=0:history_size=4",
     )
     stack.enter_context(process)
     stack.callback(process.kill)  # should another fail first

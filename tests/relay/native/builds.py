@@ -1,0 +1,65 @@
+"""The native relay built anew, beside the one that is installed: with other flags, in a copy of the tree."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from meshnet_cli.demo.sandbox import search_path
+
+ROOT = Path(__file__).parents[3]
+NATIVE = ROOT / "meshnet" / "relay" / "native"
+SOURCES = sorted(NATIVE.glob("*.c"))
+STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
+
+
+def build(compiler: str, output: Path, *flags: str) -> None:
+    include = f"-I{sysconfig.get_path('include')}"
+    limited = "-DPy_LIMITED_API=0x030B0000"
+    run(compiler, "-shared", "-fPIC", "-O1", "-g", *STRICT, *flags, limited, include, *map(str, SOURCES), "-o", output)
+
+
+def run(*command: str | Path) -> str:
+    """What it prints. It has to end well."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PATH": search_path()},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+def copy(folder: Path, *flags: str) -> None:
+    """The tree in `folder`, its native relay built with `flags`."""
+    for top in ("meshnet", "cli", "init", "tests"):
+        shutil.copytree(ROOT / top, folder / top, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    build("gcc", folder / "meshnet" / "relay" / "native" / "_core.abi3.so", *flags, "-fno-omit-frame-pointer")
+
+
+def start(folder: Path, *wrapper: str, left_out: str, **environment: str) -> "subprocess.Popen[str]":
+    """The tests of the native relay in a copy of the tree, but for those `left_out`; their output is a pipe."""
+    command = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "900"]
+    command += ["tests/relay/native", "tests/relay/test_relays.py", "-k", f"native and not ({left_out})"]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        cwd=folder,
+        env=os.environ
+        | {
+            "PATH": search_path(),
+            "PYTHONPATH": os.pathsep.join(str(folder / top) for top in ("", "cli", "init")),
+            "PYTHONMALLOC": "malloc",  # or links and tunnels would lie in Python's own pools, where nobody looks
+        }
+        | environment,
+    )

@@ -1,0 +1,48 @@
+"""The native relay under tools that take minutes: libFuzzer, and valgrind. `scripts/test --deep` runs these."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from meshnet.codec.frames import Data, Fin, GoAway, Pong, Reset, encode
+from tests.relay.native.builds import NATIVE, copy, run, start
+
+pytestmark = pytest.mark.deep
+
+FUZZ_SECONDS = int(os.environ.get("MESHNET_FUZZ_SECONDS", "120"))
+# What has a deadline that is too short for it under valgrind, a hundred times slower; and what builds anew.
+LEFT_OUT = "sanitizers or builds or frame_parser or quarter_of or slow_application"
+
+
+@pytest.mark.timeout(FUZZ_SECONDS + 120)
+def test_the_fuzzer_finds_nothing_in_the_frame_parser(tmp_path: Path) -> None:
+    program, corpus = tmp_path / "fuzz_frames", tmp_path / "corpus"
+    corpus.mkdir()
+    frames = [encode(Data(memoryview(bytes(size)))) for size in (1, 300, 16380)]
+    frames += [encode(frame) for frame in (Fin(), Pong(), GoAway(), Reset(reason="peer.rst"))]
+    for step in (0, 3, 255):  # the first byte says in which pieces
+        (corpus / f"all-{step}").write_bytes(bytes([step]) + b"".join(frames))
+    sanitize = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
+    source = Path(__file__).with_name("fuzz_frames.c")
+    run("clang", "-g", "-O1", *sanitize, "-I", NATIVE, source, NATIVE / "frame.c", "-o", program)
+    said = run(program, f"-max_total_time={FUZZ_SECONDS}", "-max_len=70000", f"-artifact_prefix={tmp_path}/", corpus)
+    assert re.search(r"Done [1-9]\d* runs", said), said[-4000:]
+
+
+@pytest.mark.timeout(3600)
+def test_the_contract_is_clean_under_valgrind(tmp_path: Path) -> None:
+    """Nothing invalid, uninitialised or lost that our own code has a part in; Python's own is its own affair."""
+    copy(tmp_path)
+    log = tmp_path / "memcheck"
+    memcheck = ("valgrind", f"--log-file={log}", "--num-callers=40", "--error-limit=no", "--fullpath-after=")
+    memcheck += ("--leak-check=full", "--show-leak-kinds=definite,indirect")
+    with start(tmp_path, *memcheck, left_out=LEFT_OUT) as process:
+        output = process.communicate()[0]
+    reported = re.split(r"^==\d+== $", log.read_text(errors="replace"), flags=re.MULTILINE)
+    ours = "\n".join(block for block in reported if "/meshnet/relay/native/" in block)
+    assert "ERROR SUMMARY" in reported[-1]
+    assert not ours, ours[:8000]
+    assert process.returncode == 0, output[-4000:]
+    assert re.search(r"\d\d+ passed", output), output
