@@ -12,6 +12,8 @@ from meshnet_cli.demo.sandbox import search_path
 ROOT = Path(__file__).parents[3]
 NATIVE = ROOT / "meshnet" / "relay" / "native"
 SOURCES = sorted(NATIVE.glob("*.c"))
+FUZZERS = {"frame": "fuzz_frames.c", "open": "fuzz_open.c"}
+"""The targets of libFuzzer, by the file of the core that each of them is for."""
 STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 
 

@@ -2,31 +2,46 @@
 
 import os
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from meshnet.codec.frames import Data, Fin, GoAway, Pong, Reset, encode
-from tests.relay.native.builds import NATIVE, copy, run, start
+from meshnet.codec.frames import HEADER_SIZE, Data, Fin, GoAway, Open, Pong, Reset, encode
+from tests.relay.native.builds import FUZZERS, NATIVE, copy, run, start
 
 pytestmark = pytest.mark.deep
 
 FUZZ_SECONDS = int(os.environ.get("MESHNET_FUZZ_SECONDS", "120"))
 # What has a deadline that is too short for it under valgrind, a hundred times slower; and what builds anew.
-LEFT_OUT = "sanitizers or builds or frame_parser or quarter_of or slow_application"
+LEFT_OUT = "sanitizers or builds or parsers or fuzzer or quarter_of or slow_application"
 
 
-@pytest.mark.timeout(FUZZ_SECONDS + 120)
-def test_the_fuzzer_finds_nothing_in_the_frame_parser(tmp_path: Path) -> None:
-    program, corpus = tmp_path / "fuzz_frames", tmp_path / "corpus"
-    corpus.mkdir()
+OPEN = Open(host="10.0.0.2", port=8080, service="api:8080", source="10.0.0.1:40000", id="8s0t4zfm", deadline=2000)
+
+
+def frame_seeds() -> Iterator[bytes]:
     frames = [encode(Data(memoryview(bytes(size)))) for size in (1, 300, 16380)]
     frames += [encode(frame) for frame in (Fin(), Pong(), GoAway(), Reset(reason="peer.rst"))]
     for step in (0, 3, 255):  # the first byte says in which pieces
-        (corpus / f"all-{step}").write_bytes(bytes([step]) + b"".join(frames))
+        yield bytes([step]) + b"".join(frames)
+
+
+def open_seeds() -> Iterator[bytes]:
+    yield encode(OPEN)[HEADER_SIZE:]
+    yield encode(Open(host="fd00::2", port=1, source="[fd00::1]:65535", id="x"))[HEADER_SIZE:]
+
+
+@pytest.mark.timeout(FUZZ_SECONDS + 120)
+@pytest.mark.parametrize(("parser", "seeds"), [("frame", frame_seeds), ("open", open_seeds)])
+def test_the_fuzzer_finds_nothing(parser: str, seeds: Callable[[], Iterator[bytes]], tmp_path: Path) -> None:
+    program, corpus = tmp_path / parser, tmp_path / "corpus"
+    corpus.mkdir()
+    for number, seed in enumerate(seeds()):
+        (corpus / str(number)).write_bytes(seed)
     sanitize = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=undefined"]
-    source = Path(__file__).with_name("fuzz_frames.c")
-    run("clang", "-g", "-O1", *sanitize, "-I", NATIVE, source, NATIVE / "frame.c", "-o", program)
+    source = Path(__file__).with_name(FUZZERS[parser])
+    run("clang", "-g", "-O1", *sanitize, "-I", NATIVE, source, NATIVE / f"{parser}.c", "-o", program)
     said = run(program, f"-max_total_time={FUZZ_SECONDS}", "-max_len=70000", f"-artifact_prefix={tmp_path}/", corpus)
     assert re.search(r"Done [1-9]\d* runs", said), said[-4000:]
 

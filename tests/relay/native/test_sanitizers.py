@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.relay.native.builds import NATIVE, STRICT, build, copy, run, start
+from tests.relay.native.builds import FUZZERS, NATIVE, STRICT, build, copy, run, start
 
 SANITIZERS = {
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
@@ -68,9 +68,10 @@ def _start(stack: contextlib.ExitStack, name: str, flags: list[str], folder: Pat
     return process
 
 
-def test_the_frame_parser_takes_anything_in_any_pieces(tmp_path: Path) -> None:
-    program = tmp_path / "fuzz_frames"
-    source = Path(__file__).with_name("fuzz_frames.c")
+@pytest.mark.parametrize(("parser", "rounds"), [("frame", 10_000), ("open", 300_000)])
+def test_the_parsers_take_anything(parser: str, rounds: int, tmp_path: Path) -> None:
+    program = tmp_path / parser
+    source = Path(__file__).with_name(FUZZERS[parser])
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DWITHOUT_LIBFUZZER"]
-    run("gcc", "-O1", "-g", *STRICT, *sanitize, "-I", NATIVE, source, NATIVE / "frame.c", "-o", program)
-    run(program, "1", "10000")
+    run("gcc", "-O1", "-g", *STRICT, *sanitize, "-I", NATIVE, source, NATIVE / f"{parser}.c", "-o", program)
+    run(program, "1", str(rounds))
