@@ -8,6 +8,7 @@ from meshnet.decide.breaker import counts_against_endpoint
 from meshnet.errors import Reason
 from meshnet.model.service import ConnectSettings
 
+_FADE_STEP = 0.01  # seconds: many connections share one fading, and a thousandth is not missed
 _BACKOFF = (0.025, 0.250)  # seconds, when every endpoint has been tried: drawn evenly, so that callers fall apart
 
 
@@ -59,6 +60,8 @@ class RetryBudget:
         return True
 
     def _fade(self, now: float) -> None:
+        if now - self._faded_at < _FADE_STEP:
+            return
         left = math.exp(min(0.0, self._faded_at - now) / self.WINDOW)
         self._connects *= left
         self._retries *= left

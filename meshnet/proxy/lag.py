@@ -48,7 +48,7 @@ class LoopLag:
     def _watch(self, loop: int, every: float) -> None:
         """In the thread. `loop` is the ident of the loop's."""
         seen, stack = self._beat, ""
-        while not self._over.wait(every / 2):
+        while not self._over.wait(every):  # seldom: each look is a wake-up, and may delay a byte
             beat = self._beat
             if beat is not seen:
                 if beat[1] >= self._stall:

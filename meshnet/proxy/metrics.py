@@ -15,7 +15,7 @@ from meshnet import __version__
 from meshnet.decide.breaker import BreakerState
 from meshnet.errors import Reason
 from meshnet.model.admin import Family, Sample
-from meshnet.model.connection import Direction
+from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import short_name
 from meshnet.proxy.passed import Passed
 from meshnet.proxy.record import Record
@@ -117,10 +117,11 @@ class Metrics:
     def passed(self, passed: Passed) -> None:
         """As `ended`, of one that ended well under an order."""
         told, facts = passed.told, passed.facts
-        reporter = _REPORTERS[told.flow.direction]
-        security = "mutual_tls" if told.security == "mtls" else "none"
-        key = (reporter, told.source_identity, told.service, told.destination_identity, security)
-        cell = self._cell(self._within_bounds(key))
+        if told.key is None:
+            told.key = _key_of(
+                told.flow.direction, told.source_identity, told.service, told.destination_identity, told.security
+            )
+        cell = self._cell(self._within_bounds(told.key))
         cell.opened += 1
         cell.closed += 1
         cell.sent += facts.sent
@@ -219,12 +220,8 @@ class Metrics:
 
     def _key(self, record: Record) -> Key:
         return self._within_bounds(
-            (
-                _REPORTERS[record.direction],
-                record.source_identity,
-                record.service,
-                record.destination_identity,
-                "mutual_tls" if record.security == "mtls" else "none",
+            _key_of(
+                record.direction, record.source_identity, record.service, record.destination_identity, record.security
             )
         )
 
@@ -233,6 +230,16 @@ class Metrics:
             self._dropped_series += 1
             return _OTHER
         return key
+
+
+def _key_of(direction: Direction, source: str, service: str, destination: str, security: Security) -> Key:
+    return (
+        _REPORTERS[direction],
+        source,
+        service,
+        destination,
+        "mutual_tls" if security is Security.MTLS else "none",
+    )
 
 
 @dataclass(frozen=True, slots=True)

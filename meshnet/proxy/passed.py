@@ -27,6 +27,7 @@ class Told:
         "destination_identity",
         "endpoint",
         "flow",
+        "key",
         "original",
         "policy",
         "relay",
@@ -39,6 +40,7 @@ class Told:
     def __init__(self, of: Record, flow: Flow, endpoint: str, relay: str) -> None:
         """`of` is the record of the connection for which it was decided."""
         self.flow = flow
+        self.key: tuple[str, str, str, str, str] | None = None  # of their metrics
         self.endpoint = endpoint
         self.relay = relay
         self.service = of.service

@@ -85,7 +85,7 @@ class NativeOrder:
 
     def hear(self, what: int, about: "Link | tuple[Any, ...]") -> None:
         if isinstance(about, tuple):
-            facts = Facts(*about)  # as doors.c has them
+            facts = Facts._make(about)  # as doors.c has them
             outcome = link_outcome(facts.reason, facts.ended_by, facts.error, facts.reset, from_client=True)
             self._issuer.came_and_went(facts, outcome)
         else:
@@ -116,7 +116,7 @@ class NativeOrderedLink:
         return self._handle.counts()
 
     def facts(self) -> Facts:
-        return Facts(*self._handle.facts())
+        return Facts._make(self._handle.facts())
 
     def outcome(self) -> Outcome:
         reason, ended_by, error, *_, reset = self._handle.result()
