@@ -160,7 +160,7 @@ class ServedTunnel:
             await self.channel.send_all(self.wire.refused(frame))
         except OSError:
             return False
-        return True
+        return self.wire.idle  # not so if a GOAWAY came behind OPEN
 
     def go_away(self) -> None:
         """Asks the peer to open no more leases here; best effort, for the tunnel may be in a relay's hands."""

@@ -299,6 +299,19 @@ def test_a_goaway_of_the_peer_within_a_lease_lets_it_end_well(
     assert ordered.is_closed(), "it will carry no other lease"
 
 
+def test_what_came_behind_open_is_not_lost_when_the_application_is_gone(hosts: Hosts, peer: Peer) -> None:
+    with listen(hosts.api, PORT) as server:
+        with_peer(hosts, peer, server)
+    into = Records(hosts.sidecar(hosts.api))
+    request = Open(host=hosts.api.address, port=PORT, source=f"{hosts.web.address}:5", id=new_id())
+    peer.sock.sendall(peer.wire.open(request) + peer.wire.data(5) + b"early" + encode(GoAway()) + peer.wire.fin())
+    refused = peer.frame()
+    assert isinstance(refused, Refused)
+    assert refused.reason == "connect.refused"
+    assert into.one().id == request.id
+    assert peer.is_closed(), "it has said GOAWAY"
+
+
 def test_a_client_whose_call_is_refused_by_nobody_listening(hosts: Hosts) -> None:
     with listen(hosts.api, PORT) as server:
         for _ in range(3):

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <stdlib.h>
 #include <sys/epoll.h>
 #include <unistd.h>
 
@@ -71,7 +72,8 @@ static void undo(struct link *link)
     struct core *core = link->core;
     link->undone = true;
     pthread_mutex_lock(&core->lock);
-    tunnel->inbox = tunnel->opening; /* it was empty, or the OPEN would have been Python's */
+    free(tunnel->inbox.bytes); /* a GOAWAY since OPEN, at most, which is in `opening` too */
+    tunnel->inbox = tunnel->opening;
     tunnel->kept++;
     pthread_mutex_unlock(&core->lock);
     tunnel->opening = (struct backlog){0};
