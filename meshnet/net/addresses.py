@@ -3,6 +3,7 @@
 import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Self
 
 _RTM_GETROUTE, _NLM_F_REQUEST, _NLMSG_ERROR = 26, 1, 2
@@ -33,6 +34,7 @@ class LocalAddresses:
         self._has_news = select.poll()
         self._has_news.register(self._news, select.POLLIN)
         self._known: dict[str, bool] = {}
+        self.on_change: Callable[[], None] = lambda: None
 
     def __enter__(self) -> Self:
         return self
@@ -60,8 +62,9 @@ class LocalAddresses:
         return self._news.fileno()
 
     def forget(self) -> None:
-        """After a change."""
+        """After a change, which `on_change` is told of."""
         self._known.clear()
+        self.on_change()
         try:
             while True:
                 self._news.recv(1)  # a datagram each; what it says does not matter

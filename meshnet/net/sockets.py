@@ -29,6 +29,8 @@ _USER_TIMEOUT_MS = 60_000
 _BROKEN_LISTENER = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK})
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
+_OUR_SHORTAGE = _EXHAUSTED | {errno.ENOSPC}  # the last one: of epoll's watches
+
 _CONNECT_REASONS = {
     errno.ECONNREFUSED: Reason.CONNECT_REFUSED,
     errno.ECONNRESET: Reason.CONNECT_REFUSED,
@@ -146,6 +148,8 @@ def connect_failure(address: Address, code: int, timeout: float) -> ConnectionFa
     """What the errno `code` of a connect to `address` means, or of one that took `timeout` seconds."""
     if code == errno.ETIMEDOUT:
         return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
+    if code in _OUR_SHORTAGE:
+        return ConnectionFailed(Reason.INTERNAL, f"cannot dial {address}: {os.strerror(code)}")
     reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
     return ConnectionFailed(reason, f"{address}: {os.strerror(code)}")
 

@@ -19,6 +19,7 @@ from meshnet.relay import PlainLeg, Target, TunnelLeg
 from meshnet.tunnel.protocol import Role, Tunnel
 
 _APP_CONNECT_TIMEOUT = 1.0  # seconds; the application is on this host
+_SERVED_CONNECT_TIMEOUT = 0.1  # under an order: then it is tried as ever, and seen by who looks
 _HANDSHAKE_TIMEOUT = 5.0
 
 
@@ -75,7 +76,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
             tunnel.reusable = await tunnel.refuse(failure)
             raise
         record.security = Security.MTLS
-        state.orders.offer(record, Target(target, state.mark, True, _APP_CONNECT_TIMEOUT), decided)
+        state.orders.offer(record, Target(target, state.mark, True, _SERVED_CONNECT_TIMEOUT), decided)
         try:
             early = await tunnel.opened()
         except BaseException as error:

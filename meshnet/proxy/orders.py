@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.decide.breaker import counts_against_endpoint
+from meshnet.decide.breaker import BreakerState, counts_against_endpoint
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.connection import Attempt, Direction, Security
 from meshnet.net import sockets
@@ -40,6 +40,8 @@ class Orders:
         self._in_force: dict[Flow, StandingOrder] = {}
         self.generation = 0
         """Grows with each `revoke_all`: what was decided before may not be offered after."""
+        self._stopped = False
+        self._ending: list[StandingOrder] = []
         self.go_on: Callable[[Record, ConnectionFailed], None] = fail
 
     def __len__(self) -> int:
@@ -58,7 +60,7 @@ class Orders:
         `decided`: the generation before the decision. `held` and `known` are what the connections count against.
         """
         relay = self._state.relays.available[0]
-        if not relay.takes_orders or decided != self.generation or record.original is None:
+        if not relay.takes_orders or self._stopped or decided != self.generation or record.original is None:
             return
         asked_by = record.source_identity if record.security is Security.MTLS else ""
         flow = Flow(record.direction, record.source.host, record.original, asked_by)
@@ -89,6 +91,18 @@ class Orders:
     def revoke_all(self) -> None:
         self.generation += 1
         self.revoke(self._in_force.values())
+
+    def stop(self) -> None:
+        """Before the end: from now on each connection is decided, and says to its peer that we drain."""
+        self._stopped = True
+        self._ending = list(self._in_force.values())
+        self.revoke_all()
+
+    @property
+    def are_busy(self) -> bool:
+        """Whether a connection under one of those that were stopped lives, be it one that is not known of yet."""
+        self._ending = [order for order in self._ending if order.handle.state()[1]]
+        return bool(self._ending)
 
     def revoke(self, orders: "Iterable[StandingOrder]") -> None:
         for order in list(orders):
@@ -206,15 +220,22 @@ class StandingOrder:
         if not self.revoked:
             self.state.orders.revoke([self])
         if self.known is not None:
-            self.known.last_error = f"{failure.reason}: {failure.detail}"
-            if counts_against_endpoint(failure.reason) and self.known.breaker.admit(now):
-                self.known.breaker.failed(now, self.state.dice)
+            self._blame(self.known, failure, now)
         record.link = record.tally.live = None
         record.client = sockets.adopt(facts.client, self.flow.source)
         if self.flow.direction is Direction.OUTBOUND and self.told.service:
             self.state.orders.go_on(record, failure)
         else:
             fail(record, failure)
+
+    def _blame(self, known: "EndpointState", failure: ConnectionFailed, now: float) -> None:
+        known.last_error = f"{failure.reason}: {failure.detail}"
+        if not counts_against_endpoint(failure.reason):
+            return
+        self.state.orders.revoke(known.orders)
+        # Dialled before it opened says nothing new, and is not the probe either.
+        if known.breaker.state(now) is BreakerState.CLOSED and known.breaker.admit(now):
+            known.breaker.failed(now, self.state.dice)
 
 
 class _Carried:

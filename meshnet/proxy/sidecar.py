@@ -207,6 +207,7 @@ class Sidecar:
         """New connections are still taken until none is open, or in time; then the last ones may end too."""
         state = self.state
         state.draining = True
+        state.orders.stop()
         state.pool.close_idle()
         for tunnel in state.tunnels:
             tunnel.go_away()
@@ -223,9 +224,14 @@ class Sidecar:
                 await state.registry.empty.wait()
 
     async def _until_none_is_open(self, started: float) -> None:
-        while self.state.registry.open and time.monotonic() - started < (self._drain_within or 0.0):
+        state = self.state
+        while (state.registry.open or state.orders.are_busy) and time.monotonic() - started < (
+            self._drain_within or 0.0
+        ):
             with trio.move_on_after(0.1):
-                await self.state.registry.empty.wait()
+                await state.registry.empty.wait()
+            if not state.registry.open:
+                await trio.sleep(_LAST_CALL)
 
     async def _follow(self) -> None:
         state, mesh, workers = self.state, self.state.settings.mesh, self.state.settings.proxy.workers
@@ -261,12 +267,10 @@ class Sidecar:
         await follow.follow(mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
 
     async def _follow_addresses(self) -> None:
-        """An address that comes or goes may turn what was another host's into ours."""
         addresses = self.state.addresses
         while True:
             await trio.lowlevel.wait_readable(addresses.fileno())
             addresses.forget()
-            self.state.orders.revoke_all()
 
     def _renewed(self) -> None:
         self.state.orders.revoke_all()

@@ -92,6 +92,7 @@ class ProxyState:
         self.config_problem = ""
         self.access = AccessRules(snapshot.policies, snapshot.default_action)
         self.orders = Orders(self)
+        addresses.on_change = self._addresses_changed
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 
@@ -211,6 +212,11 @@ class ProxyState:
 
     def is_local(self, host: str) -> bool:
         return host in self.addresses
+
+    def _addresses_changed(self) -> None:
+        """What was another host's may be ours now, and an application here another service's."""
+        self._local_services.clear()
+        self.orders.revoke_all()
 
     def review(self, record: Record) -> None:
         """Ends a connection that access would not let in now."""

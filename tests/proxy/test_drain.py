@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from meshnet.codec.frames import GoAway, Open, encode
+from meshnet.codec.frames import GoAway, Open, Refused, encode
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.metrics import get
 from tests.proxy.peer import Peer
 from tests.proxy.programs import Records, accept, converse, listen, read, reason
 from tests.proxy.test_records import logged
+from tests.proxy.test_served_orders import new_id, with_peer
 from tests.world import Process, wait_for
 
 pytestmark = pytest.mark.netns
@@ -175,3 +176,39 @@ def test_a_second_sidecar_on_the_same_host_says_what_is_wrong_and_ends(restarted
     assert second.popen.wait(10) == 1
     assert "cannot listen on port 15101" in second.output
     assert sidecar.status().pid == first.pid
+
+
+def test_a_tunnel_that_comes_while_we_drain_is_asked_to_open_no_more_though_orders_were_in_force(
+    restarted: Hosts, peer: Peer
+) -> None:
+    hosts = restarted
+    sidecar = hosts.sidecar(hosts.api)
+    assert sidecar.process is not None
+    with listen(hosts.api, 8080) as server:
+        for _ in range(3):
+            with_peer(hosts, peer, server)
+        held, app = hosts.twin.connect(API, 8080), accept(server)
+        sidecar.process.popen.terminate()
+        wait_for(lambda: sidecar.status().draining)
+        with Peer(hosts.web, hosts.api, peer.sock.context) as other:
+            with_peer(hosts, other, server)
+            assert isinstance(other.frame(), GoAway)
+        converse(held, app)
+        assert sidecar.process.popen.wait(10) == 0
+
+
+def test_a_connection_whose_application_is_being_dialled_is_waited_for(restarted: Hosts, peer: Peer) -> None:
+    """Under an order nobody has heard of it yet; its peer is told how it went, and not that it was opened."""
+    hosts = restarted
+    sidecar = hosts.sidecar(hosts.api)
+    assert sidecar.process is not None
+    with listen(hosts.api, 8080) as server:
+        with_peer(hosts, peer, server)
+        server.listen(0)
+        with hosts.api.connect(hosts.api.address, 8080):  # takes the only place: nobody else is answered
+            request = Open(host=hosts.api.address, port=8080, source=f"{hosts.web.address}:1", id=new_id())
+            peer.sock.sendall(peer.wire.open(request))
+            sidecar.process.popen.terminate()
+            answers = [peer.frame(), peer.frame()]
+    assert [type(answer) for answer in answers if not isinstance(answer, GoAway)] == [Refused]
+    assert sidecar.process.popen.wait(10) == 0

@@ -63,12 +63,14 @@ def test_a_burst_to_a_new_peer_resumes_the_session_of_a_connection_that_is_still
     out = Records(hosts.sidecar(hosts.web))
     with listen(hosts.api, 8080) as server:
         clients, apps = [], []
-        for _ in range(3):
+        for _ in range(10):
             clients.append(hosts.web.connect(API, 8080))
             apps.append(accept(server))
         for client, app in zip(clients, apps, strict=True):
             converse(client, app)
-    assert [record.tls.resumed for record in out.ended(3)] == [False, True, True]
+    resumed = [record.tls.resumed for record in out.ended(10)]
+    assert not resumed[0]
+    assert sum(resumed) >= 5, "a few that were made ahead may have begun before there was a ticket"
 
 
 def test_a_tunnel_is_used_again_after_a_connection_that_was_reset(hosts: Hosts) -> None:

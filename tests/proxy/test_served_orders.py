@@ -176,13 +176,14 @@ def test_open_in_pieces_is_for_python_and_served_all_the_same(
         pytest.param({"id": 'a"b'}, 5, id="an id that JSON escapes"),
         pytest.param({"traceparent": "00-" + "a" * 32}, 5, id="a field more"),
         pytest.param({"service": "\u00e4pi"}, 5, id="a service beyond ASCII"),
+        pytest.param({"deadline": 300}, 5, id="in a hurry"),
     ],
 )
 def test_an_unusual_open_is_decided_as_ever(
     hosts: Hosts,
     ordered: Peer,
     server: socket.socket,
-    fields: dict[str, str],
+    fields: dict[str, str | int],
     source: int | None,
 ) -> None:
     into, before = Records(hosts.sidecar(hosts.api)), by_order(hosts.api)

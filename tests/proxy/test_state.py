@@ -46,9 +46,9 @@ def mesh(version: int, name: str = "api", action: str = "ALLOW", most: int = 1) 
 
 
 @asynccontextmanager
-async def a_state(snapshot: Snapshot) -> AsyncIterator[ProxyState]:
+async def a_state(snapshot: Snapshot, relay: str = "python") -> AsyncIterator[ProxyState]:
     settings, metrics = Settings(), Metrics()
-    async with best_relay("python", 1) as relays:
+    async with best_relay(relay, 1) as relays:
         with LocalAddresses() as addresses:
             metrics.state = ProxyState(
                 settings,

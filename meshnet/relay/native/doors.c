@@ -288,30 +288,32 @@ static double seconds(const _Atomic uint64_t *nanoseconds)
     return (double)atomic_load(nanoseconds) / 1e9;
 }
 
-/* See Facts in __init__.py. */
-static PyObject *facts(struct link *link)
+/* See Facts in meshnet/relay/__init__.py. Of one that goes on, nothing that its end will say. */
+static PyObject *facts(struct link *link, bool ended)
 {
-    int client = link->handed_back ? link->client.fd : link->undone ? -2 : -1;
+    int client = !ended ? -1 : link->handed_back ? link->client.fd : link->undone ? -2 : -1;
+    bool has_reset = ended && link->peer_reset;
     return Py_BuildValue("idddKKdNNiiiNissy#", (int)ntohs(link->source.port), seconds(&link->opened_at),
                          seconds(&link->connected_at), seconds(&link->ended_at),
                          (unsigned long long)atomic_load(&link->sent),
                          (unsigned long long)atomic_load(&link->received), seconds(&link->moved_at),
                          PyBool_FromLong(atomic_load(&link->client_done)),
-                         PyBool_FromLong(atomic_load(&link->endpoint_done)), (int)link->reason, (int)link->ended_by,
-                         link->error, PyBool_FromLong(link->owes), client, link->id,
-                         link->cipher_name ? link->cipher_name : "",
-                         link->peer_reset ? (const char *)link->peer_reset : "", (Py_ssize_t)link->peer_reset_size);
+                         PyBool_FromLong(atomic_load(&link->endpoint_done)), ended ? (int)link->reason : 0,
+                         ended ? (int)link->ended_by : 0, ended ? link->error : 0,
+                         PyBool_FromLong(ended && link->owes), client, link->id,
+                         link->cipher_name ? link->cipher_name : "", has_reset ? (const char *)link->peer_reset : "",
+                         has_reset ? (Py_ssize_t)link->peer_reset_size : 0);
 }
 
 PyObject *doors_facts(PyObject *object, PyObject *unused)
 {
-    struct link *link = ((LinkObject *)object)->link;
+    LinkObject *self = (LinkObject *)object;
     (void)unused;
-    if (!link->order) {
+    if (!self->link->order) {
         PyErr_SetString(PyExc_RuntimeError, "no order began this link");
         return NULL;
     }
-    return facts(link);
+    return facts(self->link, self->ended);
 }
 
 PyObject *doors_begun(struct link *link)
@@ -346,7 +348,7 @@ PyObject *doors_ended(struct link *link)
     OrderObject *order = link->order->object;
     PyObject *waiter = order->waiter;
     Py_INCREF(waiter);
-    PyObject *answer = told(waiter, HEARD_ENDED, facts(link));
+    PyObject *answer = told(waiter, HEARD_ENDED, facts(link, true));
     Py_DECREF(waiter);
     let_go_of(link->order, 1);
     link_free(link);

@@ -177,6 +177,8 @@ void link_fail(struct link *link, enum reason reason, enum ended_by who, int err
         return;
     if (!link->failed) {
         link->failed = true;
+        if (link->order)
+            dial_forget(link);
         link->reason = reason;
         link->ended_by = who;
         link->error = error;
