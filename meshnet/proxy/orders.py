@@ -105,7 +105,8 @@ class Orders:
         return bool(self._ending)
 
     def revoke(self, orders: "Iterable[StandingOrder]") -> None:
-        for order in list(orders):
+        """Those that are in force; of others it has been done before."""
+        for order in [order for order in orders if not order.revoked]:
             self._in_force.pop(order.flow, None)
             for counted in (order.held, order.known):
                 if counted is not None:
@@ -170,39 +171,39 @@ class StandingOrder:
     def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
         """A connection that was over before anybody looked."""
         if facts.undone:
-            self._take_back(facts)
+            # The application of this host could not be reached. The usual way is taken, which says so to the peer.
+            self._leave(facts)
+            self.state.orders.revoke([self])
             return
         if outcome.reason is not Reason.OK or not facts.connected:
             self.end(self._record(facts), facts, outcome)
             return
-        if self.held is not None:
-            self.held.budget.dialled(facts.opened)
-            if facts.owes:
-                self.state.leave(self.held)
+        self._dialled(facts)
+        self._leave(facts)
         opened_at = time.time() + facts.opened - time.monotonic()
         registry = self.state.registry
         connection_id = facts.id or new_id(opened_at) + registry.id_suffix
         registry.passed(Passed(self.told, facts, outcome, opened_at, connection_id))
 
-    def _take_back(self, facts: Facts) -> None:
-        """The application of this host could not be reached, and the usual way is taken, which says so to the peer."""
-        if facts.owes and self.held is not None:
-            self.state.leave(self.held)
-        if not self.revoked:
-            self.state.orders.revoke([self])
-
     def end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
-        if facts.owes and self.held is not None:
-            self.state.leave(self.held)
+        self._leave(facts)
         if facts.client >= 0:
             self._hand_back(record, facts)
         else:
             self.told.note_end(record, facts, outcome)
             self.state.registry.ended(record)
 
-    def _record(self, facts: Facts) -> Record:
+    def _dialled(self, facts: Facts) -> None:
         if self.held is not None:
             self.held.budget.dialled(facts.opened)
+
+    def _leave(self, facts: Facts) -> None:
+        """Gives back the place in the limits that the order could not take back, once it was revoked."""
+        if facts.owes and self.held is not None:
+            self.state.leave(self.held)
+
+    def _record(self, facts: Facts) -> Record:
+        self._dialled(facts)
         return self.told.record(self.state.registry, facts)
 
     def _hand_back(self, record: Record, facts: Facts) -> None:
@@ -217,8 +218,7 @@ class StandingOrder:
                 detail=failure.detail,
             )
         )
-        if not self.revoked:
-            self.state.orders.revoke([self])
+        self.state.orders.revoke([self])
         if self.known is not None:
             self._blame(self.known, failure, now)
         record.link = record.tally.live = None

@@ -122,13 +122,12 @@ class Passed:
         """As `Record.view`."""
         told, facts = self.told, self.facts
         port, opened, connected, ended, sent, received, moved_at = facts[:7]
-        host = told.flow.source
         connect_ms = milliseconds(connected - opened)
         return Connection(
             id=self.id,
             direction=told.flow.direction,
             state=State.CLOSED,
-            source=Peer(address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}", identity=told.source_identity),
+            source=Peer(address=str(Address(told.flow.source, port)), identity=told.source_identity),
             destination=told.destination,
             original_destination=told.original,
             endpoint=told.endpoint,

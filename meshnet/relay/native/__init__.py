@@ -3,7 +3,6 @@
 It is optional: `MISSING` says why it is not there, and then the Python relay serves.
 """
 
-import os
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
@@ -11,14 +10,12 @@ from typing import TYPE_CHECKING, Self
 import outcome
 import trio
 
-from meshnet.codec import frames
 from meshnet.codec.frames import Data, Fin, Frame, Kind, Reset
-from meshnet.errors import EndedBy, Reason, TunnelError
+from meshnet.errors import Reason, TunnelError
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.net.strand import Wait, on_strand
 from meshnet.relay import (
-    TUNNEL_CLOSED,
     Flow,
     Issuer,
     Link,
@@ -28,10 +25,9 @@ from meshnet.relay import (
     Tally,
     Target,
     TunnelLeg,
-    reset_by_peer,
 )
 from meshnet.relay.native.doors import Door, NativeOrder, direction_of
-from meshnet.relay.native.reasons import ABORTED, ENDED_BY, LOST, PROTOCOL, REASONS, RESET, reset_payload
+from meshnet.relay.native.reasons import ABORTED, END_NAMES, REASONS, RESET, link_outcome, reset_payload
 from meshnet.relay.native.tls import NativeChannel, NativeTls
 
 if TYPE_CHECKING:
@@ -235,7 +231,7 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
     leg = early.leg
     if leg is not None:
         assert isinstance(leg.channel, NativeChannel)
-        leg.wire.take_back(_END_NAMES.get(sent, ""), _END_NAMES.get(received, ""))
+        leg.wire.take_back(END_NAMES.get(sent, ""), END_NAMES.get(received, ""))
         if reusable and unread:
             leg.channel.tunnel.go_on()
         if reusable and (data := leg.channel.tunnel.take()):
@@ -243,29 +239,13 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
                 late = leg.wire.receive(memoryview(data))
             except TunnelError:
                 reusable = False
-    if reason == RESET or (reason == ABORTED and early.reset):
-        return _reset_by_peer(early.reset or reset, leg is not None and leg is link.client, reusable, late)
-    if reason == ABORTED:
+    if reason == ABORTED and not early.reset:
         return Outcome(link.abort_reason, link.abort_by, reusable=reusable, late=late)
-    detail = os.strerror(error) if error else ""
-    if reason == LOST and not error:
-        detail = TUNNEL_CLOSED
-    elif reason == PROTOCOL:
-        detail = "the peer sidecar broke meshnet/1 within a lease"
-    return Outcome(REASONS[reason], ENDED_BY[ended_by], detail, reusable=reusable, late=late)
-
-
-_END_NAMES = {int(Kind.FIN): "FIN", int(Kind.RESET): "RESET"}
-
-
-def _reset_by_peer(payload: bytes, from_client: bool, reusable: bool, late: Sequence[Frame]) -> Outcome:
-    try:
-        text = frames.decode_reset(payload).reason
-    except ValueError as error:
-        detail = f"the peer sidecar broke meshnet/1 within a lease: {error}"
-        return Outcome(Reason.TUNNEL_PROTOCOL, EndedBy.PEER_PROXY, detail)
-    reason, ended_by, detail = reset_by_peer(text, EndedBy.CLIENT if from_client else EndedBy.SERVER)
-    return Outcome(reason, ended_by, detail, reusable=reusable, late=late)
+    reason = RESET if reason == ABORTED else reason  # by the RESET that it began with
+    told = link_outcome(reason, ended_by, error, early.reset or reset, leg is not None and leg is link.client)
+    if told.reason is Reason.TUNNEL_PROTOCOL:
+        return told
+    return Outcome(told.reason, told.ended_by, told.detail, reusable=reusable, late=late)
 
 
 async def _listen(core: "Core") -> None:

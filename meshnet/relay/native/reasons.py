@@ -4,7 +4,7 @@ import functools
 import os
 
 from meshnet.codec import frames
-from meshnet.codec.frames import Reset
+from meshnet.codec.frames import Kind, Reset
 from meshnet.errors import EndedBy, Reason
 from meshnet.relay import TUNNEL_CLOSED, Outcome, reset_by_peer
 
@@ -19,11 +19,16 @@ REASONS = (
     Reason.PEER_RST,  # reset by the peer sidecar, which says why
 )
 ABORTED, LOST, PROTOCOL, RESET = 1, 5, 6, 7
+END_NAMES = {int(Kind.FIN): "FIN", int(Kind.RESET): "RESET"}
+"""For meshnet.relay.Wire.take_back, by the kind of the frame that ended half a lease."""
 ENDED_BY = (EndedBy.CLIENT, EndedBy.SERVER, EndedBy.PROXY, EndedBy.PEER_PROXY)
 
 
 def link_outcome(reason: int, ended_by: int, error: int, reset: bytes, from_client: bool) -> Outcome:
-    """Of a link that an order began. `from_client`: its client leg is the tunnel."""
+    """How a link has ended that nobody aborted. `reset`: the payload of the peer's RESET.
+
+    `from_client`: the link's client leg is the tunnel.
+    """
     if reason != RESET:
         return plain_outcome(reason, ended_by, error)
     try:
@@ -34,7 +39,7 @@ def link_outcome(reason: int, ended_by: int, error: int, reset: bytes, from_clie
     return Outcome(*reset_by_peer(text, EndedBy.CLIENT if from_client else EndedBy.SERVER))
 
 
-@functools.lru_cache(maxsize=64)  # asked for every connection under an order, and nearly all end alike
+@functools.lru_cache(maxsize=64)  # asked for every connection, and nearly all end alike
 def plain_outcome(reason: int, ended_by: int, error: int) -> Outcome:
     detail = os.strerror(error) if error else ""
     if reason == LOST and not error:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from meshnet.codec.frames import Kind
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.deadline import Deadlines
 from meshnet.net.strand import Wait, on_strand
 from meshnet.net.tls import ALPN, Ticket, handshake_timeout, not_verified, peer_identity
+from meshnet.relay.native.reasons import END_NAMES
 
 if TYPE_CHECKING:
     from meshnet.relay.native._core import Core, Session, Tunnel
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # What the peer's alert may say about our certificate (RFC 8446, 6.2): SSL_R_*, which is 1000 and the alert's number.
 _OUR_CERTIFICATE = frozenset({1042, 1043, 1044, 1045, 1046, 1048, 1116})
 _MOST_NUMBERS = 65536
-_ENDS = {int(Kind.FIN): "FIN", int(Kind.RESET): "RESET"}
 _HUNG_UP = frozenset({0, errno.ECONNRESET, errno.EPIPE})
 
 
@@ -122,7 +121,7 @@ class NativeChannel:
 
     def served(self) -> tuple[str, str]:
         sent, received = self.tunnel.served()
-        return _ENDS.get(sent, ""), _ENDS.get(received, "")
+        return END_NAMES.get(sent, ""), END_NAMES.get(received, "")
 
     def receive_now(self) -> bytes | None:
         if data := self.tunnel.take():
