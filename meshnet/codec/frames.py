@@ -264,6 +264,7 @@ def _printable(text: str) -> str:
 
 
 decode_reset = msgspec.json.Decoder(Reset).decode
+decode_refused = msgspec.json.Decoder(Refused).decode
 _open_from_json = msgspec.json.Decoder(Open).decode
 
 
@@ -284,7 +285,7 @@ _SHAPES = (
     _Shape(Kind.DATA, 1, MAX_DATA, Data),
     _Shape(Kind.OPEN, 0, MAX_CONTROL, _decode_open),
     _Shape(Kind.OPENED, 0, 0, _always(Opened())),
-    _Shape(Kind.REFUSED, 0, MAX_CONTROL, msgspec.json.Decoder(Refused).decode),
+    _Shape(Kind.REFUSED, 0, MAX_CONTROL, decode_refused),
     _Shape(Kind.FIN, 0, 0, _always(Fin())),
     _Shape(Kind.RESET, 0, MAX_CONTROL, decode_reset),
     _Shape(Kind.PING, 0, 0, _always(Ping())),

@@ -2,12 +2,13 @@
 
 import socket
 import ssl
+from collections.abc import Callable
 
 import trio
 
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.strand import in_task
-from meshnet.net.tls import ALPN, Ticket, handshake_timeout, not_verified, peer_identity
+from meshnet.net.tls import ALPN, Returned, Ticket, handshake_timeout, not_verified, peer_identity
 
 _RECEIVE_SIZE = 32768  # more than one record
 
@@ -82,7 +83,7 @@ class PythonChannel:
     def serve(self, host: str) -> None:
         pass  # there are no orders for its relay
 
-    def served(self) -> tuple[str, str]:
+    def last_ends(self) -> tuple[str, str]:
         return "", ""
 
     def shut(self) -> None:
@@ -95,6 +96,9 @@ class PythonChannel:
 
 class PythonTls:
     """See meshnet.net.tls.Tls."""
+
+    def depot(self, come_back: Callable[[Returned], None]) -> None:
+        return None
 
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)

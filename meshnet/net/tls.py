@@ -3,9 +3,10 @@
 import functools
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cryptography import x509
 
@@ -60,8 +61,8 @@ class Channel(Protocol):
         Where a relay takes orders it may answer by itself what they cover, until `receive` has something.
         """
 
-    def served(self) -> tuple[str, str]:
-        """How the last lease that was answered so has ended: see meshnet.relay.Wire.take_back."""
+    def last_ends(self) -> tuple[str, str]:
+        """How the last lease that a relay had by itself has ended: see meshnet.relay.Wire.take_back."""
 
     def shut(self) -> None:
         """Whoever receives finds an end."""
@@ -70,8 +71,35 @@ class Channel(Protocol):
         """A bare TCP close: meshnet/1 ends leases with frames, so that truncates nothing."""
 
 
+class Returned(NamedTuple):
+    """A channel that was in a depot: how many leases it had there, and when the last one ended (monotonic)."""
+
+    channel: Channel
+    leases: int
+    idle_since: float
+
+
+class Depot(Protocol):
+    """Channels to one peer, between leases, that a relay may lease by itself for its orders."""
+
+    def park(self, channel: Channel) -> None:
+        """It is the depot's until it comes back."""
+
+    def take(self) -> Returned | None:
+        """The one that was used last, if there is one."""
+
+    def recall(self) -> list[Returned]:
+        """All, latest first; those that are leased come back by themselves when their leases end."""
+
+    def counts(self) -> tuple[int, int, int]:
+        """Parked, leased, and the most that were leased at once since the last `recall`."""
+
+
 class Tls(Protocol):
     """An implementation."""
+
+    def depot(self, come_back: Callable[[Returned], None]) -> Depot | None:
+        """None where no relay leases channels by itself. `come_back` gets those that come back by themselves."""
 
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
         """From PEM files. Raises OSError, also when key and certificate are no pair, or ValueError."""

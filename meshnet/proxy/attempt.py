@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 
+from meshnet.codec import frames
 from meshnet.codec.frames import Frame, Open
 from meshnet.errors import ConnectionFailed, Phase, Reason
 from meshnet.model.address import Address
@@ -59,7 +60,7 @@ async def reach_endpoint(
 ) -> EndpointLeg:
     """A leg to `endpoint`. Raises ConnectionFailed; either way the record has one attempt more."""
     if record.attempts:
-        _forget_tunnel(record)
+        record.forget_tunnel()
     record.endpoint = endpoint.name
     record.phase = Phase.CONNECT
     started = time.monotonic()
@@ -136,20 +137,13 @@ async def _through_tunnel(
             if failure.reason is not Reason.TUNNEL_LOST or tunnel.is_fresh or tried == _KEPT_TUNNELS_TRIED:
                 raise
             pool.weed(*peer)  # the peer had hung up on a kept tunnel: that says nothing about the endpoint
-            _forget_tunnel(record)
+            record.forget_tunnel()
             continue
         finally:
             if not opened:
                 pool.give_back(tunnel, reusable=tunnel.wire.idle)
         record.tally.sent = len(early)
         return EndpointLeg(TunnelLeg(tunnel.channel, tunnel.wire), tunnel=tunnel, early_frames=frames)
-
-
-def _forget_tunnel(record: Record) -> None:
-    """The next try may be in plain text, or reach nobody: nothing of the last one's tunnel is true of it."""
-    record.security = Security.NONE
-    record.destination_identity = record.tls_version = record.cipher = ""
-    record.handshake_ms, record.resumed = None, False
 
 
 def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, record: Record) -> Open:
@@ -161,6 +155,25 @@ def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, recor
         id=record.id,
         deadline=int(patience.for_step() * 1000),
     )
+
+
+def standing_request(
+    endpoint: Endpoint, service: ServicePort, source: str, patience: float
+) -> tuple[bytes, bytes, bytes]:
+    """The OPEN of all connections from host `source`, without the ports of their sources and their ids.
+
+    See meshnet.relay.Through.
+    """
+    asked = Open(
+        host=endpoint.address.host,
+        port=endpoint.address.port,
+        service=service.name,
+        source=str(Address(source, 0)),
+        id="@",
+        deadline=int(patience * 1000),
+    )
+    before, behind = frames.encode(asked)[frames.HEADER_SIZE :].split(b':0","id":"@"')
+    return before + b":", b'","id":"', b'"' + behind
 
 
 def _note(record: Record, endpoint: str, started: float, failure: ConnectionFailed | None) -> None:

@@ -15,6 +15,7 @@ from meshnet.model.service import Endpoint, ServicePort, TunnelKind
 from meshnet.net.strand import in_task
 from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
 from meshnet.proxy.record import Record
+from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import EndpointState, ProxyState
 
 
@@ -24,22 +25,18 @@ async def dial_service(
     client: socket.socket,
     record: Record,
     state: ProxyState,
-    failed: ConnectionFailed | None = None,
+    before: Before,
 ) -> EndpointLeg:
-    """A leg to one of the service's endpoints. Raises ConnectionFailed with the reason of the last attempt.
-
-    `failed`: how an attempt at the endpoint that `record` names has ended before.
-    """
+    """A leg to one of the service's endpoints. Raises ConnectionFailed with the reason of the last attempt."""
     connect = service.traffic.connect
     started = record.opened if record.queued is None else time.monotonic()
-    plan = Dial(connect, started, 1 if failed else 0)
+    plan = Dial(connect, started, 1 if before.failed else 0)
     patience = Patience(started + connect.total_timeout, connect.attempt_timeout)
     budget = state.service(service).budget
     endpoints = (pinned,) if pinned else service.endpoints
     limits, learned, balancer = service.traffic.limits, state.endpoints, state.balancer(service)
-    tried = {endpoint.address for endpoint in endpoints if failed and endpoint.name == record.endpoint}
-    last = failed
-    early = b""
+    tried = {endpoint.address for endpoint in endpoints if before.failed and endpoint.name == record.endpoint}
+    last, early = before.failed, before.early
     now = started
 
     def load(endpoint: Endpoint) -> int | None:

@@ -141,7 +141,7 @@ class ServedTunnel:
                 if self.wire.is_between_frames and not self.wire.retired:
                     self.channel.serve(self.source.host)
                 data = await self.channel.receive()
-                self.wire.take_back(*self.channel.served())
+                self.wire.take_back(*self.channel.last_ends())
                 if not data:
                     return None
                 frames = self.wire.receive(memoryview(data))

@@ -11,10 +11,11 @@ from meshnet.model.connection import Direction
 from meshnet.model.service import Endpoint, ServicePort
 from meshnet.net import sockets
 from meshnet.net.original import original_destination
-from meshnet.proxy.attempt import EndpointLeg, reach_address
+from meshnet.proxy.attempt import EndpointLeg, reach_address, standing_request
 from meshnet.proxy.carry import relay
 from meshnet.proxy.dial import dial_service
 from meshnet.proxy.record import Record
+from meshnet.proxy.standing_order import Asking, Before
 from meshnet.proxy.state import ProxyState, ServiceState
 from meshnet.relay import PlainLeg, Target
 
@@ -29,15 +30,15 @@ async def carry(client: socket.socket, source: Address, state: ProxyState) -> No
             _answer_canary(client, destination)
             record.end(Reason.OK, EndedBy.PROXY, "capture canary")
             return
-        await _carry(client, destination, record, state)
+        await _carry(client, destination, record, state, Before())
 
 
-async def carry_on(record: Record, failed: ConnectionFailed, state: ProxyState) -> None:
-    """One that an order began, and whose endpoint could not be reached: so `failed` its first attempt."""
+async def carry_on(record: Record, before: Before, state: ProxyState) -> None:
+    """One that an order began, and whose endpoint could not be reached."""
     with record:
         assert record.original is not None  # no order is for a connection
         assert record.client is not None  # that has lost either
-        await _carry(record.client, record.original, record, state, failed)
+        await _carry(record.client, record.original, record, state, before)
 
 
 async def _carry(
@@ -45,7 +46,7 @@ async def _carry(
     destination: Address,
     record: Record,
     state: ProxyState,
-    failed: ConnectionFailed | None = None,
+    before: Before,
 ) -> None:
     state.need_mesh()
     decided = state.orders.generation
@@ -53,7 +54,7 @@ async def _carry(
     is_local = destination.port in state.own_ports and state.is_local(destination.host)
     match route(state.snapshot, destination, state.own_ports, is_local):
         case ToService(service=service, pinned=pinned):
-            await _to_service(client, service, pinned, record, state, decided, failed)
+            await _to_service(client, service, pinned, record, state, decided, before)
         case Passthrough():
             leg = await reach_address(destination, record, state, _PASSTHROUGH_TIMEOUT)
             state.orders.offer(record, Target(destination, state.mark, False, _PASSTHROUGH_TIMEOUT), decided)
@@ -69,7 +70,7 @@ async def _to_service(
     record: Record,
     state: ProxyState,
     decided: int,
-    failed: ConnectionFailed | None,
+    before: Before,
 ) -> None:
     record.service = service.name
     record.source_identity = state.identity.name
@@ -79,7 +80,9 @@ async def _to_service(
     try:
         if record.queued is not None and sockets.was_reset(client):
             raise ConnectionFailed(Reason.PEER_RST, "the client gave up in the queue", ended_by=EndedBy.CLIENT)
-        leg = await dial_service(service, pinned, client, record, state, failed)
+        if before.failed is not None:
+            record.phase = Phase.CONNECT  # where it was, should there be nothing left to try
+        leg = await dial_service(service, pinned, client, record, state, before)
         _offer_order(service, pinned, held, leg, record, state, decided)
         await relay(PlainLeg(client), leg, record, state, leg.early_frames)
     finally:
@@ -97,13 +100,17 @@ def _offer_order(
 ) -> None:
     """For the connections to come, if they can only be treated as this one was."""
     known = leg.known
-    if known is None or leg.tunnel is not None:
+    if known is None:
         return
     endpoint = endpoint_for_all(service, pinned, known.breaker.state(record.opened))
     if endpoint is None or state.is_local(endpoint.address.host):
         return
-    target = Target(endpoint.address, state.mark, False, service.traffic.connect.attempt_timeout)
-    state.orders.offer(record, target, decided, held, known)
+    patience = min(service.traffic.connect.attempt_timeout, service.traffic.connect.total_timeout)
+    target = Target(endpoint.address, state.mark, False, patience)
+    asking = None
+    if leg.tunnel is not None:
+        asking = Asking(leg.tunnel.key, standing_request(endpoint, service, record.source.host, patience))
+    state.orders.offer(record, target, decided, held, known, asking)
 
 
 def _answer_canary(client: socket.socket, destination: Address) -> None:

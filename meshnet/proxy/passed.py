@@ -29,6 +29,7 @@ class Told:
         "flow",
         "key",
         "original",
+        "peer_identity",
         "policy",
         "relay",
         "security",
@@ -47,9 +48,11 @@ class Told:
         self.source_identity = of.source_identity
         self.policy = of.policy
         self.call = of.call
-        self.security = Security.MTLS if flow.identity else Security.PLAIN
+        self.security = of.security
         self.destination_identity = of.destination_identity
         self.tls_version = of.tls_version
+        is_outbound = flow.direction is Direction.OUTBOUND
+        self.peer_identity = of.destination_identity if is_outbound else of.source_identity
         self.original = str(flow.original)
         self.destination = Peer(address=self.original, identity=self.destination_identity, service=self.service)
 
@@ -131,7 +134,7 @@ class Passed:
             destination=told.destination,
             original_destination=told.original,
             endpoint=told.endpoint,
-            tls=_tls(told.tls_version, facts.cipher, told.source_identity) if facts.cipher else _PLAIN,
+            tls=_tls(told.tls_version, facts.cipher, told.peer_identity) if facts.cipher else _PLAIN,
             policy=told.policy,
             relay=told.relay,
             attempts=(Attempt(endpoint=told.endpoint, result="ok", ms=connect_ms),),

@@ -33,8 +33,11 @@ _REFUSALS = (Phase.ACCEPT, Phase.QUEUE)
 
 
 def new_id(wall: float) -> str:
-    """Eight letters that sort by time: 31 bits of milliseconds (24 days), 9 of a counter."""
-    number = (int(wall * 1000) & 0x7FFFFFFF) << 9 | next(_sequence) & 0x1FF
+    """Eight letters that sort by time: 31 bits of milliseconds (24 days), 9 of a counter.
+
+    The upper half of that counter is for a relay that asks by itself, as relay/native/ask.c does.
+    """
+    number = (int(wall * 1000) & 0x7FFFFFFF) << 9 | next(_sequence) & 0xFF
     return _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
 
 
@@ -171,6 +174,12 @@ class Record:
             self.link.abort_reason, self.link.abort_by = reason, ended_by
             if self.link.abort is not None:
                 self.link.abort()
+
+    def forget_tunnel(self) -> None:
+        """The next try may be in plain text, or reach nobody: nothing of the last one's tunnel is true of it."""
+        self.security = Security.NONE
+        self.destination_identity = self.tls_version = self.cipher = ""
+        self.handshake_ms, self.resumed = None, False
 
     def go_on(self) -> None:
         """Raises ConnectionFailed if somebody has aborted the connection meanwhile."""

@@ -14,7 +14,7 @@ import trio
 from msgspec import structs
 
 from meshnet.decide.share import share_of_mesh
-from meshnet.errors import ConfigError, ConnectionFailed, EndedBy, Reason
+from meshnet.errors import ConfigError, EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.model.duration import parse_duration
@@ -23,7 +23,7 @@ from meshnet.model.snapshot import Snapshot
 from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import Strands
-from meshnet.proxy import follow, inbound, last_good, orders, outbound
+from meshnet.proxy import follow, inbound, last_good, outbound
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.lag import LoopLag
 from meshnet.proxy.listen import Listeners
@@ -31,6 +31,7 @@ from meshnet.proxy.log import AccessLog, access_format
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
+from meshnet.proxy.standing_order import Before, fail
 from meshnet.proxy.state import ProxyState
 from meshnet.proxy.status import count_services
 from meshnet.relay.ladder import best_relay
@@ -192,14 +193,14 @@ class Sidecar:
 
         return start
 
-    def _goer_on(self, strands: Strands) -> Callable[[Record, ConnectionFailed], None]:
+    def _goer_on(self, strands: Strands) -> Callable[[Record, Before], None]:
         state = self.state
 
-        def go_on(record: Record, failed: ConnectionFailed) -> None:
+        def go_on(record: Record, before: Before) -> None:
             if strands.closed:
-                orders.fail(record, failed)
+                fail(record, before)
             else:
-                strands.start(outbound.carry_on(record, failed, state))
+                strands.start(outbound.carry_on(record, before, state))
 
         return go_on
 

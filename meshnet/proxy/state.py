@@ -22,10 +22,11 @@ from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import in_task
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
-from meshnet.proxy.orders import Orders, StandingOrder
+from meshnet.proxy.orders import Orders
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.slices import slices
+from meshnet.proxy.standing_order import StandingOrder
 from meshnet.relay import Relays
 from meshnet.tunnel.pool import Pool
 

@@ -12,7 +12,7 @@ from meshnet.codec.frames import Frame
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
-from meshnet.net.tls import Channel, Tls
+from meshnet.net.tls import Channel, Depot, Tls
 
 
 class Wire(Protocol):
@@ -145,14 +145,26 @@ class Target(NamedTuple):
     patience: float
 
 
+class Through(NamedTuple):
+    """The tunnels by which the target is reached, and the OPEN that is said there.
+
+    `opening`: what its payload says before, between and behind the port of the source and the id; an id ends with
+    `id_suffix`.
+    """
+
+    depot: Depot
+    opening: tuple[bytes, bytes, bytes]
+    id_suffix: str
+
+
 class Facts(NamedTuple):
     """What became of a connection under an order; monotonic seconds, 0 for what has not been yet.
 
     `port` is its client's. `owes`: the order was revoked while the connection lived, so its place is not the order's
-    again. `client`: the descriptor of the client leg, of which no byte was read, when the endpoint could not be
-    reached; -1 when the connection was carried to its end; -2 when all was put back as it was, and who decides about
-    such connections is asked about this one too. `error` is an errno. `id` and `cipher`: what the peer called it, and
-    the tunnel's. `reset`: the payload of the peer's RESET.
+    again. `client`: the descriptor of the client leg, of which only `early` was read, when the endpoint could not
+    be reached; -1 when the connection was carried to its end; -2 when all was put back as it was, and who decides about
+    such connections is asked about this one too. `error` is an errno. `id` and `cipher`: what who asked called it, and
+    the tunnel's. `reset`: the payload of the peer's RESET, or of the REFUSED by which it was not to be reached.
     """
 
     port: int
@@ -172,6 +184,7 @@ class Facts(NamedTuple):
     id: str = ""
     cipher: str = ""
     reset: bytes = b""
+    early: bytes = b""
 
     @property
     def undone(self) -> bool:
@@ -262,10 +275,11 @@ class Relay(Protocol):
         `shared`: other processes accept at the same socket.
         """
 
-    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
+    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer, through: Through | None = None) -> Order:
         """From now on the relay itself dials and carries connections of `flow`, at most `places` at once.
 
-        Of several orders for a flow the latest is in force.
+        With `through` it asks for them there, as long as it finds a tunnel. Of several orders for a flow the latest is
+        in force.
         """
 
     def catch_up(self) -> None:

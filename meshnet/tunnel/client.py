@@ -35,7 +35,7 @@ class ClientTunnel:
     """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones.
 
     `idle_since` is 0 until it stands idle. `on_answer` is called when the peer has answered an OPEN: what TLS had to
-    bring, tickets among it, came before that.
+    bring, tickets among it, came before that. `is_known`: somebody has looked at that.
     """
 
     key: Key
@@ -44,7 +44,7 @@ class ClientTunnel:
     good_until: float
     handshake_ms: float
     deadlines: Deadlines
-    leases: int = 0
+    is_known: bool = False
     idle_since: float = 0.0
     pinged: bool = False
     on_answer: "Callable[[ClientTunnel], None]" = lambda tunnel: None
@@ -75,7 +75,7 @@ class ClientTunnel:
                         # `data` is ours alone, so the payload views in it stay valid.
                         return [late for late in frames[position + 1 :] if not isinstance(late, Pong)]
                     if isinstance(frame, Refused):
-                        raise _refusal(frame)
+                        raise refusal(frame)
             raise _lost(deadline, timeout, "the peer sidecar closed the tunnel")
         except TunnelError as error:
             raise ConnectionFailed(Reason.TUNNEL_PROTOCOL, str(error), ended_by=EndedBy.PEER_PROXY) from error
@@ -126,12 +126,15 @@ async def connect(
 
 
 def _lost(deadline: Deadline, timeout: float, detail: str) -> ConnectionFailed:
-    if deadline.passed:
-        return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"the peer sidecar did not answer OPEN within {timeout:g} s")
-    return ConnectionFailed(Reason.TUNNEL_LOST, detail)
+    return no_answer(timeout) if deadline.passed else ConnectionFailed(Reason.TUNNEL_LOST, detail)
 
 
-def _refusal(frame: Refused) -> ConnectionFailed:
+def no_answer(timeout: float) -> ConnectionFailed:
+    """To an OPEN; seconds."""
+    return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"the peer sidecar did not answer OPEN within {timeout:g} s")
+
+
+def refusal(frame: Refused) -> ConnectionFailed:
     try:
         reason = Reason(frame.reason)
     except ValueError:

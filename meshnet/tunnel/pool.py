@@ -8,9 +8,8 @@ nothing about the endpoint.
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -20,7 +19,9 @@ from meshnet.errors import ConnectionFailed, TunnelError
 from meshnet.model.address import Address
 from meshnet.net import tls
 from meshnet.net.deadline import Deadlines
+from meshnet.net.tls import Depot, Returned
 from meshnet.tunnel.client import ClientTunnel, Key, Resumable, connect
+from meshnet.tunnel.peer import Peer
 from meshnet.tunnel.turns import Turns
 
 _log = logging.getLogger("meshnet.tunnel")
@@ -34,23 +35,6 @@ _PAUSE = 30.0  # seconds until the next tunnel ahead to a peer, after one failed
 _REAP_EVERY = 5.0  # seconds
 _ENDS_SOON = 3 * _REAP_EVERY  # then another takes its place
 _PING_AFTER = 30.0  # seconds idle; an answer is expected by the next reaping
-
-
-@dataclass(slots=True, eq=False)
-class _Peer:
-    """`ending`: of the idle ones, as of the last reaping. `coming`: are being made ahead. `pause`: monotonic seconds
-    until which none is."""
-
-    demand: Demand
-    idle: deque[ClientTunnel] = field(default_factory=deque)
-    leased: int = 0
-    ending: int = 0
-    coming: int = 0
-    pause: float = 0.0
-    resumable: Resumable | None = None
-
-    def spares(self, now: float) -> int:
-        return self.demand.spares(self.leased, now)
 
 
 class Pool:
@@ -71,7 +55,7 @@ class Pool:
         self._mark = mark
         self._idle_timeout = idle_timeout
         self._max_idle = max_idle
-        self._peers: dict[Key, _Peer] = {}
+        self._peers: dict[Key, Peer] = {}
         self._turns = Turns(_HANDSHAKES_AT_ONCE, self._keep)
         self._short: set[Key] = set()  # of spares, and on the way to who makes them
         self._ask_ahead, self._asked_ahead = trio.open_memory_channel[Key](float("inf"))
@@ -97,7 +81,11 @@ class Pool:
         the turn did not come within `patience` seconds; that is nobody's fault but our own.
         """
         key = (address, identity)
-        tunnel = self._take(key) or await self._turns.wait(key, patience)
+        tunnel = self._take(key)
+        if tunnel is None:
+            if not self._turns.is_free and (peer := self._peers.get(key)) is not None:
+                peer.gather()  # what orders have leased comes to who waits, when it comes back
+            tunnel = await self._turns.wait(key, patience)
         if tunnel is None:
             try:
                 tunnel = await self._connect(key, timeout)
@@ -114,9 +102,27 @@ class Pool:
         """After one kept tunnel turned out to be dead: closes those that the same fate has met."""
         peer = self._peers.get((address, identity))
         if peer is not None:
+            peer.gather()
             for tunnel in [tunnel for tunnel in peer.idle if not self._stands(tunnel)]:
                 peer.idle.remove(tunnel)
                 tunnel.channel.close()
+            peer.park()
+
+    def lend(self, key: Key) -> Depot | None:
+        """To a standing order, which may lease what stands idle by itself: owes one `unlend`. None: there is no way."""
+        peer = self._peer(key)
+        if peer.depot is None:
+            peer.depot = self._secure.depot(partial(self._come_back, key))
+        if peer.depot is not None:
+            peer.orders += 1
+            peer.park()
+        return peer.depot
+
+    def unlend(self, key: Key) -> None:
+        peer = self._peers[key]
+        peer.orders -= 1
+        if not peer.orders:
+            peer.gather()
 
     def give_back(self, tunnel: ClientTunnel, *, reusable: bool) -> None:
         """Ends a lease. What cannot be used again is closed."""
@@ -130,7 +136,8 @@ class Pool:
 
     def counts(self) -> dict[Key, tuple[int, int]]:
         """Idle and leased tunnels by peer."""
-        return {key: (len(peer.idle), peer.leased) for key, peer in self._peers.items() if peer.idle or peer.leased}
+        counts = {key: (peer.standing, peer.in_use) for key, peer in self._peers.items()}
+        return {key: count for key, count in counts.items() if any(count)}
 
     def handshakes(self) -> tuple[int, int]:
         """How many are under way, and how many connections wait for their turn at one; any thread may ask."""
@@ -139,7 +146,7 @@ class Pool:
     def tunnels(self) -> tuple[int, int]:
         """Idle and leased ones; any thread may ask."""
         peers = list(self._peers.values())
-        return sum(len(peer.idle) for peer in peers), sum(peer.leased for peer in peers)
+        return sum(peer.standing for peer in peers), sum(peer.in_use for peer in peers)
 
     def reap(self, now: float) -> None:
         """Closes what is idle too long, near its certificate's end, retired or dead; pings the rest now and then.
@@ -148,8 +155,9 @@ class Pool:
         every few seconds.
         """
         for key, peer in list(self._peers.items()):
-            peer.demand.hold(peer.leased, now)
-            while len(peer.idle) > max(peer.spares(now), 1 - peer.leased):
+            peer.demand.hold(peer.most_in_use, now)
+            peer.gather()
+            while len(peer.idle) > max(peer.spares(now), 1 - peer.in_use):
                 peer.idle.popleft().channel.close()
             unused = False
             for tunnel in list(peer.idle):
@@ -159,10 +167,11 @@ class Pool:
                     peer.idle.remove(tunnel)
                     tunnel.channel.close()
             if unused:
-                peer.demand.limit(peer.leased + len(peer.idle))
+                peer.demand.limit(peer.in_use + len(peer.idle))
             peer.ending = sum(map(_ends_soon, peer.idle))
+            peer.park()
             self._look_ahead(key, peer)
-            if not (peer.leased or peer.idle or peer.coming or peer.spares(now) or self._resumes(peer)):
+            if peer.is_unused and not (peer.spares(now) or self._resumes(peer)):
                 del self._peers[key]
 
     def renew(self) -> None:
@@ -181,7 +190,8 @@ class Pool:
             self._close_idle(peer)
             peer.demand = Demand(time.monotonic())
 
-    def _close_idle(self, peer: _Peer) -> None:
+    def _close_idle(self, peer: Peer) -> None:
+        peer.gather()
         for tunnel in peer.idle:
             tunnel.channel.close()
         peer.idle.clear()
@@ -203,9 +213,10 @@ class Pool:
         return tunnel
 
     def _learn(self, tunnel: ClientTunnel) -> None:
-        """The ticket of a tunnel's first lease, so that the rest of a burst can begin with it."""
-        if tunnel.leases == 1 and (ticket := tunnel.channel.ticket) is not None:
+        """The ticket that comes with a tunnel's first lease, so that the rest of a burst can begin with it."""
+        if not tunnel.is_known and (ticket := tunnel.channel.ticket) is not None:
             self._peer(tunnel.key).resumable = Resumable(tunnel.channel.context, ticket)
+        tunnel.is_known = True
 
     async def _make_ahead(self) -> None:
         """One after the other, the peers in turn."""
@@ -230,16 +241,18 @@ class Pool:
                     self._turns.end()
                 self._look_ahead(key, peer)
 
-    def _look_ahead(self, key: Key, peer: _Peer) -> None:
+    def _look_ahead(self, key: Key, peer: Peer) -> None:
         if key not in self._short and self._lacks(peer):
             self._short.add(key)
             self._ask_ahead.send_nowait(key)
 
-    def _lacks(self, peer: _Peer) -> bool:
+    def _lacks(self, peer: Peer) -> bool:
         """Whether one more should be made ahead."""
         now = time.monotonic()
-        there = len(peer.idle) + peer.coming
-        return there < self._max_idle and there - peer.ending < peer.spares(now) and peer.pause <= now
+        there = peer.standing + peer.coming
+        # The other half is for those that come back, which would have to be closed for what was made ahead of them.
+        wanted = min(peer.spares(now), (self._max_idle + 1) // 2)
+        return there - peer.ending < wanted and there < self._max_idle and peer.pause <= now
 
     def _keep(self, tunnel: ClientTunnel) -> None:
         """For the next who asks, or who is waiting."""
@@ -247,35 +260,45 @@ class Pool:
         tunnel.pinged = False  # a whole lease is an answer too, and may have overtaken the PONG
         if self._turns.offer(tunnel):
             return
-        idle = self._peer(tunnel.key).idle
-        if len(idle) < self._max_idle:
-            idle.append(tunnel)
+        peer = self._peer(tunnel.key)
+        if peer.standing < self._max_idle:
+            peer.keep(tunnel)
         else:
             tunnel.channel.close()
 
     def _lent(self, tunnel: ClientTunnel) -> ClientTunnel:
         peer = self._peer(tunnel.key)
-        tunnel.leases += 1
         peer.leased += 1
-        peer.demand.asked(peer.leased, time.monotonic())
+        peer.demand.asked(peer.in_use, time.monotonic())
         self._look_ahead(tunnel.key, peer)
         return tunnel
 
-    def _peer(self, key: Key) -> _Peer:
+    def _peer(self, key: Key) -> Peer:
         if (peer := self._peers.get(key)) is None:
-            peer = self._peers[key] = _Peer(Demand(time.monotonic()))
+            peer = self._peers[key] = Peer(Demand(time.monotonic()))
         return peer
 
     def _take(self, key: Key) -> ClientTunnel | None:
         peer = self._peers.get(key)
-        while peer is not None and peer.idle:
-            tunnel = peer.idle.pop()  # the one used last: the others can grow old and be reaped
+        while (
+            peer is not None and (tunnel := peer.take()) is not None
+        ):  # used last: the others grow old, and are reaped
             if not self._is_old(tunnel):
                 return tunnel
             tunnel.channel.close()
         return None
 
-    def _resumes(self, peer: _Peer) -> bool:
+    def _come_back(self, key: Key, back: Returned) -> None:
+        """From a lease that an order had, to be looked at."""
+        peer = self._peers[key]
+        tunnel = peer.regain(back)
+        if self._stands(tunnel) and not self._is_old(tunnel):
+            self._keep(tunnel)
+        else:
+            tunnel.channel.close()
+            self._look_ahead(key, peer)
+
+    def _resumes(self, peer: Peer) -> bool:
         credentials = self._credentials()
         return credentials is not None and peer.resumable is not None and peer.resumable.fits(credentials.client)
 

@@ -34,6 +34,11 @@ class Turns:
         return self._most - self._free
 
     @property
+    def is_free(self) -> bool:
+        """Whether the next one need not wait."""
+        return self._free > 0
+
+    @property
     def waiting(self) -> int:
         """Any thread may ask."""
         return sum(map(len, list(self._waiting.values())))

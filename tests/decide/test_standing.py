@@ -23,6 +23,10 @@ def test_the_only_endpoint_is_everybodys() -> None:
     assert endpoint_for_all(service(ONE), None, BreakerState.CLOSED) is ONE
 
 
+def test_also_where_it_is_reached_through_a_tunnel() -> None:
+    assert endpoint_for_all(service(MESHED), None, BreakerState.CLOSED) is MESHED
+
+
 def test_so_is_the_one_that_the_clients_named() -> None:
     assert endpoint_for_all(service(ONE, OTHER), OTHER, BreakerState.CLOSED) is OTHER
 
@@ -32,7 +36,6 @@ def test_so_is_the_one_that_the_clients_named() -> None:
     [
         pytest.param(service(ONE, OTHER), BreakerState.CLOSED, id="each connection is a choice"),
         pytest.param(service(), BreakerState.CLOSED, id="there is none"),
-        pytest.param(service(MESHED), BreakerState.CLOSED, id="tunnels are leased one by one"),
         pytest.param(service(IDLE), BreakerState.CLOSED, id="it takes none"),
         pytest.param(service(ONE, most_per_endpoint=9), BreakerState.CLOSED, id="each is counted"),
         pytest.param(service(ONE), BreakerState.OPEN, id="nobody may try"),

@@ -100,10 +100,10 @@ def test_every_count_agrees(hosts: Hosts) -> None:
         for _ in range(50):
             assert ask(hosts.web, PLAIN, 6000) == b"question"
         assert served() == 50
+    wait_for(lambda: hosts.sidecar(hosts.web).status().open_connections == 0, what="the last one has ended")
     after = hosts.sidecar(hosts.web).status()
     assert [now - then for now, then in zip(counts(), before, strict=True)] == [50, 50, 0, 400, 400]
     assert (after.opened_total - status.opened_total, after.failed_total - status.failed_total) == (50, 0)
-    assert after.open_connections == 0
     ids = [each.id for each in out.ended(50)]
     wait_for(lambda: set(ids) <= {line.id for line in logged(hosts, hosts.web)}, what="a line of each")
     assert len([line for line in logged(hosts, hosts.web) if line.id in ids]) == 50

@@ -12,7 +12,7 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction, Security
 from meshnet.model.snapshot import Snapshot
-from meshnet.proxy.orders import StandingOrder
+from meshnet.proxy.standing_order import StandingOrder
 from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay import Facts, Outcome, Target
 from tests.proxy.test_state import a_state

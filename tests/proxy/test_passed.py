@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from meshnet.decide.access import Call
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.connection import Direction
+from meshnet.model.connection import Direction, Security
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.passed import Passed, Told
 from meshnet.proxy.record import Record
@@ -21,9 +21,13 @@ def registry(observer: Metrics) -> Registry:
     return Registry(keep=10, observer=observer, log=None)
 
 
-def told(direction: Direction, source: str, *, judged: bool = False) -> Told:
+def told(direction: Direction, source: str, *, judged: bool = False, tls: bool = False) -> Told:
     decided = Record(registry(Metrics()), direction, SOURCE, None)
     decided.service, decided.source_identity = "api:80", "spiffe://x/ns/default/sa/web"
+    decided.policy, decided.endpoint = '50% \u00e4 "quoted"', "10.0.0.2:80"
+    decided.security = Security.MTLS if tls else Security.PLAIN
+    if tls:
+        decided.destination_identity, decided.tls_version = "spiffe://x/ns/default/sa/api", "TLSv1.3"
     if judged:
         decided.policy = "everybody"
         decided.call = Call(identity="", address=source, port=80, service="api", namespace="default")
@@ -42,6 +46,7 @@ SECONDS = st.floats(0, 100)
     moved=st.booleans(),
     ended_by=st.sampled_from([EndedBy.CLIENT, EndedBy.SERVER]),
     wall=st.floats(0, 4e9),
+    tls=st.booleans(),
 )
 def test_its_view_is_that_of_its_record(
     direction: Direction,
@@ -52,10 +57,12 @@ def test_its_view_is_that_of_its_record(
     moved: bool,
     ended_by: EndedBy,
     wall: float,
+    tls: bool,
 ) -> None:
     connected, last, ended = opened + took[0], opened + took[0] + took[1], opened + sum(took)
     facts = Facts(40000, opened, connected, ended, *counts, last if moved else 0.0, True, True, 0, 0, 0, False, -1)
-    passed = Passed(told(direction, source), facts, Outcome(Reason.OK, ended_by), wall, "an id")
+    facts = facts._replace(cipher="TLS_AES_128_GCM_SHA256" if tls else "")
+    passed = Passed(told(direction, source, tls=tls), facts, Outcome(Reason.OK, ended_by), wall, "an id")
     assert passed.view() == passed.record(registry(Metrics())).view()
 
 

@@ -24,15 +24,16 @@ from meshnet.relay import (
     PlainLeg,
     Tally,
     Target,
+    Through,
     TunnelLeg,
 )
 from meshnet.relay.native.doors import Door, NativeOrder, direction_of
 from meshnet.relay.native.reasons import ABORTED, END_NAMES, REASONS, RESET, link_outcome, reset_payload
-from meshnet.relay.native.tls import NativeChannel, NativeTls
+from meshnet.relay.native.tls import NativeChannel, NativeDepot, NativeTls
 
 if TYPE_CHECKING:
     from meshnet.relay.native import _core
-    from meshnet.relay.native._core import Core, Tunnel
+    from meshnet.relay.native._core import Core, Depot, Tunnel
 
 try:
     from meshnet.relay.native import _core
@@ -96,7 +97,7 @@ class NativeRelay:
         relay, handshakes = self._cores = [_core.Core(resets, "relay"), _core.Core(resets, "handshakes")]
         self._tls = NativeTls(handshakes, relay)
         for core in self._cores:
-            trio.lowlevel.spawn_system_task(_listen, core)
+            trio.lowlevel.spawn_system_task(self._listen, core)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -107,6 +108,14 @@ class NativeRelay:
             core.stop()
             trio.lowlevel.notify_closing(core.fileno())
             _wake(core)
+
+    async def _listen(self, core: "Core") -> None:
+        try:
+            while self._cores:  # or it would wait once more, had it just been woken when the relay stopped
+                await trio.lowlevel.wait_readable(core.fileno())
+                _wake(core)
+        except trio.ClosedResourceError:
+            pass  # the relay has stopped
 
     def fits(self, link: Link) -> bool:
         tunnels = [leg for leg in (link.client, link.endpoint) if isinstance(leg, TunnelLeg)]
@@ -160,11 +169,11 @@ class NativeRelay:
             raise RuntimeError("the relay is not started")
         await Door(direction, shared, carry).accept_forever(self._cores[0], listener)
 
-    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
+    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer, through: Through | None = None) -> Order:
         """See meshnet.relay.Relay. Raises RuntimeError when the relay has not been started."""
         if not self._cores:
             raise RuntimeError("the relay is not started")
-        order = NativeOrder(issuer, self._orders)
+        order = NativeOrder(issuer, self._orders, serves=bool(flow.identity))
         order.handle = self._cores[0].order(
             direction_of(flow),
             self.tls.number_of(flow.identity) if flow.identity else 0,
@@ -175,6 +184,7 @@ class NativeRelay:
             target.local,
             target.patience,
             places,
+            through and _pieces(through),
             order,
         )
         return order
@@ -209,6 +219,11 @@ class _Early:
         """The core has its own copies, for as long as it needs them."""
         self.to_client = self.to_endpoint = self.unread = link.to_client = link.to_endpoint = b""
         link.early_frames.clear()
+
+
+def _pieces(through: Through) -> "tuple[Depot, tuple[bytes, bytes, bytes], str]":
+    assert isinstance(through.depot, NativeDepot)
+    return through.depot.handle, through.opening, through.id_suffix
 
 
 def _leg(leg: PlainLeg | TunnelLeg) -> "int | Tunnel":
@@ -246,15 +261,6 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
     if told.reason is Reason.TUNNEL_PROTOCOL:
         return told
     return Outcome(told.reason, told.ended_by, told.detail, reusable=reusable, late=late)
-
-
-async def _listen(core: "Core") -> None:
-    try:
-        while True:
-            await trio.lowlevel.wait_readable(core.fileno())
-            _wake(core)
-    except trio.ClosedResourceError:
-        pass  # the relay has stopped
 
 
 def _wake(core: "Core") -> None:

@@ -3,10 +3,13 @@
  *   module.c      what Python sees: Core and Link
  *   handles.c     and for tunnels: Context, Session, Tunnel
  *   doors.c       and for what it accepts by itself: Listener, Order
+ *   depots.c      and for tunnels that it may lease by itself: Depot
  *   core.c        a thread: its epoll, commands in, news out
  *   listen.c      connections come in: the ones that no order covers are for Python
  *   order.c       what Python has decided about all connections of a kind, until it takes that back
  *   dial.c        a connection under an order: its endpoint is dialled here
+ *   ask.c         or asked for through a tunnel
+ *   depot.c       of those that Python has parked for that
  *   serve.c       so also one that a peer asks for through a tunnel
  *   link.c        the life of a link: two FINs or the first failure end it, and it is reported once
  *   plain.c       a plain TCP leg: one recv and one send a message, splice when there is much
@@ -15,7 +18,7 @@
  *   lease.c       a tunnel as a link's leg: DATA, FIN and RESET
  *   tls.c         OpenSSL's part of a tunnel: contexts, and a BIO that costs no system call
  *   frame.c       the frames of a lease, taken apart
- *   open.c        so also an OPEN
+ *   open.c        so also an OPEN, and put together
  *   libssl.c      finds OpenSSL
  *
  * It decides nothing: who may talk to whom is settled before a link gets here, or by an order that Python has given
@@ -24,8 +27,7 @@
 #ifndef MESHNET_CORE_H
 #define MESHNET_CORE_H
 
-#include "frame.h"
-#include "libssl.h"
+#include "tunnel.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -48,6 +50,7 @@
 #define QUIET_MOST 64         /* until there are so many */
 #define ORDER_BUCKETS 1024
 #define DIRECTION_SERVED 2    /* of orders for what peers ask for; listeners have others */
+#define ORDER_ID 8            /* letters of an id that the core makes, without the suffix */
 #define MAX_ID 15             /* letters of a connection's id; a longer one is for Python */
 #define LOOK_NS 1000000000u   /* who was woken for a connection may have died before it accepted */
 
@@ -65,40 +68,7 @@ enum reason {
 };
 enum ended_by { BY_CLIENT, BY_SERVER, BY_PROXY, BY_PEER_PROXY };
 
-struct core;
 struct link;
-struct tunnel;
-
-/* What epoll's events lead to. */
-struct source {
-    enum { SOURCE_PLAIN, SOURCE_TUNNEL, SOURCE_LISTENER } kind;
-};
-
-/* An IP address and a port as they are on the wire; an IPv4 address fills the first four bytes. No padding. */
-struct address {
-    uint8_t host[16];
-    uint16_t port, family;
-};
-
-/* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD it is said once, and gives back a
- * reference that the core has held: behind it, no thread touches what it belongs to.
- */
-struct news {
-    enum {
-        NEWS_LINK_ENDED,
-        NEWS_LINK_ABORTED,
-        NEWS_LINK_BEGUN, /* under an order; and again when its endpoint is up */
-        NEWS_TUNNEL_HEARD,
-        NEWS_TUNNEL_GONE,
-        NEWS_ACCEPTED,
-        NEWS_LISTENER_STUCK,
-        NEWS_LISTENER_GONE
-    } kind;
-    bool quiet;  /* nobody waits for it: it may wait for others */
-    void *owner; /* the link, what was accepted, or the Python object */
-    bool told;   /* in a list; guarded by core->lock */
-    struct news *next;
-};
 
 /* Filled by splice from one socket, drained by splice into another. `held`: bytes in it. */
 struct pipe {
@@ -110,12 +80,6 @@ struct pipe {
 struct pipes {
     struct pipe *idle;
     int count;
-};
-
-/* Bytes on their way to a socket that is full. */
-struct backlog {
-    uint8_t *bytes;
-    size_t size;
 };
 
 /* A listening socket. Belongs to the core's thread from `listener_open` on. */
@@ -150,6 +114,9 @@ struct order {
     uint32_t mark;     /* SO_MARK of the endpoint leg, if not 0 */
     bool local;        /* the endpoint is on this host, where nobody vanishes without a word */
     uint64_t patience; /* nanoseconds for the endpoint to answer */
+    struct depot *depot; /* the endpoint is reached through one of these tunnels; NULL: it is dialled */
+    struct backlog opening[3]; /* what an OPEN says before, between and behind the source's port and the id */
+    char id_suffix[MAX_ID - ORDER_ID + 1];
     void *object;      /* the Python one, which lives until `order_is_done` */
     /* Guarded by core->lock: */
     bool revoked;
@@ -213,68 +180,17 @@ struct link {
     /* Of a link under an order: */
     struct order *order;
     struct address source;
-    char id[MAX_ID + 1];     /* that the peer gave it, or empty */
+    char id[MAX_ID + 1];     /* that goes with its OPEN, or empty */
     const char *cipher_name; /* of the tunnel, or NULL */
     bool undone;             /* Python has got everything back as it came, and begins anew */
     /* Nanoseconds, CLOCK_MONOTONIC, and 0 before it is so; read by Python at any time. */
     _Atomic uint64_t opened_at, connected_at, ended_at;
     uint64_t dial_until;
     struct link *next_dialling, **dialling_place; /* in core->dialling while it dials */
+    struct backlog early; /* what went along with OPEN, until that is answered */
     bool handed_back; /* the endpoint could not be reached (`error`): the client leg is Python's */
     bool owes;        /* the order was revoked before the link ended: its place is still to be given back */
     struct news begun;
-};
-
-/* Where in the backlog of a tunnel a frame ends, and how many of the application's bytes it carries. */
-struct mark {
-    size_t end, size;
-};
-#define MAX_MARKS 20
-
-/* Belongs to a core's thread from `core_post` of its first command on; what Python may see is behind core->lock. */
-struct tunnel {
-    struct source source;
-    struct core *core;
-    SSL *ssl;
-    int fd;
-    bool handshaking;
-    int handshake_error; /* errno of its last recv */
-    bool watched;        /* by epoll, and in core->tunnels */
-    struct tunnel *next, **place;
-    bool readable, hung_up;
-    bool closed;
-    struct leg *leg; /* while leased */
-    bool serving;    /* Python waits for an OPEN, which the core may answer itself; what follows is known of the peer: */
-    int identity;
-    struct address peer;
-    uint64_t good_until;     /* seconds since the epoch: its certificate */
-    struct backlog opening;  /* what has come since an OPEN that is not answered yet; empty: there is none */
-    bool late_reset;         /* the last lease that the core served ended by the peer's FIN: RESET may follow */
-    bool has_more;           /* in core->more */
-    struct tunnel *next_more;
-    const uint8_t *cipher; /* just received, for OpenSSL to read */
-    size_t cipher_size;
-    bool bloated; /* to take a ticket, OpenSSL made itself a buffer for writing, and keeps it */
-    struct backlog held; /* ciphertext */
-    struct mark marks[MAX_MARKS];
-    int mark_count;
-    struct frame_reader frames;
-    enum frame_kind sent_end, received_end; /* FRAME_FIN or FRAME_RESET once that half has ended; FRAME_DATA before */
-    struct news heard, gone;
-    /* Set before Python is told that the handshake is over, and never again: */
-    bool established;
-    struct backlog certificate; /* the peer's, DER */
-    const char *version, *cipher_name;
-    bool resumed;
-    /* Guarded by core->lock: */
-    struct backlog inbox; /* decrypted bytes that no lease wanted */
-    uint64_t kept;        /* how often something was put there */
-    enum frame_kind served_sent, served_received; /* how the last lease that the core served ended; FRAME_DATA: none */
-    SSL_SESSION *session; /* the latest ticket that the peer gave us */
-    bool lost;
-    int error;               /* errno */
-    long verify;             /* X509_V_ERR_* */
-    unsigned long ssl_error; /* of ERR_get_error */
 };
 
 enum command_kind {
@@ -288,13 +204,6 @@ enum command_kind {
     COMMAND_SERVE,
     COMMAND_LISTEN,
     COMMAND_UNLISTEN
-};
-
-/* The payload of COMMAND_SERVE. */
-struct serving {
-    int identity;
-    struct address peer;
-    uint64_t good_until, kept;
 };
 
 struct command {
@@ -326,6 +235,7 @@ struct core {
     struct link *dialling;
     uint64_t dial_due;                /* when the first of them may be out of time; 0: none */
     struct news *fresh, **last_fresh; /* of this round */
+    unsigned asked;                   /* OPENs so far */
     unsigned unrung;                  /* news since the bell was last rung */
     uint64_t unrung_since;
     bool urgent;                      /* somebody waits for one of them */
@@ -364,7 +274,7 @@ void listeners_look(struct core *core);
 /* order.c */
 void order_add(struct order *order);
 struct order *order_take(struct core *core, int direction, int identity, const struct address *source,
-                         const struct address *original);
+                         const struct address *original, struct tunnel **through);
 void order_cancel(struct order *order);
 bool order_leave(struct order *order);
 bool order_revoke(struct order *order, unsigned *unused);
@@ -373,18 +283,18 @@ bool order_is_done(struct order *order, unsigned heard);
 bool address_of(struct address *address, const struct sockaddr_storage *from);
 
 /* dial.c */
-void dial_begin(struct order *order, int client, const struct address *source);
+void dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through);
 void dial_serve(struct order *order, struct link *link, const struct address *source);
 void dial_on_event(struct leg *leg, uint32_t events);
 void dial_forget(struct link *link);
+void dial_done(struct link *link);
+void dial_failed(struct link *link, enum reason reason, int error);
 void dial_give_up(struct core *core);
 
-/* open.c */
-bool open_parse(const uint8_t *payload, size_t size, struct address *target, struct address *source, char *id);
-
-/* serve.c */
-bool serve(struct tunnel *tunnel, const uint8_t **bytes, size_t *size);
-void tunnel_serve(struct tunnel *tunnel, const struct serving *serving);
+/* ask.c */
+void ask(struct link *link);
+void ask_along(struct leg *client);
+void ask_granted(struct link *link);
 
 /* link.c */
 struct link *link_new(struct core *core);
@@ -417,38 +327,5 @@ void plain_close(struct leg *leg);
 struct pipe *pipes_borrow(struct pipes *pipes);
 void pipes_give_back(struct pipes *pipes, struct pipe *pipe);
 void pipes_close(struct pipes *pipes);
-
-/* tunnel.c */
-void tunnel_on_event(struct tunnel *tunnel, uint32_t events);
-void tunnel_shake(struct tunnel *tunnel);
-void tunnel_adopt(struct tunnel *tunnel);
-void tunnel_say(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
-void tunnel_read(struct tunnel *tunnel);
-void tunnel_flush(struct tunnel *tunnel);
-void tunnel_keep(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
-bool tunnel_has_full_inbox(struct tunnel *tunnel);
-void tunnel_kill(struct tunnel *tunnel);
-void tunnel_abandon(struct tunnel *tunnel);
-void tunnel_close(struct tunnel *tunnel);
-void tunnel_free(struct tunnel *tunnel);
-
-/* lease.c */
-void lease_begin(struct leg *leg);
-void lease_digest(struct leg *leg, const uint8_t *bytes, size_t size);
-void lease_flush_pieces(struct leg *leg);
-void lease_write(struct leg *leg, uint8_t *bytes, size_t size);
-void lease_finish(struct leg *leg);
-void lease_abort(struct leg *leg);
-void lease_on_flushed(struct leg *leg);
-void lease_lost(struct leg *leg);
-void lease_cut(struct leg *leg);
-void lease_end(struct leg *leg);
-void lease_answer(struct leg *leg);
-
-/* tls.c */
-SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server);
-bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, bool is_client, SSL_SESSION *session);
-int tls_load(void);
-bool backlog_append(struct backlog *backlog, const void *bytes, size_t size);
 
 #endif

@@ -1,6 +1,6 @@
-/* A connection under an order: its endpoint is dialled here, and the link goes on as any other.
+/* A connection under an order: its endpoint is dialled here, or asked for, and the link goes on as any other.
  *
- * If the endpoint cannot be reached, Python gets the client leg back, of which no byte has been read, and decides anew.
+ * If the endpoint cannot be reached, Python gets the client leg back, with what has been read of it, and decides anew.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -90,6 +90,8 @@ static void hand_back(struct link *link, int error)
 {
     link->error = error;
     link->ended.quiet = false;
+    if (link->endpoint.tunnel && !link->endpoint.over)
+        lease_cut(&link->endpoint);
     if (link->endpoint.fd < 0)
         link->endpoint.closed = true;
     if (link->client.tunnel) {
@@ -122,21 +124,48 @@ static void begin(struct link *link, struct order *order, const struct address *
         core->dial_due = link->dial_until;
 }
 
-/* Owns `client`, and a place of the order. */
-void dial_begin(struct order *order, int client, const struct address *source)
+/* Owns `client`, a place of the order, and the lease on `through`, if it is not NULL. */
+void dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through)
 {
-    struct link *link = link_new(order->core);
+    struct core *core = order->core;
+    struct link *link = link_new(core);
     if (!link) {
         order_cancel(order);
+        if (through)
+            depot_return(through, true);
         close(client);
         return;
     }
     link_set_plain(&link->client, client);
     begin(link, order, source);
-    core_tell(order->core, &link->begun);
+    core_tell(core, &link->begun);
+    if (through) {
+        link->cipher_name = through->cipher_name;
+        link_set_tunnel(&link->endpoint, through);
+        through->leg = &link->endpoint;
+        ask(link);
+        if (!link->over && core_watch(core, client, &link->client.source))
+            link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
+        return;
+    }
     int error = dial(link);
     if (error)
         hand_back(link, error);
+}
+
+/* The endpoint will not be reached. */
+void dial_failed(struct link *link, enum reason reason, int error)
+{
+    link->reason = reason;
+    hand_back(link, error);
+}
+
+/* The endpoint is up. */
+void dial_done(struct link *link)
+{
+    dial_forget(link);
+    atomic_store(&link->connected_at, link->core->now);
+    core_tell(link->core, &link->begun);
 }
 
 /* For a link whose client leg is a tunnel; as long as its application does not answer, Python does not hear of it. */
@@ -161,9 +190,7 @@ void dial_on_event(struct leg *leg, uint32_t events)
     }
     if (!(events & EPOLLOUT))
         return;
-    dial_forget(link);
-    atomic_store(&link->connected_at, link->core->now);
-    core_tell(link->core, &link->begun);
+    dial_done(link);
     if (link->client.tunnel)
         lease_answer(&link->client);
     if (!leg->closed)

@@ -21,6 +21,7 @@ typedef struct {
     PyObject_HEAD
     struct order order;
     PyObject *core;
+    PyObject *depot;
     PyObject *waiter;
 } OrderObject;
 
@@ -178,9 +179,9 @@ PyObject *doors_order(CoreObject *core, PyObject *arguments)
     const char *source, *original, *target;
     unsigned mark, places;
     double patience;
-    PyObject *waiter;
-    if (!PyArg_ParseTuple(arguments, "iis(si)(si)IpdIO", &direction, &identity, &source, &original, &original_port, &target,
-                          &target_port, &mark, &local, &patience, &places, &waiter))
+    PyObject *through, *depot, *waiter;
+    if (!PyArg_ParseTuple(arguments, "iis(si)(si)IpdIOO", &direction, &identity, &source, &original, &original_port, &target,
+                          &target_port, &mark, &local, &patience, &places, &through, &waiter))
         return NULL;
     if (!core->open)
         return module_core_is_closed();
@@ -195,12 +196,16 @@ PyObject *doors_order(CoreObject *core, PyObject *arguments)
                           .places = places};
     if (!parse(source, 0, &parsed, &size) || !address_of(&order.source, &parsed) ||
         !parse(original, original_port, &parsed, &size) || !address_of(&order.original, &parsed) ||
-        !parse(target, target_port, &order.target, &order.target_size))
+        !parse(target, target_port, &order.target, &order.target_size) || !depots_through(through, &order, &depot))
         return NULL;
     OrderObject *self = (OrderObject *)module_allocate(order_type);
-    if (!self)
+    if (!self) {
+        depots_forget(&order);
+        Py_XDECREF(depot);
         return NULL;
+    }
     self->order = order;
+    self->depot = depot;
     self->order.object = self;
     Py_INCREF((PyObject *)core);
     self->core = (PyObject *)core;
@@ -214,15 +219,20 @@ PyObject *doors_order(CoreObject *core, PyObject *arguments)
 static void order_dealloc(PyObject *object)
 {
     OrderObject *self = (OrderObject *)object;
+    depots_forget(&self->order);
     Py_XDECREF(self->core);
+    Py_XDECREF(self->depot);
     Py_XDECREF(self->waiter);
     module_release(object);
 }
 
 static void let_go_of(struct order *order, unsigned heard)
 {
-    if (order_is_done(order, heard))
-        Py_DECREF((PyObject *)order->object); /* the core's */
+    OrderObject *object = order->object;
+    if (!order_is_done(order, heard))
+        return;
+    Py_CLEAR(object->waiter); /* which refers to it */
+    Py_DECREF((PyObject *)object); /* the core's */
 }
 
 static PyObject *order_revoked(PyObject *object, PyObject *none)
@@ -293,7 +303,8 @@ static PyObject *facts(struct link *link, bool ended)
 {
     int client = !ended ? -1 : link->handed_back ? link->client.fd : link->undone ? -2 : -1;
     bool has_reset = ended && link->peer_reset;
-    return Py_BuildValue("idddKKdNNiiiNissy#", (int)ntohs(link->source.port), seconds(&link->opened_at),
+    bool has_early = ended && link->handed_back;
+    return Py_BuildValue("idddKKdNNiiiNissy#y#", (int)ntohs(link->source.port), seconds(&link->opened_at),
                          seconds(&link->connected_at), seconds(&link->ended_at),
                          (unsigned long long)atomic_load(&link->sent),
                          (unsigned long long)atomic_load(&link->received), seconds(&link->moved_at),
@@ -302,7 +313,9 @@ static PyObject *facts(struct link *link, bool ended)
                          ended ? (int)link->ended_by : 0, ended ? link->error : 0,
                          PyBool_FromLong(ended && link->owes), client, link->id,
                          link->cipher_name ? link->cipher_name : "", has_reset ? (const char *)link->peer_reset : "",
-                         has_reset ? (Py_ssize_t)link->peer_reset_size : 0);
+                         has_reset ? (Py_ssize_t)link->peer_reset_size : 0,
+                         has_early && link->early.size ? (const char *)link->early.bytes : "",
+                         has_early ? (Py_ssize_t)link->early.size : 0);
 }
 
 PyObject *doors_facts(PyObject *object, PyObject *unused)

@@ -65,10 +65,12 @@ class Door:
 class NativeOrder:
     """See meshnet.relay.Order."""
 
-    __slots__ = ("_in_force", "_issuer", "handle")
+    __slots__ = ("_in_force", "_issuer", "_serves", "handle")
     handle: "Handle"
 
-    def __init__(self, issuer: Issuer, in_force: "set[NativeOrder]") -> None:
+    def __init__(self, issuer: Issuer, in_force: "set[NativeOrder]", *, serves: bool) -> None:
+        """`serves`: what peers ask for, so the tunnel is on the side of the client."""
+        self._serves = serves
         self._issuer = issuer
         self._in_force = in_force
         in_force.add(self)
@@ -86,21 +88,22 @@ class NativeOrder:
     def hear(self, what: int, about: "Link | tuple[Any, ...]") -> None:
         if isinstance(about, tuple):
             facts = Facts._make(about)  # as doors.c has them
-            outcome = link_outcome(facts.reason, facts.ended_by, facts.error, facts.reset, from_client=True)
+            outcome = link_outcome(facts.reason, facts.ended_by, facts.error, facts.reset, from_client=self._serves)
             self._issuer.came_and_went(facts, outcome)
         else:
-            link = NativeOrderedLink(about)
+            link = NativeOrderedLink(about, self._serves)
             link.watcher = self._issuer.began(link)
 
 
 class NativeOrderedLink:
     """See meshnet.relay.OrderedLink."""
 
-    __slots__ = ("_handle", "abort_by", "abort_reason", "watcher")
+    __slots__ = ("_handle", "_served", "abort_by", "abort_reason", "watcher")
     watcher: Watcher
 
-    def __init__(self, handle: "Link") -> None:
+    def __init__(self, handle: "Link", served: bool) -> None:
         self._handle = handle
+        self._served = served
         self.abort_reason = Reason.DRAIN
         self.abort_by = EndedBy.PROXY
         handle.await_end(self)
@@ -122,7 +125,7 @@ class NativeOrderedLink:
         reason, ended_by, error, *_, reset = self._handle.result()
         if reason == ABORTED:
             return Outcome(self.abort_reason, self.abort_by)
-        return link_outcome(reason, ended_by, error, reset, from_client=True)
+        return link_outcome(reason, ended_by, error, reset, from_client=self._served)
 
     def hear(self, what: int, about: None) -> None:
         self.watcher.connected()

@@ -4,19 +4,24 @@
 #include <stdlib.h>
 #include <string.h>
 
-static bool is_allowed(unsigned kind, uint32_t size)
+static bool is_allowed(const struct frame_reader *reader)
 {
-    switch (kind) {
+    uint32_t size = reader->left;
+    switch (reader->kind) {
     case FRAME_DATA:
         return size >= 1 && size <= FRAME_MAX_DATA;
     case FRAME_RESET:
         return size <= FRAME_MAX_CONTROL;
+    case FRAME_REFUSED:
+        return reader->asking && size <= FRAME_MAX_CONTROL;
+    case FRAME_OPENED:
+        return reader->asking && size == 0;
     case FRAME_FIN:
     case FRAME_PONG:
     case FRAME_GOAWAY:
         return size == 0;
     default:
-        return false; /* OPEN, OPENED, REFUSED and PING have no place within a lease that is up */
+        return false; /* OPEN and PING have no place within a lease */
     }
 }
 
@@ -45,7 +50,7 @@ enum frame_found frame_next(struct frame_reader *reader, const uint8_t **data, s
         const uint8_t *header = reader->header;
         reader->kind = header[0];
         reader->left = (uint32_t)header[1] << 16 | (uint32_t)header[2] << 8 | header[3];
-        if (!is_allowed(reader->kind, reader->left)) {
+        if (!is_allowed(reader)) {
             reader->left = 0;
             return FRAME_BROKEN;
         }

@@ -17,16 +17,17 @@ struct frame_reader {
     uint8_t header[FRAME_HEADER];
     uint8_t header_size;
     uint8_t kind;
+    bool asking;      /* an OPEN of ours is not answered yet */
     uint32_t left;    /* payload bytes that are still to come */
-    uint8_t *control; /* the payload of a RESET, as far as it has come */
+    uint8_t *control; /* the payload of a RESET or a REFUSED, as far as it has come */
     uint32_t control_size;
 };
 
 /* What frame_next found. PIECE: payload of a DATA frame, a part of it perhaps. BROKEN: the peer must not say that. */
 enum frame_found { FRAME_NOTHING, FRAME_PIECE, FRAME_WHOLE, FRAME_BROKEN };
 
-/* Takes one thing off the front of `*data`, and moves `*data` and `*size` on. A whole RESET's payload is in
- * `reader->control`. A piece is `*piece`, of `*piece_size` bytes, within the data.
+/* Takes one thing off the front of `*data`, and moves `*data` and `*size` on. The payload of a whole RESET or
+ * REFUSED is in `reader->control`. A piece is `*piece`, of `*piece_size` bytes, within the data.
  */
 enum frame_found frame_next(struct frame_reader *reader, const uint8_t **data, size_t *size, const uint8_t **piece,
                             size_t *piece_size);

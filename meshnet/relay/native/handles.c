@@ -127,6 +127,7 @@ PyObject *handles_shake(CoreObject *core, PyObject *arguments)
                                    .fd = fd,
                                    .handshaking = true,
                                    .heard = {.kind = NEWS_TUNNEL_HEARD, .owner = self},
+                                   .back = {.kind = NEWS_TUNNEL_BACK, .owner = self},
                                    .gone = {.kind = NEWS_TUNNEL_GONE, .owner = self}};
     SSL_SESSION *resumed = session == Py_None ? NULL : ((SessionObject *)session)->session;
     if (!tls_attach(&self->tunnel, ((ContextObject *)context)->context, is_client, resumed) ||
@@ -259,13 +260,13 @@ static PyObject *tunnel_served_on(PyObject *object, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
-static PyObject *tunnel_served(PyObject *object, PyObject *unused)
+static PyObject *tunnel_last_ends(PyObject *object, PyObject *unused)
 {
     struct tunnel *tunnel = &((TunnelObject *)object)->tunnel;
     (void)unused;
     pthread_mutex_lock(&tunnel->core->lock);
-    int sent = (int)tunnel->served_sent, received = (int)tunnel->served_received;
-    tunnel->served_sent = tunnel->served_received = FRAME_DATA;
+    int sent = (int)tunnel->last_sent, received = (int)tunnel->last_received;
+    tunnel->last_sent = tunnel->last_received = FRAME_DATA;
     pthread_mutex_unlock(&tunnel->core->lock);
     return Py_BuildValue("ii", sent, received);
 }
@@ -343,6 +344,7 @@ static PyObject *tunnel_closed(PyObject *object, PyObject *unused)
         self->tunnel.closed = true;
         close(self->tunnel.fd);
         core_forget(self->tunnel.core, &self->tunnel.heard);
+        core_forget(self->tunnel.core, &self->tunnel.back);
         Py_DECREF(object);
     }
     Py_RETURN_NONE;
@@ -364,9 +366,9 @@ static PyMethodDef tunnel_methods[] = {
      "serve(identity, host, good_until)\n\n"
      "Until something comes that is to be taken, orders may answer what the peer asks for. `identity` is the number of its\n"
      "identity, `host` its address, `good_until` the end of its certificate in seconds since the epoch."},
-    {"served", tunnel_served, METH_NOARGS,
-     "served() -> (sent_end, received_end)\n\n"
-     "The kinds of the frames that ended the last lease which an order answered, since this was last asked; 0: none."},
+    {"last_ends", tunnel_last_ends, METH_NOARGS,
+     "last_ends() -> (sent_end, received_end)\n\n"
+     "The kinds of the frames that ended the last lease under an order, since this was last asked; 0: none."},
     {"state", tunnel_state, METH_NOARGS,
      "state() -> (established, lost, errno, verify, verify_text, ssl_reason, ssl_text)\n\n"
      "`verify` is X509_V_ERR_*, `ssl_reason` SSL_R_*, each 0 without an error."},

@@ -32,7 +32,10 @@ void lease_cut(struct leg *leg)
 static void fail(struct leg *leg, enum reason reason, int error)
 {
     lease_cut(leg);
-    link_fail(leg->link, reason, BY_PEER_PROXY, error);
+    if (leg->dialling)
+        dial_failed(leg->link, reason, error);
+    else
+        link_fail(leg->link, reason, BY_PEER_PROXY, error);
 }
 
 void lease_lost(struct leg *leg)
@@ -59,7 +62,7 @@ static void add_piece(struct leg *leg, const uint8_t *bytes, size_t size)
     pieces[piece_count++] = (struct iovec){.iov_base = (void *)bytes, .iov_len = size};
 }
 
-static void on_reset(struct leg *leg)
+static void keep_words(struct leg *leg)
 {
     struct link *link = leg->link;
     struct frame_reader *frames = &leg->tunnel->frames;
@@ -67,7 +70,41 @@ static void on_reset(struct leg *leg)
     link->peer_reset_size = frames->control_size;
     frames->control = NULL;
     frame_reader_free(frames);
-    link_fail(link, REASON_RESET, BY_PEER_PROXY, 0);
+}
+
+/* REFUSED, to our OPEN: both halves of the lease have ended. */
+static void on_refused(struct leg *leg)
+{
+    leg->tunnel->sent_end = leg->tunnel->received_end = FRAME_RESET;
+    leg->in_done = leg->out_done = leg->over = true;
+    keep_words(leg);
+    if (leg->dialling)
+        dial_failed(leg->link, REASON_RESET, 0);
+    else
+        link_settle(leg->link);
+}
+
+/* What may come in answer to an OPEN. */
+static bool on_answer(struct leg *leg)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    switch (tunnel->frames.kind) {
+    case FRAME_OPENED:
+        tunnel->frames.asking = false;
+        ask_granted(leg->link);
+        return true;
+    case FRAME_REFUSED:
+        tunnel->frames.asking = false;
+        on_refused(leg);
+        return true;
+    case FRAME_RESET: /* of the lease before: meshnet/tunnel/protocol.py */
+        frame_reader_free(&tunnel->frames);
+        bool is_first = tunnel->late_reset;
+        tunnel->late_reset = false;
+        return is_first;
+    default:
+        return false;
+    }
 }
 
 /* Whether the lease goes on. */
@@ -75,6 +112,8 @@ static bool on_frame(struct leg *leg)
 {
     struct tunnel *tunnel = leg->tunnel;
     uint8_t header[FRAME_HEADER];
+    if (tunnel->frames.asking && tunnel->frames.kind != FRAME_PONG && tunnel->frames.kind != FRAME_GOAWAY)
+        return on_answer(leg);
     switch (tunnel->frames.kind) {
     case FRAME_FIN:
         if (tunnel->received_end != FRAME_DATA)
@@ -91,7 +130,8 @@ static bool on_frame(struct leg *leg)
         tunnel->received_end = FRAME_RESET;
         leg->in_done = true;
         leg->over = leg->out_done && tunnel->sent_end != FRAME_DATA;
-        on_reset(leg);
+        keep_words(leg);
+        link_fail(leg->link, REASON_RESET, BY_PEER_PROXY, 0);
         return true;
     default: /* PONG, GOAWAY: for Python, between leases */
         if (tunnel_has_full_inbox(tunnel))
@@ -117,7 +157,7 @@ void lease_digest(struct leg *leg, const uint8_t *bytes, size_t size)
         enum frame_found found = frame_next(&tunnel->frames, &bytes, &size, &piece, &piece_size);
         if (found == FRAME_NOTHING)
             return;
-        if (found == FRAME_PIECE && tunnel->received_end == FRAME_DATA)
+        if (found == FRAME_PIECE && tunnel->received_end == FRAME_DATA && !tunnel->frames.asking)
             add_piece(leg, piece, piece_size);
         else if (found == FRAME_PIECE || found == FRAME_BROKEN || !on_frame(leg)) {
             fail(leg, REASON_TUNNEL_PROTOCOL, 0);
@@ -141,7 +181,7 @@ static bool put(struct leg *leg, const uint8_t *frame, size_t size, size_t paylo
         fail(leg, REASON_TUNNEL_LOST, 0);
         return false;
     }
-    if (payload) {
+    if (payload && !tunnel->frames.asking) { /* what goes along with an OPEN counts when that is granted */
         size_t end = tunnel->held.size + tunnel->core->out.size;
         if (tunnel->mark_count < MAX_MARKS)
             tunnel->marks[tunnel->mark_count++] = (struct mark){.end = end, .size = payload};
@@ -229,6 +269,15 @@ void lease_answer(struct leg *leg)
         tunnel_flush(tunnel);
 }
 
+/* A lease that begins with `frame`, an OPEN. To be flushed. */
+void lease_ask(struct leg *leg, const uint8_t *frame, size_t size)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    tunnel->sent_end = tunnel->received_end = FRAME_DATA;
+    tunnel->late_reset = tunnel->frames.asking = true;
+    put(leg, frame, size, 0);
+}
+
 /* The socket has taken all there was for it. */
 void lease_on_flushed(struct leg *leg)
 {
@@ -275,8 +324,8 @@ static void serve_on(struct link *link, struct tunnel *tunnel)
     free(tunnel->opening.bytes); /* of one that failed before it was answered */
     tunnel->opening = (struct backlog){0};
     pthread_mutex_lock(&core->lock);
-    tunnel->served_sent = tunnel->sent_end;
-    tunnel->served_received = tunnel->received_end;
+    tunnel->last_sent = tunnel->sent_end;
+    tunnel->last_received = tunnel->received_end;
     bool has_inbox = tunnel->inbox.size > 0;
     pthread_mutex_unlock(&core->lock);
     tunnel->late_reset = tunnel->received_end == FRAME_FIN;
@@ -299,6 +348,10 @@ void lease_end(struct leg *leg)
     leg->link->reusable = !tunnel->lost && both_have_ended(tunnel);
     tunnel->leg = NULL;
     tunnel->mark_count = 0;
-    if (leg->link->order && !leg->link->undone)
+    if (!leg->link->order || leg->link->undone)
+        return;
+    if (tunnel->depot)
+        depot_return(tunnel, leg->link->reusable);
+    else
         serve_on(leg->link, tunnel);
 }

@@ -38,12 +38,13 @@ void link_free(struct link *link)
     free(link->endpoint.held.bytes);
     free(link->own_reset);
     free(link->peer_reset);
+    free(link->early.bytes);
     free(link);
 }
 
 bool link_is_full(const struct leg *leg)
 {
-    return leg->tunnel ? leg->tunnel->held.size > 0 : leg->held.size || leg->pipe || leg->dialling;
+    return leg->dialling || (leg->tunnel ? leg->tunnel->held.size > 0 : leg->held.size || leg->pipe);
 }
 
 void link_pull(struct leg *leg)

@@ -39,14 +39,15 @@ static void take(struct listener *listener, int fd, const struct sockaddr_storag
 {
     struct address source, original;
     struct order *order = NULL;
+    struct tunnel *through;
     if (!address_of(&source, peer)) {
         close(fd);
         return;
     }
     if (original_of(fd, &source, &original))
-        order = order_take(listener->core, listener->direction, 0, &source, &original);
+        order = order_take(listener->core, listener->direction, 0, &source, &original, &through);
     if (order)
-        dial_begin(order, fd, &source);
+        dial_begin(order, fd, &source, through);
     else
         hand_over(listener, fd, &source);
 }

@@ -325,6 +325,8 @@ static int add_news(PyObject *waiters, struct news *news)
     case NEWS_TUNNEL_HEARD:
         waiter = handles_heard(news->owner);
         return waiter ? PyList_Append(waiters, waiter) : 0;
+    case NEWS_TUNNEL_BACK:
+        return add(waiters, depots_back(news->owner));
     case NEWS_LINK_ABORTED:
         Py_DECREF((PyObject *)link->object); /* the core's */
         return 0;
@@ -407,6 +409,11 @@ static PyObject *core_order(PyObject *object, PyObject *arguments)
     return doors_order((CoreObject *)object, arguments);
 }
 
+static PyObject *core_depot(PyObject *object, PyObject *waiter)
+{
+    return depots_new((CoreObject *)object, waiter);
+}
+
 static PyMethodDef core_methods[] = {
     {"start", core_start, METH_VARARGS,
      "start(client, endpoint, to_client, to_endpoint, sent, received_end, unread, waiter) -> Link\n\n"
@@ -423,12 +430,16 @@ static PyMethodDef core_methods[] = {
      "Takes over the descriptor of a listening, non-blocking TCP socket, which other processes may share. `news` has (waiter, 3, (fd, family, host, port))\n"
      "for each connection that no order covers, and (waiter, 4, errno) when it can accept no more for now."},
     {"order", core_order, METH_VARARGS,
-     "order(direction, identity, source, original, target, mark, local, patience, places, waiter) -> Order\n\n"
+     "order(direction, identity, source, original, target, mark, local, patience, places, through, waiter) -> Order\n\n"
      "Connections that come in at listeners of that direction from host `source` and were going to `original` are dialled\n"
      "to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once. Direction 2 is\n"
-     "what the peer with the number `identity` asks for through its tunnels. `news` has\n"
+     "what the peer with the number `identity` asks for through its tunnels. `through`: None, or (depot, (before, between,\n"
+     "behind), id_suffix): the endpoint is asked for through a tunnel of that depot; the three pieces of its OPEN are those\n"
+     "around the port of the source and the id. `news` has\n"
      "(waiter, 0, Link) for one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) for\n"
      "one that has come and gone."},
+    {"depot", core_depot, METH_O,
+     "depot(waiter) -> Depot\n\n`news` has (waiter, 5, (waiter of the tunnel, leases, idle_since)) for one that is given back."},
     {"news", core_news, METH_NOARGS,
      "news() -> list\n\nThe waiters of what has happened since; with what there is to say, for listeners and orders."},
     {"fileno", core_fileno, METH_NOARGS, "fileno() -> int\n\nReadable while `news` has something to say."},
@@ -462,7 +473,7 @@ static int add_types(PyObject *module)
         PyModule_AddObjectRef(module, "Core", core_type))
         return -1;
     Py_DECREF(core_type);
-    return doors_add(module) ? -1 : handles_add(module);
+    return doors_add(module) || depots_add(module) ? -1 : handles_add(module);
 }
 
 static PyModuleDef_Slot module_slots[] = {

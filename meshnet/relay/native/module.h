@@ -34,9 +34,16 @@ typedef struct {
 } LinkObject;
 
 /* Of what Core.news says beside waiters. Keep in step with Heard in __init__.py. */
-enum heard { HEARD_BEGUN, HEARD_CONNECTED, HEARD_ENDED, HEARD_ACCEPTED, HEARD_STUCK };
+enum heard { HEARD_BEGUN, HEARD_CONNECTED, HEARD_ENDED, HEARD_ACCEPTED, HEARD_STUCK, HEARD_BACK };
 
-extern PyTypeObject *tunnel_type, *link_type;
+typedef struct {
+    PyObject_HEAD
+    struct depot depot;
+    PyObject *core;   /* must outlive it */
+    PyObject *waiter; /* what Core.news says for it */
+} DepotObject;
+
+extern PyTypeObject *tunnel_type, *link_type, *depot_type;
 
 PyObject *module_allocate(PyTypeObject *type);
 void module_release(PyObject *object);
@@ -57,6 +64,12 @@ PyObject *doors_ended(struct link *link);
 PyObject *doors_accepted(struct accepted *accepted);
 PyObject *doors_stuck(struct listener *listener);
 void doors_heard_end(struct link *link);
+
+int depots_add(PyObject *module);
+PyObject *depots_new(CoreObject *core, PyObject *waiter);
+PyObject *depots_back(TunnelObject *tunnel);
+bool depots_through(PyObject *through, struct order *order, PyObject **depot);
+void depots_forget(struct order *order);
 
 int handles_add(PyObject *module);
 PyObject *handles_shake(CoreObject *core, PyObject *arguments);

@@ -1,4 +1,4 @@
-/* An OPEN, taken apart: no I/O, fuzzed by itself.
+/* An OPEN, taken apart and put together: no I/O, fuzzed by itself.
  *
  * It is JSON, and only the one form that meshnet/codec/frames.py writes is read here; every other is for Python.
  */
@@ -7,6 +7,7 @@
 
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <stdio.h>
 #include <string.h>
 
 #define MAX_HOST 46 /* INET6_ADDRSTRLEN */
@@ -99,4 +100,19 @@ bool open_parse(const uint8_t *payload, size_t size, struct address *target, str
         return false;
     return take_literal(&text, "}") && text.at == text.end && to_address(host, port, target) &&
            to_source(asker, source);
+}
+
+/* What `order` says, with the source's port (in network order) and the id; there is room for FRAME_MAX_CONTROL bytes. */
+size_t open_write(uint8_t *payload, const struct order *order, uint16_t port, const char *id)
+{
+    char number[sizeof "65535"];
+    const struct backlog *parts = order->opening;
+    size_t digits = (size_t)snprintf(number, sizeof number, "%u", ntohs(port));
+    const struct backlog pieces[] = {parts[0], {(uint8_t *)number, digits}, parts[1], {(uint8_t *)id, strlen(id)}, parts[2]};
+    size_t size = 0;
+    for (size_t which = 0; which < sizeof pieces / sizeof *pieces; which++) {
+        memcpy(payload + size, pieces[which].bytes, pieces[which].size);
+        size += pieces[which].size;
+    }
+    return size;
 }

@@ -82,18 +82,23 @@ bool order_revoke(struct order *order, unsigned *unused)
     return was_in_force;
 }
 
-/* One of its places for a connection that has come, or NULL: there is no such order, or no place. */
+/* One of its places for a connection that has come, or NULL: there is no such order, or no place, or no tunnel where
+ * one is needed. `through`: that tunnel.
+ */
 struct order *order_take(struct core *core, int direction, int identity, const struct address *source,
-                         const struct address *original)
+                         const struct address *original, struct tunnel **through)
 {
     struct address host = *source;
+    struct tunnel *spent = NULL;
+    *through = NULL;
     host.port = 0;
     pthread_mutex_lock(&core->lock);
     struct order *order = core->orders[bucket_of(direction, identity, &host, original)];
     while (order && (order->direction != direction || order->identity != identity ||
                      !is_same(&order->source, &host) || !is_same(&order->original, original)))
         order = order->next;
-    if (order && order->taken < order->places) {
+    if (order && order->taken < order->places &&
+        (!order->depot || (*through = depot_lease(order->depot, &spent)))) {
         order->taken++;
         order->links++;
         order->used_at = core->now;
@@ -101,6 +106,7 @@ struct order *order_take(struct core *core, int direction, int identity, const s
         order = NULL;
     }
     pthread_mutex_unlock(&core->lock);
+    depot_tell(spent);
     return order;
 }
 

@@ -232,6 +232,8 @@ void plain_on_event(struct leg *leg, uint32_t events)
         leg->readable = true;
     if (events & EPOLLOUT && link_is_full(leg))
         flush(leg);
+    if (leg->readable && leg->peer->dialling && leg->peer->tunnel)
+        ask_along(leg);
     plain_pull(leg);
     /* Nobody reads here now, so nobody would find it. */
     if (events & EPOLLERR && !leg->closed && (leg->in_done || link_is_full(leg->peer))) {

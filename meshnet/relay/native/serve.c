@@ -76,8 +76,9 @@ bool serve(struct tunnel *tunnel, const uint8_t **bytes, size_t *size)
             !open_parse(header + FRAME_HEADER, payload, &open.target, &open.source, open.id) ||
             !is_same_host(&open.source, &tunnel->peer))
             return false;
+        struct tunnel *none;
         struct order *order =
-            order_take(tunnel->core, DIRECTION_SERVED, tunnel->identity, &tunnel->peer, &open.target);
+            order_take(tunnel->core, DIRECTION_SERVED, tunnel->identity, &tunnel->peer, &open.target, &none);
         return order && begin(tunnel, order, &open, *bytes, *size, whole);
     }
     return !*size;

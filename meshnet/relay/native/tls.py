@@ -12,7 +12,7 @@ import trio
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.deadline import Deadlines
 from meshnet.net.strand import Wait, on_strand
-from meshnet.net.tls import ALPN, Ticket, handshake_timeout, not_verified, peer_identity
+from meshnet.net.tls import ALPN, Channel, Returned, Ticket, handshake_timeout, not_verified, peer_identity
 from meshnet.relay.native.reasons import END_NAMES
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ class NativeChannel:
         if number:
             self.tunnel.serve(number, host, self.good_until)
 
-    def served(self) -> tuple[str, str]:
-        sent, received = self.tunnel.served()
+    def last_ends(self) -> tuple[str, str]:
+        sent, received = self.tunnel.last_ends()
         return END_NAMES.get(sent, ""), END_NAMES.get(received, "")
 
     def receive_now(self) -> bytes | None:
@@ -156,6 +156,33 @@ class NativeChannel:
         await trio.lowlevel.wait_task_rescheduled(cancel)
 
 
+class NativeDepot:
+    """See meshnet.net.tls.Depot. Its `hear` is called in trio's thread when a channel comes back by itself."""
+
+    __slots__ = ("_come_back", "handle")
+
+    def __init__(self, core: "Core", come_back: Callable[[Returned], None]) -> None:
+        self._come_back = come_back
+        self.handle = core.depot(self)
+
+    def park(self, channel: Channel) -> None:
+        assert isinstance(channel, NativeChannel)
+        self.handle.park(channel.tunnel)
+
+    def take(self) -> Returned | None:
+        back = self.handle.take()
+        return None if back is None else Returned._make(back)
+
+    def recall(self) -> list[Returned]:
+        return [Returned._make(back) for back in self.handle.recall()]
+
+    def counts(self) -> tuple[int, int, int]:
+        return self.handle.counts()
+
+    def hear(self, what: int, about: tuple[Channel, int, float]) -> None:
+        self._come_back(Returned._make(about))
+
+
 class NativeTls:
     """See meshnet.net.tls.Tls. Handshakes take milliseconds, so they are not made on the thread that relays."""
 
@@ -173,6 +200,9 @@ class NativeTls:
                 return 0
             number = self._numbers[identity] = len(self._numbers) + 1
         return number
+
+    def depot(self, come_back: Callable[[Returned], None]) -> NativeDepot:
+        return NativeDepot(self._relay, come_back)
 
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
         from meshnet.relay.native._core import Context

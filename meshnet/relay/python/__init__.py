@@ -16,7 +16,7 @@ from meshnet.model.connection import Direction
 from meshnet.net import sockets
 from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.net.strand import in_task
-from meshnet.relay import Flow, Issuer, Link, Order, Outcome, PlainLeg, Tally, Target
+from meshnet.relay import Flow, Issuer, Link, Order, Outcome, PlainLeg, Tally, Target, Through
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.thread import RelayThread
 from meshnet.relay.python.young import YOUNG_EVENTS, YoungLoop, wake_tasks
@@ -103,7 +103,7 @@ class PythonRelay:
         """See meshnet.relay.Relay."""
         await sockets.accept_forever(listener, carry)
 
-    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer) -> Order:
+    def order(self, flow: Flow, target: Target, places: int, issuer: Issuer, through: Through | None = None) -> Order:
         raise NotImplementedError("this relay takes no orders")
 
     def catch_up(self) -> None:

@@ -30,10 +30,10 @@ static void check(int holds, const char *what)
     }
 }
 
-/* `step`: the largest piece. Returns how the stream ended. */
-static struct trace take_apart(const uint8_t *input, size_t size, size_t step)
+/* `step`: the largest piece. `asking`: an OPEN is to be answered first. Returns how the stream ended. */
+static struct trace take_apart(const uint8_t *input, size_t size, size_t step, bool asking)
 {
-    struct frame_reader reader = {0};
+    struct frame_reader reader = {.asking = asking};
     struct trace trace = {.digest = 0xcbf29ce484222325u};
     enum frame_found found = FRAME_NOTHING;
     while (size && found != FRAME_BROKEN) {
@@ -55,7 +55,12 @@ static struct trace take_apart(const uint8_t *input, size_t size, size_t step)
                 trace.data_size += piece_size;
             } else if (found == FRAME_WHOLE) {
                 check(reader.control_size <= FRAME_MAX_CONTROL, "a frame too large");
-                check(reader.kind == FRAME_RESET || !reader.control_size, "a payload where none can be");
+                bool is_answer = reader.kind == FRAME_OPENED || reader.kind == FRAME_REFUSED;
+                check(reader.asking || !is_answer, "an answer that nobody waits for");
+                if (is_answer)
+                    reader.asking = false; /* as lease.c has it */
+                bool may_speak = reader.kind == FRAME_RESET || reader.kind == FRAME_REFUSED;
+                check(may_speak || !reader.control_size, "a payload where none can be");
                 add(&trace, &reader.kind, 1);
                 if (reader.control_size)
                     add(&trace, reader.control, reader.control_size);
@@ -73,8 +78,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
 {
     if (size < 2)
         return 0;
-    size_t step = (size_t)input[0] + 1;
-    struct trace whole = take_apart(input + 1, size - 1, size), parts = take_apart(input + 1, size - 1, step);
+    size_t step = (size_t)(input[0] >> 1) + 1;
+    bool asking = input[0] & 1;
+    struct trace whole = take_apart(input + 1, size - 1, size, asking);
+    struct trace parts = take_apart(input + 1, size - 1, step, asking);
     check(whole.digest == parts.digest && whole.data_size == parts.data_size, "it depends on the pieces");
     return 0;
 }
@@ -83,13 +90,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
 /* Half of what it makes is as a peer would say it, or every input would end at its first byte. */
 static size_t invent(uint8_t *input, size_t room)
 {
-    static const uint8_t kinds[] = {FRAME_DATA, FRAME_DATA, FRAME_DATA, FRAME_FIN, FRAME_RESET, FRAME_PONG, FRAME_GOAWAY};
+    static const uint8_t kinds[] = {FRAME_DATA, FRAME_DATA, FRAME_DATA, FRAME_FIN, FRAME_RESET, FRAME_PONG, FRAME_GOAWAY,
+                                    FRAME_OPENED, FRAME_REFUSED};
     size_t size = 0;
     input[size++] = (uint8_t)rand();
     while (size < room && rand() % 40) {
         uint8_t kind = rand() % 30 ? kinds[(size_t)rand() % sizeof kinds] : (uint8_t)rand();
         size_t payload = kind == FRAME_DATA ? (size_t)(rand() % 30 ? rand() % 300 : rand() % (FRAME_MAX_DATA + 2)) :
-                         kind == FRAME_RESET ? (size_t)(rand() % (FRAME_MAX_CONTROL + 2)) : rand() % 50 == 0;
+                         kind == FRAME_RESET || kind == FRAME_REFUSED ? (size_t)(rand() % (FRAME_MAX_CONTROL + 2)) : rand() % 50 == 0;
         if (size + FRAME_HEADER + payload > room)
             break;
         frame_header(input + size, kind, payload);

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnet.codec.frames import HEADER_SIZE, Data, Fin, GoAway, Open, Pong, Reset, encode
+from meshnet.codec.frames import HEADER_SIZE, Data, Fin, GoAway, Open, Opened, Pong, Refused, Reset, encode
 from tests.relay.native.builds import FUZZERS, NATIVE, copy, run, start
 
 pytestmark = pytest.mark.deep
@@ -23,8 +23,10 @@ OPEN = Open(host="10.0.0.2", port=8080, service="api:8080", source="10.0.0.1:400
 def frame_seeds() -> Iterator[bytes]:
     frames = [encode(Data(memoryview(bytes(size)))) for size in (1, 300, 16380)]
     frames += [encode(frame) for frame in (Fin(), Pong(), GoAway(), Reset(reason="peer.rst"))]
-    for step in (0, 3, 255):  # the first byte says in which pieces
+    for step in (0, 6, 254):  # the first byte says in which pieces, and whether an answer to OPEN is due
         yield bytes([step]) + b"".join(frames)
+        yield bytes([step + 1]) + b"".join([encode(Opened()), *frames])
+        yield bytes([step + 1]) + encode(Refused(reason="authz.denied", policy="strict", detail="not you"))
 
 
 def open_seeds() -> Iterator[bytes]:

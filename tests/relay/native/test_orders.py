@@ -47,7 +47,7 @@ class Gate:
         target = more.pop("target", self.server.getsockname()[:2])
         places, patience = more.pop("places", 1000), more.pop("patience", 5.0)
         waiter, direction = more.pop("waiter", "order"), more.pop("direction", OUTBOUND)
-        return self.core.order(direction, 0, source, original, target, 0, False, patience, places, waiter)
+        return self.core.order(direction, 0, source, original, target, 0, False, patience, places, None, waiter)
 
     def client(self, to: tuple[str, int] = DIALLED) -> socket.socket:
         return self.host.connect(*to)
@@ -327,11 +327,11 @@ def test_a_core_that_stops_ends_what_orders_began_and_leaks_nothing(host: Host, 
     with no_descriptors_leaked():
         with host.entered():
             core = Core((b"",) * len(REASONS), "gate")
-        order = core.order(OUTBOUND, 0, "127.0.0.1", DIALLED, silent, 0, False, 5.0, 10, "order")
+        order = core.order(OUTBOUND, 0, "127.0.0.1", DIALLED, silent, 0, False, 5.0, 10, None, "order")
         core.stop()
         assert order.revoke() == 10
         with pytest.raises(RuntimeError, match="stopped"):
-            core.order(OUTBOUND, 0, "127.0.0.1", DIALLED, silent, 0, False, 5.0, 10, "order")
+            core.order(OUTBOUND, 0, "127.0.0.1", DIALLED, silent, 0, False, 5.0, 10, None, "order")
         with pytest.raises(RuntimeError, match="stopped"):
             core.listen(99, OUTBOUND, False, "door")
         del core, order  # or they would keep the core's bell

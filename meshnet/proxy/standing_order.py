@@ -1,0 +1,196 @@
+"""One standing order, and what comes of it: connections that go on, come and go, or are given back."""
+
+import errno
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from meshnet.codec.frames import decode_refused
+from meshnet.decide.breaker import BreakerState, counts_against_endpoint
+from meshnet.errors import ConnectionFailed, EndedBy, Reason
+from meshnet.model.connection import Attempt, Direction
+from meshnet.net import sockets
+from meshnet.proxy.passed import Passed, Told
+from meshnet.proxy.record import Record, milliseconds, new_id
+from meshnet.relay import TUNNEL_CLOSED, Facts, Flow, Order, OrderedLink, Outcome, Target, Watcher
+from meshnet.tunnel.client import Key, no_answer, refusal
+
+if TYPE_CHECKING:  # it holds orders
+    from meshnet.proxy.state import EndpointState, ProxyState, ServiceState
+
+_KEPT_UNUSED = 60.0  # seconds
+_LOST = (Reason.TUNNEL_LOST, Reason.KEEPALIVE_DEAD)
+
+
+class Asking(NamedTuple):
+    """How an endpoint is asked for: through which tunnels, and in what words (meshnet.relay.Through.opening)."""
+
+    key: Key
+    opening: tuple[bytes, bytes, bytes]
+
+
+class Before(NamedTuple):
+    """What became of a connection before it is decided about: how an attempt at the endpoint that its record names has
+    failed, if one has, and what was read of its client then."""
+
+    failed: ConnectionFailed | None = None
+    early: bytes = b""
+
+
+@dataclass(slots=True, eq=False)
+class StandingOrder:
+    """One that was given to the relay, which tells it what comes of that."""
+
+    state: "ProxyState"
+    flow: Flow
+    target: Target
+    told: Told
+    held: "ServiceState | None"
+    known: "EndpointState | None"
+    asking: Asking | None
+    issued: float = field(default_factory=time.monotonic)
+    revoked: bool = False
+    handle: Order = field(init=False)
+
+    def widen(self) -> None:
+        """A connection came past it, for want of a place: it gets more, as far as there are."""
+        if self.held is None:
+            return
+        places, taken, _ = self.handle.state()
+        if taken == places and (more := self.held.limiter.reserve(places)):
+            self.handle.widen(more)
+
+    def is_unused(self, now: float) -> bool:
+        _, taken, used_at = self.handle.state()
+        return not taken and now - max(used_at, self.issued) > _KEPT_UNUSED
+
+    def began(self, link: OrderedLink) -> Watcher:
+        """A connection that goes on."""
+        facts = link.facts()
+        record = self._record(facts)
+        record.link = link
+        record.tally.live = link.live
+        self.state.registry.began(record)
+        if self.known is not None:
+            self.known.open += 1
+        if facts.connected:
+            self.state.registry.connected(record)
+        if self.revoked:
+            self.state.review(record)  # it came in just before, and what revoked the order has not seen it
+        return _Carried(self, record, link)
+
+    def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
+        """A connection that was over before anybody looked."""
+        if facts.undone:
+            # The application of this host could not be reached. The usual way is taken, which says so to the peer.
+            self._leave(facts)
+            self.state.orders.revoke([self])
+            return
+        if outcome.reason is not Reason.OK or not facts.connected:
+            self.end(self._record(facts), facts, outcome)
+            return
+        self._dialled(facts)
+        self._leave(facts)
+        opened_at = time.time() + facts.opened - time.monotonic()
+        registry = self.state.registry
+        connection_id = facts.id or new_id(opened_at) + registry.id_suffix
+        registry.passed(Passed(self.told, facts, outcome, opened_at, connection_id))
+
+    def end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
+        self._leave(facts)
+        if facts.client >= 0:
+            self._hand_back(record, facts, outcome)
+        else:
+            self.told.note_end(record, facts, outcome)
+            self.state.registry.ended(record)
+
+    def _dialled(self, facts: Facts) -> None:
+        if self.held is not None:
+            self.held.budget.dialled(facts.opened)
+
+    def _leave(self, facts: Facts) -> None:
+        """Gives back the place in the limits that the order could not take back, once it was revoked."""
+        if facts.owes and self.held is not None:
+            self.state.leave(self.held)
+
+    def _record(self, facts: Facts) -> Record:
+        self._dialled(facts)
+        return self.told.record(self.state.registry, facts)
+
+    def _hand_back(self, record: Record, facts: Facts, outcome: Outcome) -> None:
+        """The endpoint could not be reached: it is judged, and what is to be done now is decided anew."""
+        record.link = record.tally.live = None
+        record.client = sockets.adopt(facts.client, self.flow.source)
+        if outcome.reason in _LOST:  # the peer had hung up on a kept tunnel: that says nothing about the endpoint
+            record.forget_tunnel()
+            self.state.orders.go_on(record, Before(early=facts.early))
+            return
+        now = time.monotonic()
+        failure = self._failure(facts, outcome)
+        record.attempts.append(
+            Attempt(
+                endpoint=self.told.endpoint,
+                result=str(failure.reason),
+                ms=milliseconds(facts.ended - facts.opened),
+                detail=failure.detail,
+            )
+        )
+        self.state.orders.revoke([self])
+        if self.known is not None:
+            self._blame(self.known, failure, now)
+        before = Before(failure, facts.early)
+        if self.flow.direction is Direction.OUTBOUND and self.told.service:
+            self.state.orders.go_on(record, before)
+        else:
+            fail(record, before)
+
+    def _failure(self, facts: Facts, outcome: Outcome) -> ConnectionFailed:
+        if self.asking is None:
+            return sockets.connect_failure(self.target.address, facts.error, self.target.patience)
+        if facts.error == errno.ETIMEDOUT:
+            return no_answer(self.target.patience)
+        if not facts.reset:
+            return ConnectionFailed(outcome.reason, outcome.detail, ended_by=outcome.ended_by)
+        try:
+            return refusal(decode_refused(facts.reset))
+        except ValueError as error:
+            return ConnectionFailed(Reason.TUNNEL_PROTOCOL, str(error), ended_by=EndedBy.PEER_PROXY)
+
+    def _blame(self, known: "EndpointState", failure: ConnectionFailed, now: float) -> None:
+        known.last_error = f"{failure.reason}: {failure.detail}"
+        if not counts_against_endpoint(failure.reason):
+            return
+        self.state.orders.revoke(known.orders)
+        # Dialled before it opened says nothing new, and is not the probe either.
+        if known.breaker.state(now) is BreakerState.CLOSED and known.breaker.admit(now):
+            known.breaker.failed(now, self.state.dice)
+
+
+class _Carried:
+    """A connection that goes on under an order."""
+
+    __slots__ = ("_link", "_order", "_record")
+
+    def __init__(self, order: StandingOrder, record: Record, link: OrderedLink) -> None:
+        self._order = order
+        self._record = record
+        self._link = link
+
+    def connected(self) -> None:
+        if self._record.connected is None:
+            self._order.told.note_connected(self._record, self._link.facts())
+            self._order.state.registry.connected(self._record)
+
+    def ended(self) -> None:
+        facts = self._link.facts()
+        if facts.connected:
+            self.connected()
+        if self._order.known is not None:
+            self._order.known.open -= 1
+        self._order.end(self._record, facts, self._link.outcome())
+
+
+def fail(record: Record, before: Before) -> None:
+    """Ends it with that failure, which the client gets to know by RST."""
+    with record:
+        raise before.failed or ConnectionFailed(Reason.TUNNEL_LOST, TUNNEL_CLOSED)

@@ -1,0 +1,49 @@
+/* What the core's parts speak of to each other and to Python: sources of events, addresses, bytes that wait, news. */
+#ifndef MESHNET_NEWS_H
+#define MESHNET_NEWS_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* What epoll's events lead to. */
+struct source {
+    enum { SOURCE_PLAIN, SOURCE_TUNNEL, SOURCE_LISTENER } kind;
+};
+
+/* An IP address and a port as they are on the wire; an IPv4 address fills the first four bytes. No padding. */
+struct address {
+    uint8_t host[16];
+    uint16_t port, family;
+};
+
+/* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD and _BACK it is said once, and gives back a
+ * reference that the core has held: behind it, no thread touches what it belongs to.
+ */
+struct news {
+    enum {
+        NEWS_LINK_ENDED,
+        NEWS_LINK_ABORTED,
+        NEWS_LINK_BEGUN, /* under an order; and again when its endpoint is up */
+        NEWS_TUNNEL_HEARD,
+        NEWS_TUNNEL_BACK, /* from a depot */
+        NEWS_TUNNEL_GONE,
+        NEWS_ACCEPTED,
+        NEWS_LISTENER_STUCK,
+        NEWS_LISTENER_GONE
+    } kind;
+    bool quiet;  /* nobody waits for it: it may wait for others */
+    void *owner; /* the link, what was accepted, or the Python object */
+    bool told;   /* in a list; guarded by core->lock */
+    struct news *next;
+};
+
+/* Bytes on their way to a socket that is full. */
+struct backlog {
+    uint8_t *bytes;
+    size_t size;
+};
+
+bool backlog_append(struct backlog *backlog, const void *bytes, size_t size);
+
+#endif

@@ -1,0 +1,95 @@
+"""A peer sidecar in the test's own hands, the accepting end: it serves tunnels frame by frame, on blocking sockets."""
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from meshnet.codec.frames import Data, Fin, Frame, Open
+from meshnet.tunnel.protocol import Role, Tunnel
+from tests.proxy.peer import TUNNEL_PORT, credentials, issue
+from tests.proxy.programs import TIMEOUT, listen
+from tests.world import Host, Mesh
+
+
+class FarTunnel:
+    """One tunnel that a sidecar has opened to us."""
+
+    def __init__(self, sock: ssl.SSLSocket) -> None:
+        self.sock = sock
+        self.wire = Tunnel(Role.SERVER)
+        self._frames: list[Frame] = []
+
+    def frame(self) -> Frame:
+        """The next one; DATA with its payload copied. Raises EOFError when the tunnel was closed."""
+        while not self._frames:
+            if not (data := self.sock.recv(32768)):
+                raise EOFError
+            self._frames += self.wire.receive(data)
+        frame = self._frames.pop(0)
+        return Data(memoryview(bytes(frame.payload))) if isinstance(frame, Data) else frame
+
+    def asked(self) -> Open:
+        frame = self.frame()
+        assert isinstance(frame, Open), frame
+        return frame
+
+    def read(self, size: int) -> bytes:
+        """Exactly so many bytes of DATA."""
+        data = b""
+        while len(data) < size:
+            frame = self.frame()
+            assert isinstance(frame, Data), frame
+            data += frame.payload
+        assert len(data) == size
+        return data
+
+    def say(self, *frames: bytes) -> None:
+        self.sock.sendall(b"".join(frames))
+
+    def send(self, data: bytes) -> None:
+        self.say(self.wire.data(len(data)), data)
+
+    def converse(self, client: socket.socket) -> None:
+        """Some bytes each way in a lease that has begun, and its end; the client ends first."""
+        with client:
+            client.sendall(b"question")
+            assert self.read(8) == b"question"
+            self.send(b"answer")
+            assert client.recv(64) == b"answer"
+            client.shutdown(socket.SHUT_WR)
+            assert self.frame() == Fin()
+            self.say(self.wire.fin())
+            assert client.recv(1) == b""
+
+
+class Far:
+    """Where sidecars come with their tunnels."""
+
+    def __init__(self, server: socket.socket, context: ssl.SSLContext) -> None:
+        self._server = server
+        self._context = context
+        self._tunnels: list[FarTunnel] = []
+
+    def accept(self) -> FarTunnel:
+        """The next tunnel. Raises TimeoutError."""
+        plain, _ = self._server.accept()
+        plain.settimeout(TIMEOUT)
+        tunnel = FarTunnel(self._context.wrap_socket(plain, server_side=True))
+        self._tunnels.append(tunnel)
+        return tunnel
+
+    def close(self) -> None:
+        for tunnel in self._tunnels:
+            tunnel.sock.close()
+
+
+@contextmanager
+def serving(host: Host, mesh: Mesh) -> Iterator[Far]:
+    """With the identity of that host, which has no sidecar."""
+    with listen(host, TUNNEL_PORT) as server:
+        far = Far(server, credentials(issue(mesh, host.name)).server)  # type: ignore[arg-type] # Python's own TLS made it
+        try:
+            yield far
+        finally:
+            far.close()
