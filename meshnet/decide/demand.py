@@ -24,13 +24,13 @@ class Demand:
 
     def asked(self, leased: int, now: float) -> None:
         """One more is in use, which makes `leased`."""
-        self._fade(now)
+        self._fade(leased - 1, now)
         self._grown += max(0.0, leased - max(self._most, leased - 1))
         self._most = max(self._most, leased)
 
     def hold(self, leased: int, now: float) -> None:
         """So many are in use still. To be called every few seconds."""
-        self._fade(now)
+        self._fade(leased, now)
         self._most = max(self._most, leased)
 
     def limit(self, standing: int) -> None:
@@ -39,13 +39,16 @@ class Demand:
 
     def spares(self, leased: int, now: float) -> int:
         """How many should be there beyond those in use; never negative."""
-        most, grown = self._faded(now)
+        most, grown = self._faded(leased, now)
         return max(0, round(most) - leased) + int(grown / _GROWTH_PART)
 
-    def _fade(self, now: float) -> None:
-        self._most, self._grown = self._faded(now)
+    def _fade(self, leased: int, now: float) -> None:
+        self._most, self._grown = self._faded(leased, now)
         self._at = max(now, self._at)
 
-    def _faded(self, now: float) -> tuple[float, float]:
+    def _faded(self, leased: int, now: float) -> tuple[float, float]:
+        """What is in use does not fade, or to use as much as before would look like growth."""
         passed = max(0.0, now - self._at)
-        return self._most * 0.5 ** (passed / _HALF_LIFE), self._grown * math.exp(-passed / _GROWTH_FADES)
+        used = min(self._most, leased)
+        most = used + (self._most - used) * 0.5 ** (passed / _HALF_LIFE)
+        return most, self._grown * math.exp(-passed / _GROWTH_FADES)

@@ -126,3 +126,14 @@ def test_time_that_goes_back_is_taken_as_standing_still() -> None:
     peer.leased += 1
     peer.demand.asked(21, peer.now)
     assert peer.spares() >= before
+
+
+@given(st.integers(100, 20_000), st.integers(1, 8), st.floats(0.001, 0.2))
+def test_who_needs_as_many_as_ever_is_not_taken_to_grow(held: int, at_a_time: int, pause: float) -> None:
+    """So many long ones, and a few short ones one after the other."""
+    peer = lived([Step(held + at_a_time, 0.0), Step(0, 120.0)])
+    peer.demand.hold(peer.leased, peer.now)
+    for _ in range(100):
+        peer.go(Step(-at_a_time, pause))
+        peer.go(Step(at_a_time, pause))
+    assert peer.spares() <= 1

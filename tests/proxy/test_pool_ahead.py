@@ -78,7 +78,7 @@ def test_a_tunnel_made_ahead_carries_connections_as_any_other(hosts: Hosts) -> N
     with_pool(hosts, body, max_idle=8, runs=True)
 
 
-def test_no_more_are_made_than_are_kept(hosts: Hosts) -> None:
+def test_no_more_are_made_than_half_of_what_is_kept(hosts: Hosts) -> None:
     async def body(pool: Pool, address: Address, identity: str) -> None:
         handshakes = Handshakes(pool)
         tunnels = await leased(pool, address, identity, 64)
@@ -86,9 +86,25 @@ def test_no_more_are_made_than_are_kept(hosts: Hosts) -> None:
         await settled(pool)
         assert handshakes.count == 64 + 2
         give_back(pool, tunnels)
-        assert idle(pool) == 2
+        assert idle(pool) == 4
 
-    with_pool(hosts, body, max_idle=2, runs=True)
+    with_pool(hosts, body, max_idle=4, runs=True)
+
+
+def test_what_comes_back_has_a_place_and_causes_no_handshake(hosts: Hosts) -> None:
+    """Far fewer are needed than a moment ago: then what is leased next is neither replaced nor closed."""
+
+    async def body(pool: Pool, address: Address, identity: str) -> None:
+        give_back(pool, await leased(pool, address, identity, 64))
+        await settled(pool)
+        assert idle(pool) == 8
+        handshakes = Handshakes(pool)
+        for _ in range(50):
+            give_back(pool, await leased(pool, address, identity, 3))
+        await settled(pool)
+        assert (handshakes.count, idle(pool)) == (0, 8)
+
+    with_pool(hosts, body, max_idle=8, runs=True)
 
 
 def test_connections_that_wait_for_a_handshake_come_first(hosts: Hosts) -> None:
