@@ -83,6 +83,13 @@ def allow_many_files() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+def free_memory() -> int:
+    """KiB that can be had without swapping (proc(5), meminfo)."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
 def description(spinning: Sequence[int]) -> dict[str, str]:
     """What there is to know before anything was measured."""
     model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)

@@ -6,6 +6,7 @@ import pytest
 from meshnet.control.authority import Authority
 from tests.bench import load, machine
 from tests.bench.growth.connections import connections
+from tests.bench.growth.room import Room
 from tests.bench.growth.storm import storm
 from tests.bench.report import Run, markdown
 from tests.bench.rounds import Plan, measure
@@ -91,8 +92,22 @@ def test_every_connection_of_a_storm_has_one_record_on_both_sides(program: Path)
 
 
 @pytest.mark.usefixtures("world")
-def test_a_level_of_open_connections_is_measured_and_one_beyond_the_descriptors_is_named(program: Path) -> None:
-    text = connections(program, PLAIN, [1, 50, 5000], 500)
+def test_levels_of_open_connections_are_measured_and_one_beyond_the_descriptors_is_named(program: Path) -> None:
+    text = connections(program, PLAIN, [1, 50, 5000], Room(files=500, memory=1 << 20), 60.0)
     _, _, *rows, missed = text.splitlines()
     assert [row.split()[1] for row in rows] == ["1", "50", "86"]
-    assert missed == "Not reached: 5,000, for a process may have 500 descriptors here."
+    assert missed.startswith("Not reached: 5,000, for a process may have 500 descriptors here")
+
+
+@pytest.mark.usefixtures("world")
+def test_open_connections_are_spread_among_workers_holders_and_servers(program: Path) -> None:
+    text = connections(program, MTLS, [300], Room(files=400, memory=1 << 20, workers=4), 60.0)
+    _, _, row, missed = text.splitlines()
+    assert row.split()[1] == "256"
+    assert "of 4 workers" in missed
+
+
+@pytest.mark.usefixtures("world")
+def test_levels_for_which_there_is_no_time_are_named(program: Path) -> None:
+    text = connections(program, PLAIN, [1, 2], Room(files=1000, memory=1 << 20), 0.0)
+    assert text.splitlines()[2:] == ["Not reached: 1, 2, for the 0 s that this table may take were over."]

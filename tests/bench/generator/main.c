@@ -5,6 +5,7 @@
  *   load noise SECONDS [-- PID...]
  *   load spin
  *
+ * serve   answers; of several on one port each gets its part of the connections
  * rr      ping-pong of 256 bytes on CONNECTIONS that stay open
  * crr     connect, one request, its response, close; CONNECTIONS at a time
  * stream  the server sends as fast as the client takes it, on CONNECTIONS

@@ -17,6 +17,7 @@ _Noreturn void serve(int port) {
     int on = 1, listener = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     setsockopt(listener, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
+    setsockopt(listener, SOL_SOCKET, SO_REUSEPORT, &on, sizeof on);
     if (bind(listener, (struct sockaddr *)&address, sizeof address) < 0 || listen(listener, LISTEN_BACKLOG) < 0)
         die("listen");
     watch(EPOLL_CTL_ADD, listener, EPOLLIN, LISTENER);

@@ -1,4 +1,4 @@
-"""Measures how meshnet's work grows, as a report in Markdown; see scripts/bench. Less than four minutes."""
+"""Measures how meshnet's work grows, as a report in Markdown; see scripts/bench. Two to three minutes."""
 
 import os
 import tempfile
@@ -11,6 +11,7 @@ from meshnet_cli.main import expected_errors
 from tests.bench import load, machine
 from tests.bench.growth import mesh
 from tests.bench.growth.connections import LEVELS, connections
+from tests.bench.growth.room import rooms
 from tests.bench.growth.storm import storm
 from tests.bench.tests import MODES, MTLS, PLAIN
 
@@ -22,11 +23,17 @@ loop is. CPU is user and system time of both sidecars.
 """
 
 _CONNECTIONS = """\
+
 Client and sidecar on one host, sidecar and server on another, as for RESULTS.md; so many connections are open that have
-each had one request answered, and are idle. *CPU us/request*: ping-pong of 256 bytes on 64 more. *New connection*:
-connect, request, response, close, eight at a time. *Lag* of either event loop, meanwhile; the last column while it was
-scraped and asked for `meshnet conns`, three times each. It is looked at eight times a second, and each figure is the
-bound of a bucket in `/metrics` that none was above. *Scrape* and *conns*: the fastest of three, of the slower sidecar.
+each had one request answered, and are idle: both sidecars say so. Where one process cannot have them all there is a
+second table, of sidecars with as many workers as it takes; of mTLS only that one.
+
+*KiB/connection*: by how much both sidecars have grown since none was open; of a few connections it is what the
+allocators happen to do. *CPU us/request*: ping-pong of 256 bytes on 64 more. *New connection*: connect, request,
+response, close, eight at a time; its *handshakes* are those of tunnels meanwhile. *Lag* of any event loop, meanwhile;
+*lag of both* while it was scraped and asked for `meshnet conns`, three times each. It is looked at eight times a
+second, and each figure is the bound of a bucket in `/metrics` that none was above. *Scrape* and *conns*: the fastest of
+three, of the slower sidecar. *Descriptors*: of the process of a sidecar that has most.
 """
 
 _STORM = """\
@@ -36,6 +43,7 @@ the same number, on both sides.
 """
 
 _WARM, _SECONDS = 3.0, 5.0
+_LONGEST = {PLAIN: 30.0, MTLS: 75.0}  # seconds, for a table of open connections; of mTLS each takes a handshake
 _PATIENCE = 20.0  # seconds, for a quiet machine
 
 
@@ -52,14 +60,19 @@ def main(context: click.Context, write: bool) -> None:
             with machine.spinners(program, True) as spinning:
                 about = machine.description(spinning)
                 noise, waited = machine.wait_until_quiet(program, spinning, _PATIENCE)
-                about["quiet"] = f"waited {waited:.0f} s; then others used {noise.others:.0%} of the processors' time"
+                about["quiet"] = (
+                    f"waited {waited:.0f} s; then others used {noise.others:.0%} of the processors' time, "
+                    f"and {noise.stolen:.0%} was stolen"
+                )
                 parts = ["# How the work grows", _HOW, *(f"- {name}: {value}" for name, value in about.items())]
-                for mode in (PLAIN, MTLS):
+                parts += ["\n## Open connections", _CONNECTIONS.rstrip()]
+                found = rooms(LEVELS[-1], files, machine.free_memory())
+                for mode, room in (*((PLAIN, room) for room in found), (MTLS, found[-1])):
                     parts += [
-                        f"\n## Open connections, {MODES[mode]}\n",
-                        connections(program, mode, LEVELS[mode], files),
+                        f"\n### {MODES[mode]}, {room.processes} in each sidecar\n",
+                        connections(program, mode, LEVELS, room, _LONGEST[mode]).rstrip(),
                     ]
-                    parts += [_CONNECTIONS] if mode == PLAIN else []
+                parts.append("")
                 table, wrong = storm(program, [PLAIN, MTLS], warm=_WARM, seconds=_SECONDS)
                 parts += ["\n## A storm of connections\n", _STORM, table, *(f"- **wrong**: {line}" for line in wrong)]
             parts += ["\n## Endpoints of a service, choosing one\n", mesh.endpoints()]

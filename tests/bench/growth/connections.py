@@ -1,70 +1,73 @@
 """Open connections grow: what a request, a new one, a scrape and `meshnet conns` cost while all others are idle."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.bench.growth.room import BUSY, Room
 from tests.bench.growth.sidecars import LagWatch, Pair, conns_seconds, pair, scrape_seconds
 from tests.bench.growth.table import table
 from tests.bench.load import LoadFailed
-from tests.bench.tests import MTLS, PLAIN
 
-LEVELS = {PLAIN: (1, 100, 1_000, 5_000, 10_000, 20_000), MTLS: (1, 100, 1_000, 5_000)}
-"""Of mTLS fewer: each takes a handshake, and they are there to show the same."""
+LEVELS = (1, 10, 100, 1_000, 10_000, 20_000)
 
-_BUSY = 64  # connections that play ping-pong, beside the idle ones
 _AT_ONCE = 8  # new connections
 _SECONDS = 1.0
-_OTHER_FILES = 200  # of a sidecar, beside those of connections
+_WARM = 0.3
+_HEAD = (
+    "open",
+    "KiB/connection",
+    "CPU us/request",
+    "CPU us/new connection",
+    "lag, ms",
+    "scrape, ms",
+    "conns, ms",
+    "lag of both, ms",
+    "handshakes/new connection",
+    "descriptors",
+)
 
 
-def connections(program: Path, mode: str, levels: Sequence[int], files: int) -> str:
-    """`files`: how many descriptors a process may have."""
-    head = (
-        "open",
-        "KiB/connection",
-        "CPU us/request",
-        "CPU us/new connection",
-        "lag, ms",
-        "scrape, ms",
-        "conns, ms",
-        "lag of both, ms",
-    )
+def connections(program: Path, mode: str, levels: Sequence[int], room: Room, seconds: float) -> str:
+    """The table, and below it each of `levels` that was not reached, and why.
+
+    No level is begun, or waited for, later than `seconds` after the first.
+    """
     rows: list[tuple[object, ...]] = []
-    with pair(program, mode) as sidecars:
+    missed = [room.missed(levels)]
+    with pair(program, mode, room.workers) as sidecars:
+        # The memory of what is open beside the idle ones is there before they are.
+        sidecars.run("rr", BUSY, _WARM)
+        sidecars.run("crr", _AT_ONCE, _WARM)
         before, opened = sidecars.memory(), 0
-        for level in _reachable(levels, files):
+        reachable = room.reachable(levels)
+        ends = time.monotonic() + seconds
+        for level in reachable:
             try:
-                sidecars.hold(level - opened)
+                left = ends - time.monotonic()
+                if left <= 0:
+                    raise LoadFailed(f"the {seconds:g} s that this table may take were over")
+                sidecars.hold(level - opened, at_most=room.files // 2, within=left)
                 opened = level
                 memory = (sidecars.memory() - before) / level
-                rows.append((level, memory, *_costs(sidecars)))
+                rows.append((level, memory, *_costs(sidecars, level)))
             except (LoadFailed, TimeoutError) as error:
-                rows.append((level, f"not reached: {error}", *[""] * (len(head) - 2)))
+                which = ", ".join(f"{each:,}" for each in reachable[len(rows) :])
+                missed.append(f"Not reached: {which}, for {error}.")
                 break
-    missed = [f"{level:,}" for level in levels if _descriptors(level) > files]
-    why = f"Not reached: {', '.join(missed)}, for a process may have {files:,} descriptors here.\n" if missed else ""
-    return table(head, rows) + why
+    return "\n".join([table(_HEAD, rows).rstrip(), *filter(None, missed)]) + "\n"
 
 
-def _descriptors(level: int) -> int:
-    """What a sidecar needs."""
-    return 2 * (level + _BUSY) + _OTHER_FILES
-
-
-def _reachable(levels: Sequence[int], files: int) -> list[int]:
-    """Those that `files` descriptors are enough for, and the most they allow when that is less than the last."""
-    fitting = [level for level in levels if _descriptors(level) <= files]
-    return fitting if len(fitting) == len(levels) else [*fitting, (files - _OTHER_FILES) // 2 - _BUSY]
-
-
-def _costs(sidecars: Pair) -> tuple[object, ...]:
+def _costs(sidecars: Pair, idle: int) -> tuple[object, ...]:
     load_lag = LagWatch(sidecars)
-    ping_pong = sidecars.run("rr", _BUSY, _SECONDS)
+    ping_pong = sidecars.run("rr", BUSY, _SECONDS)
+    handshakes = sidecars.handshakes()
     new = sidecars.run("crr", _AT_ONCE, _SECONDS)
+    handshakes = sidecars.handshakes() - handshakes
     lag = load_lag.worst()
     asking_lag = LagWatch(sidecars)
     scrape = min(scrape_seconds(sidecars) for _ in range(3))
-    conns = min(conns_seconds(sidecars) for _ in range(3))
+    conns = min(conns_seconds(sidecars, idle) for _ in range(3))
     return (
         ping_pong.cpu_seconds / ping_pong.units * 1e6,
         new.cpu_seconds / new.units * 1e6,
@@ -72,4 +75,6 @@ def _costs(sidecars: Pair) -> tuple[object, ...]:
         scrape * 1000,
         conns * 1000,
         asking_lag.worst(),
+        handshakes / new.opened,
+        sidecars.most_descriptors(),
     )

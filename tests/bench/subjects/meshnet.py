@@ -9,6 +9,7 @@ from meshnet.model.resource import API_VERSION, LimitsSpec, Metadata, TrafficPol
 from meshnet.net.tls import ALPN
 from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.world import Host, Process, wait_for
+from tests.bench.growth.room import MOST_WORKERS
 from tests.bench.load import Subject
 from tests.bench.subjects.check import CheckFailed, Probe, check_refusals
 from tests.bench.subjects.hops import BOTH, PORT, SERVICE_ADDRESS, TUNNEL_PORT
@@ -16,7 +17,9 @@ from tests.bench.table import MESHNET
 from tests.bench.tests import MTLS, SINGLE
 
 # By the number of workers, the sections of meshnet.toml that make them. A number that is not here is "not yet".
-SETTINGS: dict[int, dict[str, dict[str, Any]]] = {1: {}, 2: {"proxy": {"workers": 2}}}
+SETTINGS: dict[int, dict[str, dict[str, Any]]] = {
+    workers: {"proxy": {"workers": workers}} for workers in range(1, MOST_WORKERS + 1)
+}
 
 # Twice: who expects TLS can refuse plain text from the fifth byte on, and one PING has four.
 _PING = Probe(encode(Ping()) * 2, encode(Pong()) * 2, ALPN)
