@@ -57,6 +57,7 @@ async def _carry(
             await _to_service(client, service, pinned, record, state, decided, before)
         case Passthrough():
             leg = await reach_address(destination, record, state, _PASSTHROUGH_TIMEOUT)
+            leg.early = before.early
             state.orders.offer(record, Target(destination, state.mark, False, _PASSTHROUGH_TIMEOUT), decided)
             await relay(PlainLeg(client), leg, record, state)
         case Refuse(reason=reason, detail=detail):

@@ -121,7 +121,8 @@ class StandingOrder:
         """The endpoint could not be reached: it is judged, and what is to be done now is decided anew."""
         record.link = record.tally.live = None
         record.client = sockets.adopt(facts.client, self.flow.source)
-        if outcome.reason in _LOST:  # the peer had hung up on a kept tunnel: that says nothing about the endpoint
+        if outcome.reason in _LOST and not facts.reset:
+            # The peer had hung up on a kept tunnel: that says nothing about the endpoint.
             record.forget_tunnel()
             self.state.orders.go_on(record, Before(early=facts.early))
             return

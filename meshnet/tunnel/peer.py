@@ -24,6 +24,7 @@ class Peer:
     resumable: Resumable | None = None
     depot: Depot | None = None
     orders: int = 0
+    _most_lent: int = field(init=False, default=0)  # at once, since somebody has last asked
     _lent: dict[Channel, ClientTunnel] = field(init=False, default_factory=dict)  # parked, or leased by an order
 
     @property
@@ -34,10 +35,11 @@ class Peer:
     def in_use(self) -> int:
         return self.leased + (self.depot.counts()[1] if self.depot else 0)
 
-    @property
     def most_in_use(self) -> int:
-        """Since the last `gather`, as far as orders are concerned."""
-        return self.leased + (self.depot.counts()[2] if self.depot else 0)
+        """Since this was last asked, as far as orders are concerned."""
+        self._note_most()
+        most, self._most_lent = self._most_lent, 0
+        return self.leased + most
 
     @property
     def is_unused(self) -> bool:
@@ -48,7 +50,7 @@ class Peer:
 
     def keep(self, tunnel: ClientTunnel) -> None:
         """It stands between leases."""
-        if self.depot is not None and self.orders:
+        if self.depot is not None and self.orders and tunnel.wire.is_between_frames:
             self._lent[tunnel.channel] = tunnel
             self.depot.park(tunnel.channel)
         else:
@@ -64,13 +66,19 @@ class Peer:
     def gather(self) -> None:
         """All that stand are at hand. Those that orders have leased come back as their leases end."""
         if self.depot is not None:
+            self._note_most()
             self.idle.extend(self.regain(back) for back in reversed(self.depot.recall()))
 
     def park(self) -> None:
         """What is at hand, for orders, if there are any."""
         if self.depot is not None and self.orders:
-            while self.idle:
-                self.keep(self.idle.popleft())
+            idle, self.idle = self.idle, deque()
+            for tunnel in idle:
+                self.keep(tunnel)
+
+    def _note_most(self) -> None:
+        if self.depot is not None:
+            self._most_lent = max(self._most_lent, self.depot.counts()[2])
 
     def regain(self, back: Returned) -> ClientTunnel:
         tunnel = self._lent.pop(back.channel)

@@ -85,7 +85,8 @@ class Pool:
         if tunnel is None:
             if not self._turns.is_free and (peer := self._peers.get(key)) is not None:
                 peer.gather()  # what orders have leased comes to who waits, when it comes back
-            tunnel = await self._turns.wait(key, patience)
+                tunnel = self._take(key)  # or it has come back just now
+            tunnel = tunnel or await self._turns.wait(key, patience)
         if tunnel is None:
             try:
                 tunnel = await self._connect(key, timeout)
@@ -155,9 +156,9 @@ class Pool:
         every few seconds.
         """
         for key, peer in list(self._peers.items()):
-            peer.demand.hold(peer.most_in_use, now)
+            peer.demand.hold(peer.most_in_use(), now)
             peer.gather()
-            while len(peer.idle) > max(peer.spares(now), 1 - peer.in_use):
+            while len(peer.idle) > min(max(peer.spares(now), 1 - peer.in_use), self._max_idle):
                 peer.idle.popleft().channel.close()
             unused = False
             for tunnel in list(peer.idle):
@@ -254,9 +255,10 @@ class Pool:
         wanted = min(peer.spares(now), (self._max_idle + 1) // 2)
         return there - peer.ending < wanted and there < self._max_idle and peer.pause <= now
 
-    def _keep(self, tunnel: ClientTunnel) -> None:
+    def _keep(self, tunnel: ClientTunnel, *, used: bool = True) -> None:
         """For the next who asks, or who is waiting."""
-        tunnel.idle_since = time.monotonic()
+        if used:
+            tunnel.idle_since = time.monotonic()
         tunnel.pinged = False  # a whole lease is an answer too, and may have overtaken the PONG
         if self._turns.offer(tunnel):
             return
@@ -279,21 +281,20 @@ class Pool:
         return peer
 
     def _take(self, key: Key) -> ClientTunnel | None:
+        """The one that was used last: so the others can grow old and be reaped."""
         peer = self._peers.get(key)
-        while (
-            peer is not None and (tunnel := peer.take()) is not None
-        ):  # used last: the others grow old, and are reaped
-            if not self._is_old(tunnel):
-                return tunnel
+        tunnel = peer.take() if peer else None
+        while tunnel is not None and self._is_old(tunnel):
             tunnel.channel.close()
-        return None
+            tunnel = peer.take() if peer else None
+        return tunnel
 
     def _come_back(self, key: Key, back: Returned) -> None:
         """From a lease that an order had, to be looked at."""
         peer = self._peers[key]
         tunnel = peer.regain(back)
         if self._stands(tunnel) and not self._is_old(tunnel):
-            self._keep(tunnel)
+            self._keep(tunnel, used=bool(back.leases))
         else:
             tunnel.channel.close()
             self._look_ahead(key, peer)
@@ -319,7 +320,7 @@ class Pool:
                 for frame in tunnel.wire.receive(memoryview(data)):
                     if isinstance(frame, Pong):
                         tunnel.pinged = False
-        except (OSError, TunnelError):
+        except (OSError, ConnectionFailed, TunnelError):
             return False
         return tunnel.wire.idle
 

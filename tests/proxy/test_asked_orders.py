@@ -5,7 +5,6 @@ The service `odd` is on `outside`, where the test itself is the peer sidecar.
 
 import os
 import socket
-import struct
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +14,7 @@ from meshnet.model.connection import Connection, Security
 from meshnet.model.resource import API_VERSION, BreakerSpec, ConnectSpec, Metadata, TrafficPolicy, TrafficPolicySpec
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.far import Far, FarTunnel, serving
-from tests.proxy.programs import Records, accept, converse, ended_by_rst, listen, reason
+from tests.proxy.programs import Records, accept, converse, ended_by_rst, listen, read, reason, reset, stopped
 from tests.proxy.test_orders import by_order, told
 from tests.world import Host, wait_for
 
@@ -210,8 +209,7 @@ def test_a_tunnel_that_turns_out_to_be_dead_costs_nobody_a_connection(
     out = Records(hosts.sidecar(hosts.web))
     client = call(hosts, b"early")
     first = tunnel.asked()
-    tunnel.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    tunnel.sock.close()
+    reset(tunnel.sock)
     other = far.accept()
     assert other.asked().id == first.id
     assert other.read(5) == b"early"
@@ -253,8 +251,7 @@ def test_a_client_that_gives_up_before_the_answer_costs_no_tunnel(hosts: Hosts, 
     client = call(hosts, b"early")
     tunnel.asked()
     assert tunnel.read(5) == b"early"
-    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    client.close()
+    reset(client)
     assert tunnel.frame() == Reset(reason="peer.rst")
     if answer == "opened":
         tunnel.say(tunnel.wire.opened(), tunnel.wire.fin())
@@ -347,3 +344,81 @@ def test_a_mesh_without_the_service_takes_its_tunnels_back(hosts: Hosts, far: Fa
     assert asked.port == PORT + 1
     tunnel.say(tunnel.wire.opened())
     tunnel.converse(client)
+
+
+def test_garbage_between_leases_costs_a_tunnel_and_nobody_a_connection(
+    hosts: Hosts, far: Far, tunnel: FarTunnel
+) -> None:
+    with socket.socket(fileno=os.dup(tunnel.sock.fileno())) as raw:
+        raw.send(b"this is no TLS record, whatever else it may be" * 3)
+    client = call(hosts)
+    other = far.accept()
+    other.asked()
+    other.say(other.wire.opened())
+    other.converse(client)
+    usual(hosts, other)
+
+
+def test_what_was_said_early_goes_along_where_the_service_has_left_the_mesh(
+    hosts: Hosts, far: Far, tunnel: FarTunnel
+) -> None:
+    """The application's own address: in the mesh a service's, without it nobody's."""
+    address = hosts.outside.address
+    client = hosts.web.connect(address, PORT)
+    tunnel.asked()
+    tunnel.say(tunnel.wire.opened())
+    tunnel.converse(client)
+    wait_until_it_stands(hosts)
+    with listen(hosts.outside, PORT) as server, hosts.web.connect(address, PORT) as client:
+        client.sendall(b"early")
+        tunnel.asked()
+        assert tunnel.read(5) == b"early"
+        hosts.write()
+        reset(tunnel.sock)
+        with accept(server) as app:
+            client.sendall(b"later")
+            assert read(app, 10) == b"earlylater"
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_not_a_byte_is_lost_where_the_tunnel_dies_while_much_is_said(
+    hosts: Hosts, far: Far, tunnel: FarTunnel, ends: bool
+) -> None:
+    data = os.urandom(150_000)
+    client = call(hosts)
+    tunnel.asked()
+    with stopped(hosts.sidecar(hosts.web)):  # so that all of this comes at once
+        client.sendall(data)
+        if ends:
+            client.shutdown(socket.SHUT_WR)
+        reset(tunnel.sock)
+    other = far.accept()
+    other.asked()
+    other.say(other.wire.opened())
+    assert other.read(len(data)) == data
+    client.close()
+
+
+def test_a_late_reset_after_a_client_that_had_gone_before_it_was_asked_for(hosts: Hosts, tunnel: FarTunnel) -> None:
+    out = Records(hosts.sidecar(hosts.web))
+    with stopped(hosts.sidecar(hosts.web)):
+        reset(call(hosts))
+    gone = out.one()
+    assert reason(gone) == "peer.rst by client in connect"
+    assert gone.tls.mode is Security.NONE, "nothing was said to the peer"
+    tunnel.say(encode(Reset(reason="peer.rst")))
+    client = call(hosts)
+    tunnel.asked()
+    tunnel.say(tunnel.wire.opened())
+    tunnel.converse(client)
+
+
+def test_a_refusal_in_the_words_of_a_lost_tunnel_is_a_refusal(hosts: Hosts, tunnel: FarTunnel) -> None:
+    out = Records(hosts.sidecar(hosts.web))
+    client = call(hosts)
+    tunnel.asked()
+    tunnel.say(tunnel.wire.refused(Refused(reason="tunnel.lost", detail="behind me")))
+    tunnel.asked()
+    tunnel.say(tunnel.wire.opened())
+    tunnel.converse(client)
+    assert tried(out.one()) == ["tunnel.lost", "ok"]

@@ -3,6 +3,7 @@
 It is optional: `MISSING` says why it is not there, and then the Python relay serves.
 """
 
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
@@ -41,6 +42,9 @@ try:
     MISSING = ""
 except ImportError as error:
     MISSING = f"not built: {error}"
+
+
+_log = logging.getLogger("meshnet.relay")
 
 
 class _Waiter(Wait):
@@ -265,8 +269,11 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
 
 def _wake(core: "Core") -> None:
     for said in core.news():
-        if type(said) is tuple:
-            who, what, about = said
-            who.hear(what, about)
-        else:
-            said.wake()  # type: ignore[attr-defined] # a _Waiter, a NativeChannel or one of doors.py
+        try:
+            if type(said) is tuple:
+                who, what, about = said
+                who.hear(what, about)
+            else:
+                said.wake()  # type: ignore[attr-defined] # a _Waiter, a NativeChannel or one of doors.py
+        except Exception:  # of one connection; the others are still to be told
+            _log.exception("what the relay tells could not be taken in")

@@ -34,7 +34,7 @@ static size_t hear(struct leg *client)
     if (size < 0 && errno == EAGAIN)
         client->readable = false;
     else if (size < 0 && errno != EINTR)
-        link_fail(link, REASON_PEER_RST, BY_CLIENT, errno);
+        plain_fail(client, errno);
     if (size <= 0) /* an end is found again when it can be passed on */
         return 0;
     if (size < FRAME_MAX_DATA && !client->hung_up)
@@ -54,12 +54,14 @@ void ask(struct link *link)
     uint8_t frame[FRAME_HEADER + FRAME_MAX_CONTROL];
     make_id(link->core, link->id);
     memcpy(link->id + ORDER_ID, order->id_suffix, sizeof order->id_suffix);
-    tunnel->sent_end = tunnel->received_end = FRAME_RESET; /* as long as nothing is said there is no lease to end */
+    /* As long as nothing is said there is no lease to end. FIN: a RESET of the lease before may still come. */
+    tunnel->sent_end = tunnel->received_end = FRAME_FIN;
     leg->in_done = true;
     size_t early = hear(&link->client);
     if (link->over)
         return;
     leg->in_done = false;
+    link->cipher_name = tunnel->cipher_name;
     size_t size = open_write(frame + FRAME_HEADER, order, link->source.port, link->id);
     frame_header(frame, FRAME_OPEN, size);
     lease_ask(leg, frame, FRAME_HEADER + size);

@@ -321,6 +321,7 @@ void plain_write(struct leg *leg, struct iovec *pieces, int count);
 void plain_finish(struct leg *leg);
 void plain_connected(struct leg *leg);
 void plain_reset(struct leg *leg);
+void plain_fail(struct leg *leg, int error);
 void plain_close(struct leg *leg);
 
 /* pipes.c */

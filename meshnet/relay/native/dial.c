@@ -140,7 +140,6 @@ void dial_begin(struct order *order, int client, const struct address *source, s
     begin(link, order, source);
     core_tell(core, &link->begun);
     if (through) {
-        link->cipher_name = through->cipher_name;
         link_set_tunnel(&link->endpoint, through);
         through->leg = &link->endpoint;
         ask(link);

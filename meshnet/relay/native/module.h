@@ -55,9 +55,9 @@ PyObject *module_link_result(struct link *link);
 int doors_add(PyObject *module);
 PyObject *doors_listen(CoreObject *core, PyObject *arguments);
 PyObject *doors_order(CoreObject *core, PyObject *arguments);
-/* What to tell Python, or NULL with an exception set; None: nothing. */
 /* Of an IP address in text. False with an exception set. */
 bool doors_host(const char *host, struct address *address);
+/* What to tell Python, or NULL with an exception set; None: nothing. */
 PyObject *doors_facts(PyObject *link, PyObject *unused);
 PyObject *doors_begun(struct link *link);
 PyObject *doors_ended(struct link *link);

@@ -17,8 +17,8 @@ struct address {
     uint16_t port, family;
 };
 
-/* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD and _BACK it is said once, and gives back a
- * reference that the core has held: behind it, no thread touches what it belongs to.
+/* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD it is said once, and gives back a
+ * reference that the core has held: behind it, no thread touches what it belongs to. (NEWS_TUNNEL_BACK: the depot's, and until it is parked again.)
  */
 struct news {
     enum {

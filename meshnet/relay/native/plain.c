@@ -18,7 +18,7 @@
 #define READS_PER_TURN 4 /* then others get theirs */
 #define BULK_ENDS_BELOW (32 * 1024) /* bytes a splice moved; less is cheaper to copy */
 
-static void fail(struct leg *leg, int error)
+void plain_fail(struct leg *leg, int error)
 {
     link_fail(leg->link, error == ETIMEDOUT ? REASON_KEEPALIVE : REASON_PEER_RST, leg->who, error);
 }
@@ -28,7 +28,7 @@ static void shut_down(struct leg *leg)
     /* When this was the last thing to do, close says it too: all that came here has been read. */
     bool is_last = leg->in_done && leg->peer->out_done;
     if (!is_last && shutdown(leg->fd, SHUT_WR)) {
-        fail(leg, errno);
+        plain_fail(leg, errno);
         return;
     }
     leg->out_done = true;
@@ -55,7 +55,7 @@ static bool drain(struct leg *leg, struct pipe *pipe)
             if (errno == EINTR)
                 continue;
             if (errno != EAGAIN)
-                fail(leg, errno);
+                plain_fail(leg, errno);
             return false;
         }
         pipe->held -= (size_t)moved;
@@ -110,7 +110,7 @@ static bool read_anything(struct leg *leg, ssize_t size)
         leg->in_done = true;
         link_on_fin(leg);
     } else if (errno != EAGAIN) {
-        fail(leg, errno);
+        plain_fail(leg, errno);
     }
     return false;
 }
@@ -194,7 +194,7 @@ void plain_write(struct leg *leg, struct iovec *pieces, int count)
             if (errno == EAGAIN)
                 hold(leg, pieces, count);
             else
-                fail(leg, errno);
+                plain_fail(leg, errno);
             return;
         }
         link_count(leg, (size_t)sent);
@@ -218,6 +218,12 @@ void plain_finish(struct leg *leg)
         shut_down(leg);
 }
 
+/* A tunnel's peer, that has not answered. */
+static bool is_asked(const struct leg *leg)
+{
+    return leg->tunnel && leg->dialling;
+}
+
 void plain_on_event(struct leg *leg, uint32_t events)
 {
     if (leg->closed)
@@ -232,15 +238,17 @@ void plain_on_event(struct leg *leg, uint32_t events)
         leg->readable = true;
     if (events & EPOLLOUT && link_is_full(leg))
         flush(leg);
-    if (leg->readable && leg->peer->dialling && leg->peer->tunnel)
+    if (leg->readable && is_asked(leg->peer))
         ask_along(leg);
+    if (leg->closed) /* Python may have it back */
+        return;
     plain_pull(leg);
     /* Nobody reads here now, so nobody would find it. */
     if (events & EPOLLERR && !leg->closed && (leg->in_done || link_is_full(leg->peer))) {
         int error = 0;
         socklen_t size = sizeof error;
         if (!getsockopt(leg->fd, SOL_SOCKET, SO_ERROR, &error, &size) && error)
-            fail(leg, error);
+            plain_fail(leg, error);
     }
 }
 

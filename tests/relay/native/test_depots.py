@@ -13,16 +13,21 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from meshnet.codec.frames import Fin, GoAway, Open, Refused, Reset, encode
+from meshnet.codec.frames import Fin, GoAway, Open, Ping, Refused, Reset, encode
+from meshnet.decide.demand import Demand
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
+from meshnet.net.deadline import Deadlines
 from meshnet.net.python_tls import PythonTls
 from meshnet.net.strand import Wait
-from meshnet.net.tls import Returned
+from meshnet.net.tls import Channel, Returned
 from meshnet.relay import Facts, Flow, OrderedLink, Outcome, Target, Through
 from meshnet.relay.native import NativeRelay
 from meshnet.relay.native.tls import NativeChannel, NativeDepot
+from meshnet.tunnel.client import ClientTunnel
+from meshnet.tunnel.peer import Peer as KnownPeer
+from meshnet.tunnel.protocol import Role, Tunnel
 from tests.relay.native.leaks import nothing_left
 from tests.relay.native.test_orders import DIALLED, RULES
 from tests.relay.rig import Peer, TunnelPair, tunnel_pair
@@ -37,27 +42,33 @@ OPENING = (b'{"host":"10.0.0.1","port":80,"source":"127.0.0.1:', b'","id":"', b'
 
 @dataclass
 class Told:
-    """What an order has told; it is its own watcher."""
+    """What an order has told."""
 
     begun: list[OrderedLink] = field(default_factory=list)
-    ended_: list[tuple[Facts, Outcome]] = field(default_factory=list)
+    ended: list[tuple[Facts, Outcome]] = field(default_factory=list)
 
-    def began(self, link: OrderedLink) -> "Told":
+    def began(self, link: OrderedLink) -> "Watched":
         self.begun.append(link)
-        return self
+        return Watched(self, link)
+
+    def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
+        self.ended.append((facts, outcome))
+
+    async def one(self) -> tuple[Facts, Outcome]:
+        await eventually(lambda: len(self.ended) == 1, what="the end of the connection")
+        return self.ended.pop()
+
+
+@dataclass
+class Watched:
+    told: Told
+    link: OrderedLink
 
     def connected(self) -> None:
         pass
 
     def ended(self) -> None:
-        self.ended_.append((self.begun[-1].facts(), self.begun[-1].outcome()))
-
-    def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
-        self.ended_.append((facts, outcome))
-
-    async def one(self) -> tuple[Facts, Outcome]:
-        await eventually(lambda: len(self.ended_) == 1, what="the end of the connection")
-        return self.ended_.pop()
+        self.told.ended.append((self.link.facts(), self.link.outcome()))
 
 
 @dataclass
@@ -300,8 +311,8 @@ async def test_a_relay_that_is_closed_while_tunnels_stand_and_are_asked(host: Ho
                 stand.order()
                 client = stand.call(b"early")
                 await asked(peer)
-            await eventually(lambda: len(stand.told.ended_) == 1, what="its end is told")
-            facts, _ = stand.told.ended_[0]
+            await eventually(lambda: len(stand.told.ended) == 1, what="its end is told")
+            facts, _ = stand.told.ended[0]
             if facts.client >= 0:
                 socket.socket(fileno=facts.client).close()
             client.close()
@@ -310,3 +321,67 @@ async def test_a_relay_that_is_closed_while_tunnels_stand_and_are_asked(host: Ho
                 back.channel.close()
             stand.close()
             del peer, back
+
+
+async def test_who_has_said_half_a_frame_is_not_parked(stand: Stand) -> None:
+    """The core would take the rest for a new one."""
+    pair, _ = await stand.tunnel()
+    back = stand.depot.take()
+    assert back is not None
+    wire = Tunnel(Role.CLIENT)
+    kept = ClientTunnel((TARGET.address, ""), back.channel, wire, 0.0, 0.0, Deadlines())
+    peer = KnownPeer(Demand(0.0), depot=stand.depot, orders=1)
+    wire.receive(encode(Reset(reason="peer.rst"))[:6])
+    peer.keep(kept)
+    peer.park()
+    assert (list(peer.idle), stand.depot.counts()[0]) == ([kept], 0)
+    assert pair.client.channel is kept.channel
+
+
+async def test_a_ping_is_not_said_within_a_lease(stand: Stand) -> None:
+    """Recalled, pinged and parked as the pool does it, while connections come: orders overtake some of the pings."""
+    pairs = [await stand.tunnel() for _ in range(8)]
+    wires: dict[Channel, Tunnel] = {pair.client.channel: Tunnel(Role.CLIENT) for pair, _ in pairs}
+    stand.order()
+    leases = pings = 0
+
+    async def serve(peer: Peer) -> None:
+        nonlocal leases, pings
+        while True:
+            match await peer.frame():  # raises TunnelError for a PING in a lease
+                case Open():
+                    leases += 1
+                    await peer.send(peer.wire.opened() + peer.wire.fin())
+                case Ping():
+                    pings += 1
+                    await peer.send(peer.wire.pong())
+
+    async def call() -> None:
+        while True:
+            with trio.socket.from_stdlib_socket(stand.call()) as client:
+                client.shutdown(socket.SHUT_WR)
+                with trio.move_on_after(1):
+                    await client.recv(1)
+
+    async with trio.open_nursery() as nursery:
+        for _, peer in pairs:
+            nursery.start_soon(serve, peer)
+        for _ in range(6):
+            nursery.start_soon(call)
+        while leases < 1000:
+            for back in (*stand.depot.recall(), *stand.back):
+                while (data := back.channel.receive_now()) is not None:
+                    assert data, "the peer has hung up"
+                wires[back.channel] = Tunnel(Role.CLIENT)
+                back.channel.send_now(wires[back.channel].ping())
+                stand.depot.park(back.channel)
+            stand.back.clear()
+            for sock in stand.decided:
+                sock.close()
+            stand.decided.clear()
+            await trio.sleep(0)
+        nursery.cancel_scope.cancel()
+    assert pings
+    for facts, _ in stand.told.ended:
+        if facts.client >= 0:
+            socket.socket(fileno=facts.client).close()
