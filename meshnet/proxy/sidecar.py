@@ -49,9 +49,17 @@ Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
 
 @asynccontextmanager
 async def a_sidecar(
-    settings: Settings, listeners: Listeners, *, id_suffix: str = "", log_lock: int | None = None
+    settings: Settings,
+    listeners: Listeners,
+    *,
+    id_suffix: str = "",
+    log_lock: int | None = None,
+    ticket_secret: bytes = b"",
 ) -> AsyncIterator["Sidecar"]:
-    """One that is about to serve. Workers have a suffix for their ids, and a lock between their access logs."""
+    """One that is about to serve.
+
+    Workers have a suffix for their ids, a lock between their access logs, and a secret for each other's TLS sessions.
+    """
     _allow_many_descriptors()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     form = access_format(settings.log.access)
@@ -61,7 +69,7 @@ async def a_sidecar(
         _log.warning("SO_MARK is not permitted: only the group %d keeps our traffic out", settings.capture.gid)
     with ExitStack() as stack:
         log = stack.enter_context(AccessLog(form, lock=log_lock)) if form != "off" else None
-        async with best_relay(settings.proxy.relay, settings.proxy.relay_threads) as relays:
+        async with best_relay(settings.proxy.relay, settings.proxy.relay_threads, ticket_secret) as relays:
             identity = Identity(settings.identity, relays.tls)
             identity.refresh()
             pool = Pool(

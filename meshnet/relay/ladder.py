@@ -10,8 +10,11 @@ from meshnet.relay.python import PythonRelay
 
 
 @asynccontextmanager
-async def best_relay(wanted: str, threads: int) -> AsyncIterator[Relays]:
-    """`wanted`: native, python or auto. `threads`: of the Python relay. Raises CommandError: it cannot be had."""
+async def best_relay(wanted: str, threads: int, ticket_secret: bytes = b"") -> AsyncIterator[Relays]:
+    """`wanted`: native, python or auto. `threads`: of the Python relay. Raises CommandError: it cannot be had.
+
+    `ticket_secret`: of all processes that serve the same ports; the native relay resumes their TLS sessions with it.
+    """
     if wanted == "native" and MISSING:
         raise CommandError(
             "the native relay was asked for and is not here",
@@ -22,5 +25,5 @@ async def best_relay(wanted: str, threads: int) -> AsyncIterator[Relays]:
         async with PythonRelay(threads) as python:
             yield Relays([python], missing={"native": MISSING or "the settings ask for python"})
     else:
-        async with NativeRelay() as native:
+        async with NativeRelay(ticket_secret) as native:
             yield Relays([native], missing={"python": "native is faster"})

@@ -415,8 +415,12 @@ def context(tls: Tls, *, is_server: bool) -> object:
     """Made once for each implementation."""
     key = (type(tls), is_server)
     if key not in _contexts:
-        _contexts[key] = tls.context(*_files(), is_server=is_server)
+        _contexts[key] = new_context(tls, is_server=is_server)
     return _contexts[key]
+
+
+def new_context(tls: Tls, *, is_server: bool) -> object:
+    return tls.context(*_files(), is_server=is_server)
 
 
 _contexts: dict[tuple[type[Tls], bool], object] = {}

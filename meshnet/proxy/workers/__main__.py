@@ -44,8 +44,11 @@ def main(descriptor: int) -> int:
 async def _serve(brief: Brief, line: WorkersEnd) -> None:
     listeners = {name: list(map(sockets.inherited, found)) for name, found in brief.listeners.items()}
     suffix = number_in_letters(brief.number)
+    one = a_sidecar(
+        brief.settings, listeners, id_suffix=suffix, log_lock=brief.log_lock, ticket_secret=brief.ticket_secret
+    )
     async with (
-        a_sidecar(brief.settings, listeners, id_suffix=suffix, log_lock=brief.log_lock) as sidecar,
+        one as sidecar,
         trio.open_nursery() as nursery,
     ):
         nursery.start_soon(_obey, line, sidecar)

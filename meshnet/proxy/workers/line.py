@@ -18,12 +18,16 @@ _MOST = 1 << 16  # bytes of a brief
 
 
 class Brief(msgspec.Struct, frozen=True):
-    """What a worker is to do. Listeners, by what they take, and the lock of the access log are descriptors."""
+    """What a worker is to do. Listeners, by what they take, and the lock of the access log are descriptors.
+
+    With `ticket_secret` workers resume each other's TLS sessions.
+    """
 
     number: int
     settings: Settings
     listeners: dict[str, tuple[int, ...]]
     log_lock: int
+    ticket_secret: bytes
 
 
 class ParentsEnd:

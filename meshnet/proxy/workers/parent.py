@@ -22,8 +22,10 @@ async def run(settings: Settings, listeners: Listeners) -> None:
     with ExitStack() as stack:
         log_lock = os.memfd_create("access-log")
         stack.callback(os.close, log_lock)
+        secret = os.urandom(32)
         workers = [
-            Worker(number, settings, shared, log_lock, totals.died) for number in range(1, settings.proxy.workers + 1)
+            Worker(number, settings, shared, log_lock, secret, totals.died)
+            for number in range(1, settings.proxy.workers + 1)
         ]
 
         def stop_listening() -> None:

@@ -29,7 +29,13 @@ class Worker:
     """
 
     def __init__(
-        self, number: int, settings: Settings, listeners: Listeners, log_lock: int, died: Callable[[int], None]
+        self,
+        number: int,
+        settings: Settings,
+        listeners: Listeners,
+        log_lock: int,
+        ticket_secret: bytes,
+        died: Callable[[int], None],
     ) -> None:
         self.number = number
         self.pid = 0
@@ -41,6 +47,7 @@ class Worker:
             settings=settings,
             listeners={name: tuple(sock.fileno() for sock in found) for name, found in listeners.items()},
             log_lock=log_lock,
+            ticket_secret=ticket_secret,
         )
         self._died = died
         self._line: ParentsEnd | None = None

@@ -82,7 +82,9 @@ class NativeRelay:
     name = "native"
     takes_orders = True
 
-    def __init__(self) -> None:
+    def __init__(self, ticket_secret: bytes = b"") -> None:
+        """`ticket_secret`: of all processes that serve the same ports, so that they resume each other's sessions."""
+        self._ticket_secret = ticket_secret
         self._cores: list[Core] = []
         self._tls: NativeTls | None = None
         self._orders: set[NativeOrder] = set()  # in force
@@ -99,7 +101,7 @@ class NativeRelay:
             raise RuntimeError(MISSING)
         resets = tuple(reset_payload(reason) for reason in REASONS)
         relay, handshakes = self._cores = [_core.Core(resets, "relay"), _core.Core(resets, "handshakes")]
-        self._tls = NativeTls(handshakes, relay)
+        self._tls = NativeTls(handshakes, relay, self._ticket_secret)
         for core in self._cores:
             trio.lowlevel.spawn_system_task(self._listen, core)
         return self

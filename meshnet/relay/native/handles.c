@@ -29,16 +29,24 @@ static const char *reason_of(unsigned long error)
 
 static PyObject *context_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"certificate", "key", "bundle", "is_server", NULL};
+    static char *names[] = {"certificate", "key", "bundle", "is_server", "ticket_keys", NULL};
     const char *certificate, *key, *bundle;
+    const char *ticket_keys = NULL;
+    Py_ssize_t ticket_size = 0;
     int is_server;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "sssp", names, &certificate, &key, &bundle, &is_server))
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "sssp|y#", names, &certificate, &key, &bundle, &is_server,
+                                     &ticket_keys, &ticket_size))
         return NULL;
+    if (ticket_size && ticket_size != TICKET_KEYS) {
+        PyErr_Format(PyExc_ValueError, "ticket_keys must be %d bytes, or none", TICKET_KEYS);
+        return NULL;
+    }
     PyObject *object = module_allocate(type);
     if (!object)
         return NULL;
     ContextObject *self = (ContextObject *)object;
-    self->context = tls_context(certificate, key, bundle, is_server);
+    self->context = tls_context(certificate, key, bundle, is_server,
+                                ticket_size ? (const uint8_t *)ticket_keys : NULL);
     if (!self->context) {
         PyErr_Format(PyExc_ValueError, "OpenSSL refuses %s, its key or its bundle: %s", certificate,
                      reason_of(libssl.ERR_get_error()));
@@ -57,8 +65,8 @@ static void context_dealloc(PyObject *object)
 }
 
 static PyType_Slot context_slots[] = {
-    {Py_tp_doc, "Context(certificate, key, bundle, is_server)\n\nMutual TLS 1.3 for meshnet/1 from PEM files. Raises\n"
-                "ValueError."},
+    {Py_tp_doc, "Context(certificate, key, bundle, is_server, ticket_keys=b'')\n\nMutual TLS 1.3 for meshnet/1 from PEM files.\n"
+                "With 80 bytes of keys, sessions are resumed by every process that has the same. Raises ValueError."},
     {Py_tp_new, context_new},
     {Py_tp_dealloc, context_dealloc},
     {0, NULL},

@@ -112,8 +112,9 @@ static int keep_session(SSL *ssl, SSL_SESSION *session)
     return 1;
 }
 
-/* NULL: OpenSSL's error queue says why. */
-SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server)
+/* `ticket_keys`: those of all processes that resume each other's sessions, or NULL. NULL: OpenSSL's error queue says why. */
+SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server,
+                     const uint8_t *ticket_keys)
 {
     libssl.ERR_clear_error();
     SSL_CTX *context = libssl.SSL_CTX_new(libssl.TLS_method());
@@ -130,12 +131,17 @@ SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundl
                 libssl.SSL_CTX_load_verify_locations(context, bundle, NULL) == 1;
     if (fine && is_server) {
         libssl.SSL_CTX_set_alpn_select_cb(context, select_alpn, NULL);
-        /* A ticket names a session that is kept here, instead of carrying it: what resumes it, shares it, and with it
-         * the peer's certificate.
-         */
-        libssl.SSL_CTX_set_options(context, SSL_OP_NO_TICKET);
-        libssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_SESS_CACHE_SIZE, MAX_SESSIONS, NULL);
-        fine = libssl.SSL_CTX_set_num_tickets(context, 1) == 1 &&
+        if (ticket_keys) {
+            fine = libssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_TICKET_KEYS, TICKET_KEYS, (void *)ticket_keys) == 1;
+            libssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_SESS_CACHE_MODE, SSL_SESS_CACHE_OFF, NULL);
+        } else {
+            /* A ticket names a session that is kept here, instead of carrying it: what resumes it, shares it, and with
+             * it the peer's certificate.
+             */
+            libssl.SSL_CTX_set_options(context, SSL_OP_NO_TICKET);
+            libssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_SESS_CACHE_SIZE, MAX_SESSIONS, NULL);
+        }
+        fine = fine && libssl.SSL_CTX_set_num_tickets(context, 1) == 1 &&
                libssl.SSL_CTX_set_session_id_context(context, ALPN, ALPN_SIZE) == 1;
     } else if (fine) {
         fine = libssl.SSL_CTX_set_alpn_protos(context, ALPN, ALPN_SIZE) == 0; /* 0 is success: SSL_CTX_set_alpn_protos(3) */

@@ -1,10 +1,12 @@
 """TLS by the core: handshakes on a thread of their own, channels that the native relay can take over."""
 
 import errno
+import hashlib
 import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 # What the peer's alert may say about our certificate (RFC 8446, 6.2): SSL_R_*, which is 1000 and the alert's number.
 _OUR_CERTIFICATE = frozenset({1042, 1043, 1044, 1045, 1046, 1048, 1116})
 _MOST_NUMBERS = 65536
+_TICKET_KEYS = 80  # bytes, as OpenSSL wants them
 _HUNG_UP = frozenset({0, errno.ECONNRESET, errno.EPIPE})
 
 
@@ -186,7 +189,9 @@ class NativeDepot:
 class NativeTls:
     """See meshnet.net.tls.Tls. Handshakes take milliseconds, so they are not made on the thread that relays."""
 
-    def __init__(self, handshakes: "Core", relay: "Core") -> None:
+    def __init__(self, handshakes: "Core", relay: "Core", ticket_secret: bytes) -> None:
+        """`ticket_secret`: of all processes that serve the same ports, if there are others."""
+        self._ticket_secret = ticket_secret
         self._handshakes = handshakes
         self._relay = relay
         self._deadlines = Deadlines()
@@ -207,10 +212,14 @@ class NativeTls:
     def context(self, certificate: str, key: str, bundle: str, *, is_server: bool) -> object:
         from meshnet.relay.native._core import Context
 
-        for file in (certificate, key, bundle):
-            with open(file, "rb"):
-                pass  # for an OSError that names the file: OpenSSL would say only that it cannot
-        return Context(certificate, key, bundle, is_server)
+        # Read also for an OSError that names the file: OpenSSL would say only that it cannot.
+        read = [Path(file).read_bytes() for file in (certificate, key, bundle)]
+        if not is_server or not self._ticket_secret:
+            return Context(certificate, key, bundle, is_server)
+        # Who has the same certificate and believes the same authorities has the same keys, and nobody else: with
+        # either, sessions end.
+        keys = hashlib.shake_256(b"".join([self._ticket_secret, *map(_digest, read)])).digest(_TICKET_KEYS)
+        return Context(certificate, key, bundle, is_server, keys)
 
     async def connect(
         self, sock: socket.socket, context: object, ticket: Ticket | None, timeout: float
@@ -231,6 +240,10 @@ class NativeTls:
         channel = NativeChannel(context, self.number_of)
         await channel.shake(sock, self._handshakes, self._relay, self._deadlines, timeout, is_client=False, ticket=None)
         return channel
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _failure(state: tuple[bool, bool, int, int, str, int, str]) -> ConnectionFailed:

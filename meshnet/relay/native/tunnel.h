@@ -127,7 +127,9 @@ void lease_answer(struct leg *leg);
 void lease_ask(struct leg *leg, const uint8_t *frame, size_t size);
 
 /* tls.c */
-SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server);
+#define TICKET_KEYS 80 /* bytes, as SSL_CTX_set_tlsext_ticket_keys wants them */
+SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server,
+                     const uint8_t *ticket_keys);
 bool tls_attach(struct tunnel *tunnel, SSL_CTX *context, bool is_client, SSL_SESSION *session);
 int tls_load(void);
 

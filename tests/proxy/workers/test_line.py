@@ -9,7 +9,9 @@ import trio
 from meshnet.model.settings import Settings
 from meshnet.proxy.workers.line import Brief, ParentsEnd, WorkersEnd
 
-BRIEF = Brief(number=3, settings=Settings(), listeners={"outbound": (5, 6), "tunnel": ()}, log_lock=9)
+BRIEF = Brief(
+    number=3, settings=Settings(), listeners={"outbound": (5, 6), "tunnel": ()}, log_lock=9, ticket_secret=b"x"
+)
 
 
 def workers_end(parent: ParentsEnd) -> WorkersEnd:
