@@ -66,6 +66,18 @@ def _cidrs(text: str) -> tuple[str, ...]:
     return _listed(parse_networks)(text)
 
 
+def _ids(text: str) -> tuple[str, ...]:
+    from meshnet_init.values import parse_ids
+
+    return _listed(parse_ids)(text)
+
+
+def _interfaces(text: str) -> tuple[str, ...]:
+    from meshnet_init.values import parse_interfaces
+
+    return _listed(parse_interfaces)(text)
+
+
 def _mark(text: str) -> int:
     try:
         number = int(text, 0)
@@ -81,6 +93,8 @@ _PORTS = Parsed("ports", _ports)
 _CIDRS = Parsed("cidrs", _cidrs)
 _SOME_PORTS = Parsed("ports", _to_exclude(_ports))
 _SOME_CIDRS = Parsed("cidrs", _to_exclude(_cidrs))
+_SOME_IDS = Parsed("ids", _ids)
+_SOME_INTERFACES = Parsed("interfaces", _to_exclude(_interfaces))
 
 # Each flag is a setting: section, key, type, help.
 _FLAGS: tuple[tuple[str, str, Any, str], ...] = (
@@ -93,10 +107,14 @@ _FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("capture", "exclude_outbound_ports", _SOME_PORTS, "Outbound ports to leave alone."),
     ("capture", "outbound_cidrs", _CIDRS, "Destinations to capture: 10.0.0.0/8,fd00::/8 or *."),
     ("capture", "exclude_outbound_cidrs", _SOME_CIDRS, "Destinations to leave alone."),
+    ("capture", "loopback_ports", _SOME_PORTS, "Ports to capture also where this host calls itself."),
+    ("capture", "exclude_uids", _SOME_IDS, "Users whose connections to leave alone, by number."),
+    ("capture", "exclude_gids", _SOME_IDS, "Groups whose connections to leave alone, by number."),
+    ("capture", "exclude_interfaces", _SOME_INTERFACES, "Interfaces to leave alone: docker0,veth*."),
     ("proxy", "mark", Parsed("mark", _mark), "The mark on the proxy's own packets."),
     ("capture", "gid", click.IntRange(1, 2**32 - 2), "The proxy's primary group; its connections are left alone."),
     ("capture", "ipv6", click.Choice(("auto", "on", "off")), "Capture IPv6; auto: where this host has it."),
-    ("capture", "backend", click.Choice(("auto", "nft", "iptables")), "What writes the rules."),
+    ("capture", "backend", click.Choice(("auto", "nft", "iptables", "legacy")), "What writes the rules."),
 )
 
 
@@ -248,7 +266,7 @@ def print_plan(settings: Settings, form: str | None = None) -> None:
     from meshnet_init.render import iptables_text, nft_text
 
     plan = make_plan(settings, host_facts())
-    form = form or ("iptables" if settings.capture.backend == "iptables" else "nft")
+    form = form or ("iptables" if settings.capture.backend in ("iptables", "legacy") else "nft")
     if form == "nft":
         click.echo(nft_text(plan), nl=False)
     elif form == "json":

@@ -5,12 +5,21 @@ import msgspec
 from meshnet.errors import CommandError
 from meshnet.model.settings import Settings
 from meshnet_init.backends import Backend, Installed, differences
-from meshnet_init.backends.iptables import iptables_variants
+from meshnet_init.backends.iptables import IptablesBackend
+from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
+from meshnet_init.backends.python_iptables import by_python_iptables
+from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, open_connections
 from meshnet_init.plan import Plan, drain_set, make_plan
 
-BACKENDS = ("auto", "nft", "iptables")
+BACKENDS = ("auto", "nft", "iptables", "legacy")
+
+
+_NOT_INSTALLED = {
+    "iptables": ("no iptables that writes nf_tables is installed", "apt-get install iptables"),
+    "legacy": ("nothing is installed that writes the legacy tables", "pip install 'meshnet-l4[legacy]'"),
+}
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -65,20 +74,23 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
 
 
 def choose(name: str) -> Backend:
-    """The backend of that name; `auto` is nft where the kernel takes such rules, else iptables."""
+    """The backend of that name.
+
+    `auto` is legacy where others have rules in those tables, for of two tables that redirect the one made last wins;
+    else the first that the kernel takes rules from: nft, iptables, legacy.
+    """
     reasons = []
-    for backend in every_backend():
-        if name not in ("auto", backend.name):
-            continue
-        reason = backend.unavailable()
+    for backend in _in_order(name):
+        reason = tried_in_scratch(backend.unavailable)
         if not reason:
             return backend
         reasons.append(f"{backend.name}: {reason}")
-    if not reasons and name == "iptables":
+    if not reasons and name in _NOT_INSTALLED:
+        what, fix = _NOT_INSTALLED[name]
         raise CommandError(
-            "iptables is not installed",
+            what,
             why="the settings want the rules put in by it: capture.backend, or --backend",
-            fix='apt-get install iptables; or leave the choice to meshnet: capture.backend = "auto"',
+            fix=f'{fix}; or leave the choice to meshnet: capture.backend = "auto"',
         )
     if not reasons:
         raise CommandError(f"no backend {name!r}", fix=f"use one of {', '.join(BACKENDS)}", code=2)
@@ -92,8 +104,23 @@ def choose(name: str) -> Backend:
 
 
 def every_backend() -> list[Backend]:
-    """Best first; the iptables of PATH before its other variant."""
-    return [NftBackend(), *iptables_variants()]
+    """One for each kind of tables the kernel may have rules of ours in; best first."""
+    iptables = by_binaries("iptables", "nft")
+    return [backend for backend in (NftBackend(), iptables, _legacy()) if backend is not None]
+
+
+def _in_order(name: str) -> list[Backend]:
+    if name != "auto":
+        return [backend for backend in every_backend() if backend.name == name]
+    legacy = _legacy()
+    others = [backend for backend in every_backend() if backend.name != "legacy"]
+    if legacy is None:
+        return others
+    return [legacy, *others] if legacy.is_used_by_others() else [*others, legacy]
+
+
+def _legacy() -> IptablesBackend | None:
+    return by_python_iptables() or by_binaries("legacy", "legacy")
 
 
 def installed_rules() -> tuple[Installed, ...]:

@@ -8,6 +8,7 @@ from meshnet_init.plan import Host
 # /proc/net follows the main thread's namespace, this one the caller's.
 _PROC_NET = Path("/proc/thread-self/net")
 _IPV6_OFF = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
+_UID_MAP = Path("/proc/self/uid_map")
 _GID_MAP = Path("/proc/self/gid_map")
 _CAP_NET_ADMIN = 12  # linux/capability.h
 
@@ -17,11 +18,7 @@ _NOT_OPEN = frozenset({"06", "07", "0A"})
 
 def host_facts() -> Host:
     """Reads them from /proc. IPv6 counts when the kernel has it and the namespace has not switched it off."""
-    gids = []
-    for line in _GID_MAP.read_text().splitlines():
-        inside, _, count = (int(field) for field in line.split())
-        gids.append(range(inside, inside + count))
-    return Host(ipv6=_has_ipv6(), gids=tuple(gids))
+    return Host(ipv6=_has_ipv6(), uids=_mapped(_UID_MAP), gids=_mapped(_GID_MAP))
 
 
 def open_connections(ports: Collection[int]) -> int:
@@ -44,6 +41,14 @@ def may_change_rules() -> bool:
     status = Path("/proc/self/status").read_text()
     effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
     return bool(int(effective, 16) >> _CAP_NET_ADMIN & 1)
+
+
+def _mapped(table: Path) -> tuple[range, ...]:
+    runs = []
+    for line in table.read_text().splitlines():
+        inside, _, count = (int(field) for field in line.split())
+        runs.append(range(inside, inside + count))
+    return tuple(runs)
 
 
 def _has_ipv6() -> bool:

@@ -15,7 +15,7 @@ import msgspec
 from meshnet.errors import ConfigError
 from meshnet.model.address import Network
 from meshnet.model.settings import Settings
-from meshnet_init.values import ALL_PORTS, Ports, parse_networks, parse_ports
+from meshnet_init.values import ALL_PORTS, Ports, parse_ids, parse_interfaces, parse_networks, parse_ports
 
 Chain = Literal["MESHNET_IN", "MESHNET_OUT"]
 Family = Literal["any", "ipv4", "ipv6"]
@@ -33,7 +33,9 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """TCP that matches every field set is redirected to port `redirect`, or returned when that is 0.
 
     `loopback` is the interface in MESHNET_IN's case it came from, in MESHNET_OUT's case it leaves by. `local` asks
-    whether the destination is an address of this host. `mark` is the packet's mark, `gid` the sending socket's group.
+    whether the destination is an address of this host. `mark` is the packet's mark, `uid` and `gid` are those of the
+    process that made the sending socket, when it made it. `interface` is a name, or with `*` behind it the beginning of
+    names: where it came from in MESHNET_IN, where it leaves in MESHNET_OUT.
     `hold` matches nothing a nat chain ever sees; while it stands, conntrack keeps running for the family.
     """
 
@@ -41,7 +43,9 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     why: str = ""
     family: Family = "any"
     loopback: bool = False
+    interface: str = ""
     mark: int = 0
+    uid: int | None = None
     gid: int | None = None
     source: str = ""  # CIDR
     destination: str = ""  # CIDR
@@ -63,9 +67,10 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan depends on beside the settings. `gids` are the runs of group ids this user namespace maps."""
+    """What a plan depends on beside the settings. `uids` and `gids` are the runs of ids this user namespace maps."""
 
     ipv6: bool = True
+    uids: tuple[range, ...] = (range(2**32 - 1),)
     gids: tuple[range, ...] = (range(2**32 - 1),)
 
 
@@ -75,10 +80,9 @@ def make_plan(settings: Settings, host: Host) -> Plan:
     _check(settings)
     ipv6 = capture.ipv6 == "on" or (capture.ipv6 == "auto" and host.ipv6)
     mark = proxy.mark
-    # A group that is not mapped here cannot be any process's here, and the kernel refuses to match it.
-    gid = capture.gid if any(capture.gid in gids for gids in host.gids) else None
+    gid = capture.gid if _is_mapped(capture.gid, host.gids) else None
 
-    rules = (*_inbound(settings, mark), *_outbound(settings, mark, gid))
+    rules = (*_inbound(settings, mark), *_outbound(settings, mark, gid, host))
     if ipv6:
         plan = Plan(rules=rules)
     else:
@@ -112,7 +116,9 @@ def captures(rules: Iterable[Rule], host: str, port: int) -> bool:
     for rule in rules:
         if rule.chain != CHAIN_OUT or rule.family not in ("any", family):
             continue
-        if rule.loopback or rule.mark or rule.gid is not None or rule.local or rule.hold:
+        if rule.loopback or rule.mark or rule.uid is not None or rule.gid is not None or rule.local or rule.hold:
+            continue
+        if rule.interface:
             continue
         if rule.destination and address not in ipaddress.ip_network(rule.destination):
             continue
@@ -132,6 +138,8 @@ def _inbound(settings: Settings, mark: int) -> Iterator[Rule]:
     yield Rule(chain=CHAIN_IN, mark=mark, why="made by the proxy")
     for port in sorted(settings.own_ports()):
         yield Rule(chain=CHAIN_IN, ports=Ports(port, port), why="the sidecar's own port")
+    for interface in parse_interfaces(capture.exclude_interfaces, "capture.exclude_interfaces"):
+        yield Rule(chain=CHAIN_IN, interface=interface, why="capture.exclude_interfaces")
     for run in excluded:
         yield Rule(chain=CHAIN_IN, ports=run, why="capture.exclude_inbound_ports")
     for network in sources:
@@ -142,7 +150,7 @@ def _inbound(settings: Settings, mark: int) -> Iterator[Rule]:
         yield Rule(chain=CHAIN_IN, ports=_unless_all(run), redirect=proxy.inbound_port, why="to the inbound proxy")
 
 
-def _outbound(settings: Settings, mark: int, gid: int | None) -> Iterator[Rule]:
+def _outbound(settings: Settings, mark: int, gid: int | None, host: Host) -> Iterator[Rule]:
     proxy, capture = settings.proxy, settings.capture
     ports = parse_ports(capture.outbound_ports, "capture.outbound_ports")
     networks = parse_networks(capture.outbound_cidrs, "capture.outbound_cidrs")
@@ -152,7 +160,19 @@ def _outbound(settings: Settings, mark: int, gid: int | None) -> Iterator[Rule]:
     yield Rule(chain=CHAIN_OUT, mark=mark, why="made by the proxy")
     if gid is not None:
         yield Rule(chain=CHAIN_OUT, gid=gid, why="made by the proxy's group")
+    for uid in parse_ids(capture.exclude_uids, "capture.exclude_uids"):
+        if _is_mapped(uid, host.uids):
+            yield Rule(chain=CHAIN_OUT, uid=uid, why="capture.exclude_uids")
+    for group in parse_ids(capture.exclude_gids, "capture.exclude_gids"):
+        if _is_mapped(group, host.gids):
+            yield Rule(chain=CHAIN_OUT, gid=group, why="capture.exclude_gids")
+    for run in parse_ports(capture.loopback_ports, "capture.loopback_ports"):
+        yield Rule(
+            chain=CHAIN_OUT, loopback=True, ports=run, redirect=proxy.outbound_port, why="capture.loopback_ports"
+        )
     yield Rule(chain=CHAIN_OUT, loopback=True, why="stays on this host")
+    for interface in parse_interfaces(capture.exclude_interfaces, "capture.exclude_interfaces"):
+        yield Rule(chain=CHAIN_OUT, interface=interface, why="capture.exclude_interfaces")
     yield Rule(chain=CHAIN_OUT, local=True, why="goes to this host's own address")
     for network in excluded_networks:
         family, cidr = _side(network)
@@ -175,6 +195,11 @@ def _outbound(settings: Settings, mark: int, gid: int | None) -> Iterator[Rule]:
             )
 
 
+def _is_mapped(number: int, runs: Iterable[range]) -> bool:
+    """One that is not can be no process's here, and the kernel refuses to match it."""
+    return any(number in run for run in runs)
+
+
 def _side(network: Network) -> tuple[Family, str]:
     return ("ipv4" if network.version == 4 else "ipv6"), str(network) if network.prefixlen else ""
 
@@ -193,6 +218,14 @@ def _check(settings: Settings) -> None:
             f"proxy.inbound_port and proxy.outbound_port are both {proxy.inbound_port}",
             suggestion="give each its own port",
         )
+    own = settings.own_ports()
+    for run in parse_ports(capture.loopback_ports, "capture.loopback_ports"):
+        for port in sorted(own):
+            if port in run:
+                raise ConfigError(
+                    f"capture.loopback_ports: {run} has {port}, which is the sidecar's own",
+                    suggestion="name the ports of applications only",
+                )
     if not 0 < proxy.mark <= _LARGEST_MARK:
         raise ConfigError(f"proxy.mark: {proxy.mark} is not a mark", suggestion="marks go from 1 to 0xffffffff")
     if not 0 <= capture.gid <= _LARGEST_GID:

@@ -45,8 +45,12 @@ def matches(rule: Rule) -> str:
         words.append(f"meta nfproto {rule.family}")
     if rule.loopback:
         words.append('iifname "lo"' if rule.chain == CHAIN_IN else 'oifname "lo"')
+    if rule.interface:
+        words.append(f'{"iifname" if rule.chain == CHAIN_IN else "oifname"} "{rule.interface}"')
     if rule.mark:
         words.append(f"meta mark {rule.mark:#010x}")
+    if rule.uid is not None:
+        words.append(f"meta skuid {rule.uid}")
     if rule.gid is not None:
         words.append(f"meta skgid {rule.gid}")
     if rule.source:
@@ -100,8 +104,8 @@ def iptables_words(rule: Rule) -> list[str]:
         words += ["-s", rule.source]
     if rule.destination:
         words += ["-d", rule.destination]
-    if rule.loopback:
-        words += ["-i" if rule.chain == CHAIN_IN else "-o", "lo"]
+    if rule.loopback or rule.interface:
+        words += ["-i" if rule.chain == CHAIN_IN else "-o", rule.interface.replace("*", "+") or "lo"]
     if rule.ports is not None or rule.redirect:
         words += ["-p", "tcp", "-m", "tcp"]
     if rule.ports is not None:
@@ -110,6 +114,8 @@ def iptables_words(rule: Rule) -> list[str]:
         words += ["--tcp-flags", *_OPENING_SYN]
     if rule.mark:
         words += ["-m", "mark", "--mark", hex(rule.mark)]
+    if rule.uid is not None:
+        words += ["-m", "owner", "--uid-owner", str(rule.uid)]
     if rule.gid is not None:
         words += ["-m", "owner", "--gid-owner", str(rule.gid)]
     if rule.local is not None:
@@ -124,12 +130,17 @@ def read_iptables_rule(chain: Chain, family: Family, words: Sequence[str]) -> Ru
     """The rule whose `iptables_words` these are, whatever their order; None when they are no rule of ours."""
     value = dict(itertools.pairwise(words))
     ports = value.get("--dport", "").split(":")
+    interface = value.get("-i", value.get("-o", ""))
+    if "+" in interface[:-1] or "*" in interface:  # no name that a plan can have
+        return None
     try:
         rule = Rule(
             chain=chain,
             family=family,
-            loopback="-i" in value or "-o" in value,
+            loopback=interface == "lo",
+            interface="" if interface == "lo" else interface.replace("+", "*"),
             mark=int(value.get("--mark", "0"), 0),
+            uid=int(value["--uid-owner"]) if "--uid-owner" in value else None,
             gid=int(value["--gid-owner"]) if "--gid-owner" in value else None,
             source=value.get("-s", ""),
             destination=value.get("-d", ""),

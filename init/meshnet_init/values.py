@@ -13,6 +13,10 @@ ANYTHING = "*"
 
 _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", re.ASCII)
 _LAST_PORT = 65535
+_ID = re.compile(r"[0-9]{1,10}", re.ASCII)
+_LAST_ID = 2**32 - 2  # the one behind it means "nobody" to the kernel
+# At most IFNAMSIZ - 1 bytes, and of the kernel's (dev_valid_name) those that no program has to quote.
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}|[A-Za-z0-9_][A-Za-z0-9_.@-]{0,13}\*", re.ASCII)
 
 
 class Ports(msgspec.Struct, frozen=True, order=True):
@@ -55,6 +59,24 @@ def parse_networks(texts: Iterable[str], setting: str) -> tuple[Network, ...]:
     return (*ipaddress.collapse_addresses(v4), *ipaddress.collapse_addresses(v6))
 
 
+def parse_ids(texts: Iterable[str], setting: str) -> tuple[int, ...]:
+    """Numbers of users or groups, sorted, each once. Raises ConfigError naming `setting`.
+
+    Names are not taken: who they are may differ where the rules are read (istio#48416).
+    """
+    return tuple(sorted({_id(text, setting) for text in texts}))
+
+
+def parse_interfaces(texts: Iterable[str], setting: str) -> tuple[str, ...]:
+    """Names, or beginnings of names with `*` behind, sorted, each once. Raises ConfigError naming `setting`."""
+    for text in texts:
+        if _INTERFACE.fullmatch(text) is None:
+            raise ConfigError(f"{setting}: {text!r} is not an interface", suggestion="write docker0 or veth*")
+        if text == "lo":
+            raise ConfigError(f"{setting}: lo is never captured", suggestion="leave it out")
+    return tuple(sorted(set(texts)))
+
+
 _EVERYWHERE: tuple[Network, ...] = (ipaddress.IPv4Network("0.0.0.0/0"), ipaddress.IPv6Network("::/0"))
 
 
@@ -70,6 +92,12 @@ def _ports(text: str, setting: str) -> Ports:
     if first < 1 or last > _LAST_PORT:
         raise ConfigError(f"{setting}: {text!r} is out of range", suggestion=f"ports go from 1 to {_LAST_PORT}")
     return Ports(first, last)
+
+
+def _id(text: str, setting: str) -> int:
+    if _ID.fullmatch(text) is None or int(text) > _LAST_ID:
+        raise ConfigError(f"{setting}: {text!r} is not an id", suggestion="write its number, as `id` prints it")
+    return int(text)
 
 
 def _network(text: str, setting: str) -> Network:

@@ -55,7 +55,7 @@ class LogSection(Section, frozen=True):
 class CaptureSection(Section, frozen=True):
     """What `meshnet init` and `meshnet up` put into the kernel. Ports are numbers or ranges (`8000-8100`)."""
 
-    backend: Literal["auto", "nft", "iptables"] = "auto"
+    backend: Literal["auto", "nft", "iptables", "legacy"] = "auto"
     inbound_ports: tuple[str, ...] = ("*",)
     exclude_inbound_ports: tuple[str, ...] = ("22",)  # the way in must not depend on the sidecar
     exclude_inbound_cidrs: tuple[str, ...] = ()
@@ -63,6 +63,10 @@ class CaptureSection(Section, frozen=True):
     exclude_outbound_ports: tuple[str, ...] = ()
     outbound_cidrs: tuple[str, ...] = ("*",)
     exclude_outbound_cidrs: tuple[str, ...] = ()
+    loopback_ports: tuple[str, ...] = ()  # of this host itself, which otherwise is left alone
+    exclude_uids: tuple[str, ...] = ()  # whose connections are left alone
+    exclude_gids: tuple[str, ...] = ()
+    exclude_interfaces: tuple[str, ...] = ()
     gid: int = 15137  # the proxy's primary group
     ipv6: Literal["auto", "on", "off"] = "auto"
 

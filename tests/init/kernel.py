@@ -21,6 +21,8 @@ APP_PORT, OTHER_PORT = 8080, 8081
 INBOUND, OUTBOUND = 15106, 15101
 FAMILIES = ("ipv4", "ipv6")
 TIMEOUT = 3.0
+COMMANDS = {"nft": "nft", "iptables": "iptables", "legacy": "iptables-legacy"}
+"""By which a person changes what a backend has written."""
 
 
 def capture(**values: object) -> Settings:

@@ -1,25 +1,28 @@
 """The contract of a backend, held by each: what is written is read back, twice is once, others' rules stay."""
 
 import ctypes
+import fcntl
 import os
 import re
-import shutil
 import signal
 import struct
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from meshnet.errors import CommandError
 from meshnet_init.apply import apply, apply_plan, choose, every_backend
-from meshnet_init.backends import differences
+from meshnet_init.backends import differences, python_iptables
+from meshnet_init.backends.python_iptables import PythonIptables
 from meshnet_init.host import host_facts
 from meshnet_init.plan import CHAIN_IN, Host, Plan, Rule, drain_set, make_plan
 from meshnet_init.remove import Removed, remove
 from meshnet_init.render import iptables_text, nft_text
-from tests.init.kernel import Lab, capture
+from tests.init.kernel import COMMANDS, Lab, capture, legacy_rules
 from tests.init.test_render import PLANS
 from tests.world import World
 
@@ -36,9 +39,8 @@ def in_force(lab: Lab, plan: Plan) -> bool:
     return not differences(lab.backend.expected(plan), lab.backend.installed())
 
 
-def test_both_promised_backends_are_there() -> None:
-    assert {"nft", "iptables"} <= {backend.name for backend in every_backend()}
-    assert shutil.which("iptables-legacy") is None or "iptables-legacy" in {b.name for b in every_backend()}
+def test_the_three_promised_backends_are_there() -> None:
+    assert [backend.name for backend in every_backend()] == ["nft", "iptables", "legacy"]
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -221,7 +223,7 @@ def test_killed_at_any_point_the_old_state_or_the_new_is_in_force(lab: Lab, poin
 def test_a_rule_by_hand_a_lost_rule_and_a_changed_order_are_seen_and_repaired(lab: Lab) -> None:
     lab.install(**OLD)
     damages = NFT_DAMAGES if lab.backend.name == "nft" else IPTABLES_DAMAGES
-    command = "nft" if lab.backend.name == "nft" else lab.backend.name
+    command = COMMANDS[lab.backend.name]
     with lab.app.entered():
         for damage, said in damages:
             lab.app.run(command, *damage.split())
@@ -240,8 +242,9 @@ def test_the_text_says_the_same_as_what_the_backend_writes(lab: Lab) -> None:
     if lab.backend.name == "nft":
         lab.app.run("nft", "-f", "-", stdin=nft_text(plan))
     else:
-        lab.app.run(f"{lab.backend.name}-restore", "--noflush", stdin=iptables_text(plan, "ipv4"))
-        six = lab.backend.name.replace("iptables", "ip6tables")
+        four = COMMANDS[lab.backend.name]
+        lab.app.run(f"{four}-restore", "--noflush", stdin=iptables_text(plan, "ipv4"))
+        six = four.replace("iptables", "ip6tables")
         lab.app.run(f"{six}-restore", "--noflush", stdin=iptables_text(plan, "ipv6"))
 
     assert without_handles(lab.rules_text()) == written
@@ -254,6 +257,48 @@ def test_auto_takes_the_first_that_works(world: World) -> None:
         applied = apply(capture(), "iptables")
         assert (applied.backend, applied.changed) == ("iptables", True)
         assert apply(capture(backend="nft")).replaced == ("iptables",)
+
+
+def test_auto_takes_legacy_where_others_have_rules_there(world: World) -> None:
+    host = world.host("app")
+    foreign = ("-t", "nat", "{}", "PREROUTING", "-p", "tcp", "--dport", "7777", "-j", "RETURN")
+    with host.entered():
+        for command in ("iptables-legacy", "ip6tables-legacy"):
+            host.run(command, *(word.format("-A") for word in foreign))
+            assert apply(capture()).backend == "legacy"
+            host.run(command, *(word.format("-D") for word in foreign))
+            assert apply(capture()).replaced == ("legacy",), "its own rules are no reason to stay"
+            assert legacy_rules(host, "ip") == legacy_rules(host, "ip6") == ""
+
+
+def test_to_try_a_backend_makes_no_table_here(world: World) -> None:
+    host = world.host("app")
+    with host.entered():
+        assert choose("legacy").name == "legacy"
+    assert "nat" not in host.run("cat", "/proc/net/ip_tables_names", check=False).stdout.split()
+
+
+def test_what_libxtables_does_not_know_ends_its_process_and_not_ours(world: World) -> None:
+    host = world.host("app")
+    with host.entered(), closing(PythonIptables("ipv6")) as speaker, pytest.raises(CommandError) as caught:
+        speaker.restore("*nat\n-A OUTPUT -m nosuchmatch --of 7 -j RETURN\nCOMMIT\n")
+    assert "nosuchmatch" in caught.value.why
+    assert legacy_rules(host, "ip6") == ""
+
+
+def test_who_holds_the_lock_of_the_legacy_tables_is_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
+    monkeypatch.setattr(python_iptables, "_LOCK_WAIT", 0.1)
+    host = world.host("app")
+    with host.entered():
+        with open(tmp_path / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            with pytest.raises(CommandError) as caught:
+                apply(capture(backend="legacy"))
+            assert (caught.value.code, legacy_rules(host, "ip")) == (6, "")
+        assert apply(capture(backend="legacy")).changed
 
 
 def test_an_unknown_backend_is_told_with_those_there_are() -> None:

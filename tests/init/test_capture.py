@@ -145,7 +145,7 @@ def test_the_proxys_group_lets_its_connections_pass(lab: Lab, sides: Sides, real
     group, others = (15137, True) if real_root else (0, False)
     lab.install(gid=group)
 
-    sides.call_out(sides.server, client=made_by_group(lab.app, sides.family, group))
+    sides.call_out(sides.server, client=made_by(lab.app, sides.family, "gid", group))
     sides.call_out(sides.outbound if others else sides.server)
 
 
@@ -156,6 +156,32 @@ def test_a_group_that_does_not_exist_here_captures_everybody_else(lab: Lab, side
         installed = lab.backend.installed()
     assert installed is not None
     assert any(counted.rule.gid == 15138 for counted in installed.rules) == real_root
+    sides.call_out(sides.outbound)
+
+
+@pytest.mark.parametrize("kind", ["uid", "gid"])
+def test_excluded_users_and_groups_are_left_alone(lab: Lab, sides: Sides, real_root: bool, kind: str) -> None:
+    # Without root there is no id but 0, which is everybody's here.
+    number, others = (4711, sides.outbound) if real_root else (0, sides.server)
+    lab.install(gid=15138, **{f"exclude_{kind}s": [str(number), "4712"]})
+
+    sides.call_out(sides.server, client=made_by(lab.app, sides.family, kind, number))
+    sides.call_out(others)
+    sides.call_in(sides.inbound)
+
+
+@pytest.mark.parametrize("interface", ["eth0", "eth*"])
+def test_excluded_interfaces_are_left_alone_both_ways(lab: Lab, sides: Sides, interface: str) -> None:
+    lab.install(exclude_interfaces=["docker0", interface])
+
+    sides.call_in(sides.application)
+    sides.call_out(sides.server)
+
+
+def test_other_interfaces_are_captured(lab: Lab, sides: Sides) -> None:
+    lab.install(exclude_interfaces=["eth", "eth00", "eth0.7", "veth*"])
+
+    sides.call_in(sides.inbound)
     sides.call_out(sides.outbound)
 
 
@@ -174,6 +200,21 @@ def test_loopback_and_own_address_stay_on_the_host(lab: Lab, sides: Sides) -> No
         kept = connect(lab.app, target, APP_PORT, sides.application, sides.inbound, sides.outbound)
         assert kept.works()
         kept.close()
+
+
+def test_chosen_ports_are_captured_also_on_loopback(lab: Lab, sides: Sides) -> None:
+    lab.install(loopback_ports=["8080"])
+
+    loopback = "127.0.0.1" if sides.family == "ipv4" else "::1"
+    for target in (loopback, sides.app):
+        captured = connect(lab.app, target, APP_PORT, sides.outbound, sides.inbound, sides.application)
+        assert captured.captured_from() == Address(target, APP_PORT)
+        captured.close()
+    with listening(lab.app, sides.family, OTHER_PORT) as other:
+        connect(lab.app, loopback, OTHER_PORT, other, sides.outbound).close()
+    client = marked(lab.app, sides.family, 0x1000)
+    connect(lab.app, loopback, APP_PORT, sides.application, sides.outbound, client=client).close()
+    sides.call_out(sides.outbound)
 
 
 def test_forwarded_traffic_passes(lab: Lab, sides: Sides) -> None:
@@ -214,16 +255,18 @@ def marked(host: Host, family: str, mark: int) -> socket.socket:
     return client
 
 
-def made_by_group(host: Host, family: str, group: int) -> socket.socket:
-    """A socket keeps the group of the process that made it: a child makes it and hands it over."""
+def made_by(host: Host, family: str, kind: str, number: int) -> socket.socket:
+    """A socket keeps the user and group of the process that made it: a child makes it and hands it over."""
     ours, childs = socket.socketpair()
     with ours, childs:
         child = os.fork()
         if child == 0:
             try:
-                os.setgid(group)
-                made = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
-                socket.send_fds(childs, [b"x"], [made.fileno()])
+                with host.entered():  # which a user who is not root may not
+                    (os.setuid if kind == "uid" else os.setgid)(number)
+                    made = socket.socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
+                    socket.send_fds(childs, [b"x"], [made.fileno()])
+                    os._exit(0)  # nor may such a user go back
             finally:
                 os._exit(0)
         ours.settimeout(TIMEOUT)

@@ -13,7 +13,7 @@ from tests.world import Host, World
 
 pytestmark = pytest.mark.netns
 
-BACKENDS = ("nft", "iptables")
+BACKENDS = ("nft", "iptables", "legacy")
 NO_SIDECAR = (
     "sidecar: none answers at /run/meshnet/admin.sock; nothing was compared with one\n"
     "! new connections that the rules capture are refused until a sidecar runs\n"
@@ -155,7 +155,7 @@ def test_a_backend_that_is_not_installed_is_told_with_what_to_type(host: Host) -
     bare = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /usr/sbin && exec "$@"', "sh")
     done = host.run(*bare, "meshnet", "init", "--backend", "iptables", check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: iptables is not installed\nwhy: ")
+    assert done.stderr.startswith("error: no iptables that writes nf_tables is installed\nwhy: ")
     assert "fix: apt-get install iptables; or " in done.stderr
     assert host.run(*bare, "meshnet", "init").stdout.endswith("in force (nft)\n")
 

@@ -166,3 +166,39 @@ def test_captures_says_what_the_includes_and_excludes_say(port: int, address: ob
 
 def test_ports_are_compared_by_their_ends() -> None:
     assert Ports(1, 2) < Ports(1, 3) < Ports(2, 2)
+
+
+@pytest.mark.parametrize("ports", ["15101", "15000-16000", "15120"])
+def test_the_sidecars_own_ports_cannot_be_captured_on_loopback(ports: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan_rules(CHAIN_OUT, loopback_ports=[ports])
+    assert caught.value.problem.startswith("capture.loopback_ports: ")
+
+
+def test_ids_that_are_not_mapped_here_have_no_rule() -> None:
+    host = Host(uids=(range(1),), gids=(range(1),))
+    rules = plan_rules(CHAIN_OUT, host, exclude_uids=["0", "1000"], exclude_gids=["0", "1000"])
+
+    assert [(rule.uid, rule.gid) for rule in rules if rule.uid is not None or rule.gid is not None] == [
+        (0, None),
+        (None, 0),
+    ]
+
+
+def test_what_is_left_alone_by_who_and_where_stands_before_what_is_redirected() -> None:
+    capture = {
+        "exclude_uids": ["7"],
+        "exclude_gids": ["8"],
+        "exclude_interfaces": ["docker0"],
+        "loopback_ports": ["80"],
+    }
+    rules = plan_rules(CHAIN_OUT, **capture)
+
+    whys = [rule.why.removeprefix("capture.") for rule in rules]
+    assert [why for why in whys if why in capture] == [
+        "exclude_uids",
+        "exclude_gids",
+        "loopback_ports",
+        "exclude_interfaces",
+    ]
+    assert not captures(rules[:-1], "10.0.0.1", 80)

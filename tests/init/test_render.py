@@ -27,6 +27,9 @@ PLANS = {
                 exclude_outbound_ports=("25",),
                 outbound_cidrs=("10.0.0.0/8", "172.16.0.0/12", "fd00::/8"),
                 exclude_outbound_cidrs=("10.9.9.9", "fd00::9"),
+                exclude_uids=("1000",),
+                exclude_gids=("1001", "27"),
+                exclude_interfaces=("docker0", "veth*"),
             )
         ),
         Host(),
@@ -73,13 +76,17 @@ def rules(draw: st.DrawFn) -> Rule:
     family = draw(st.sampled_from(["ipv4", "ipv6"]))
     cidr = st.just("") | networks(4 if family == "ipv4" else 6)
     first, last = sorted(draw(st.tuples(st.integers(1, 65535), st.integers(1, 65535))))
+    loopback = draw(st.booleans())
+    uid = draw(st.none() | st.integers(0, 2**32 - 2))
     ports = draw(st.none() | st.just(Ports(first, last)) | st.just(Ports(first, first)))
     return Rule(
         chain=draw(st.sampled_from(CHAINS)),
         family=family,
-        loopback=draw(st.booleans()),
+        loopback=loopback,
+        interface="" if loopback else draw(st.sampled_from(["", "eth0", "veth*", "br-0.7@x"])),
         mark=draw(st.integers(0, 2**32 - 1)),
-        gid=draw(st.none() | st.integers(0, 2**32 - 2)),
+        uid=uid,
+        gid=draw(st.none() | st.integers(0, 2**32 - 2)) if uid is None else None,  # the plan never asks for both
         source=draw(cidr),
         destination=draw(cidr),
         local=draw(st.sampled_from([None, True, False])),
@@ -124,7 +131,7 @@ def test_every_redirect_matches_only_the_opening_syn(rule: Rule) -> None:
         "! -i lo -j RETURN",
         "! -s 10.0.0.0/8 -j RETURN",
         "-p tcp -m tcp ! --dport 22 -j RETURN",
-        "-i eth0 -j RETURN",
+        "-i eth0+x -j RETURN",
         "-o lo -j RETURN",  # in the inbound chain
         "-m addrtype --dst-type BROADCAST -j RETURN",
         "-p udp -j RETURN",

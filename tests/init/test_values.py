@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshnet.errors import ConfigError
-from meshnet_init.values import ALL_PORTS, Ports, parse_networks, parse_ports
+from meshnet_init.values import ALL_PORTS, Ports, parse_ids, parse_interfaces, parse_networks, parse_ports
 
 port_numbers = st.integers(1, 65535)
 runs = st.tuples(port_numbers, port_numbers).map(lambda pair: (min(pair), max(pair)))
@@ -124,3 +124,37 @@ def test_a_star_is_both_families_everywhere() -> None:
 def test_a_run_of_one_prints_as_a_number() -> None:
     assert str(Ports(80, 80)) == "80"
     assert 85 in Ports(80, 90)
+
+
+@pytest.mark.parametrize("text", ["", "root", "-1", "4294967295", "1 -j ACCEPT", "\uff18", "1\n"])
+def test_what_is_no_id_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_ids([text], "capture.exclude_uids")
+    assert caught.value.problem.startswith("capture.exclude_uids: ")
+
+
+def test_ids_come_out_sorted_and_once() -> None:
+    assert parse_ids(["27", "0", "027", "4294967294"], "ids") == (0, 27, 4294967294)
+
+
+@given(st.text())
+@example("eth0 -j ACCEPT")
+@example('eth0" accept comment "')
+@example("+")
+@example("*")
+@example("!eth0")
+@example("-j")
+def test_whatever_is_accepted_as_an_interface_can_be_no_other_word(text: str) -> None:
+    """As istio#58781, where a parameter could be injected."""
+    try:
+        parse_interfaces([text], "interfaces")
+    except ConfigError:
+        return
+    assert len(text) < 16
+    assert text[0] not in "-!*+"
+    assert not set(text) & set(" \t\n\"'\\;{}+/!$`")
+
+
+def test_the_loopback_interface_is_not_there_to_be_left_out() -> None:
+    with pytest.raises(ConfigError):
+        parse_interfaces(["lo"], "capture.exclude_interfaces")

@@ -18,7 +18,7 @@ from meshnet_init.apply import installed_rules
 from meshnet_init.plan import drain_set
 from meshnet_init.rollback import put_back
 from meshnet_init.verify import Verification, verify
-from tests.init.kernel import OUTBOUND, Lab, capture, listening
+from tests.init.kernel import COMMANDS, OUTBOUND, Lab, capture, listening
 from tests.world import Host, World
 
 pytestmark = pytest.mark.netns
@@ -140,7 +140,7 @@ def test_rules_lost_behind_our_back_lose_the_canary(lab: Lab) -> None:
         lab.app.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
     else:
         for family in ("iptables", "ip6tables"):
-            lab.app.run(lab.backend.name.replace("iptables", family), "-t", "nat", "-F", "MESHNET_OUT")
+            lab.app.run(COMMANDS[lab.backend.name].replace("iptables", family), "-t", "nat", "-F", "MESHNET_OUT")
 
     result = verified(lab.app, capture())
 

@@ -1,77 +1,78 @@
-"""The `iptables` backend: iptables-restore --noflush, so that `iptables -S` shows the rules.
+"""The nat table of iptables in both families: its rules as text, whoever brings them to the kernel.
 
-iptables-restore commits one table of one family at a time: IPv4 is written first, then IPv6, and when IPv6 is refused
-IPv4 is put back. A crash between the two leaves each family whole, in its old or its new state.
+`iptables` and `legacy` are two such backends, one for each kind of tables a kernel may have. A speaker takes the words
+of iptables-restore --noflush and gives those of iptables-save: the binaries (iptables_binaries.py) or python-iptables
+(python_iptables.py). One table of one family is committed at a time: IPv4 is written first, then IPv6, and when IPv6
+is refused IPv4 is put back. A crash between the two leaves each family whole, in its old or its new state.
 """
 
-import os
 import re
 import shlex
-import shutil
-import subprocess
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import Counted, Installed, not_permitted
+from meshnet_init.backends import Counted, Installed
 from meshnet_init.backends.nft import drop_empty_iptables_nat, nft_chains
-from meshnet_init.host import may_change_rules
 from meshnet_init.plan import CHAINS, Chain, Plan, Rule, drain_set
 from meshnet_init.render import HOOKS, insert_jump, iptables_text, jump, read_iptables_rule
 
 Kind = Literal["nft", "legacy"]
+IpFamily = Literal["ipv4", "ipv6"]
 
-_PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
-_VERSION = re.compile(r"v(\d+)\.(\d+)(?:\.(\d+))?(?: \((nf_tables|legacy)\))?")
-_WAIT_SINCE = (1, 6, 2)  # the first iptables-legacy-restore that knows --wait
-_LOCK_WAIT = "30"  # seconds
 _INCOMPATIBLE = "is incompatible, use 'nft' tool"
 _SAVED_RULE = re.compile(r"\[(\d+):(\d+)\] -A (\S+) (.*)")
 
 
-def iptables_variants() -> "list[IptablesBackend]":
-    """The iptables of PATH and, where it is installed too, its other variant (nf_tables or legacy)."""
-    plain = _version("iptables")
-    if plain is None:
-        return []
-    kind, wait = plain
-    variants = [IptablesBackend("iptables", kind, wait)]
-    other: Kind = "legacy" if kind == "nft" else "nft"
-    if (version := _version(f"iptables-{other}")) is not None:
-        variants.append(IptablesBackend(f"iptables-{other}", other, version[1]))
-    return variants
+class Speaker(Protocol):
+    """For one family. Raises CommandError, and then nothing has changed."""
+
+    def save(self) -> str:
+        """The nat table, as `iptables-save -c -t nat` prints it."""
+
+    def restore(self, text: str) -> None:
+        """Commits it, as `iptables-restore --noflush` does."""
 
 
 class IptablesBackend:
-    """The chains MESHNET_IN and MESHNET_OUT of the nat table in both families, by one variant of the binaries."""
+    """The chains MESHNET_IN and MESHNET_OUT of the nat table in both families, in one kind of tables.
 
-    def __init__(self, name: str, kind: Kind, wait: bool) -> None:
+    Each look and each change is a `session` with the speakers; with True nobody else writes until it is over.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        kind: Kind,
+        speakers: dict[IpFamily, Speaker],
+        session: Callable[[bool], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self.name = name
-        self.kind = kind
-        self._families = (
-            _Table("ipv4", name, kind, wait),
-            _Table("ipv6", name.replace("iptables", "ip6tables"), kind, wait),
-        )
+        self._session = session
+        self._families = tuple(_Table(family, kind, speaker) for family, speaker in speakers.items())
 
     def unavailable(self) -> str:
         """Tries it for real: one commit that makes a chain with such a rule and takes both away again."""
         table = self._families[0]
         probe = "*nat\n:MESHNET_PROBE - [0:0]\n-A MESHNET_PROBE -p tcp -j REDIRECT --to-ports 1\n"
         try:
-            table.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
+            with self._session(True):
+                table.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
         except CommandError as error:
-            if error.code == 5:
+            if error.code in (5, 6):  # no right to, or somebody else writes: that says nothing about the backend
                 raise
             return error.why
         table.drop_if_empty()
         return ""
 
     def installed(self) -> Installed | None:
-        states = {table.family: table.read() for table in self._families if table.exists()}
+        with self._session(False):
+            states = {table.family: table.read() for table in self._families if table.exists()}
         present = {family: state for family, state in states.items() if state.present()}
         if not present:
             return None
@@ -84,11 +85,27 @@ class IptablesBackend:
             problems += [f"{family}: {problem}" for problem in state.problems()]
         return Installed(backend=self.name, rules=tuple(rules), ipv6="ipv6" in present, problems=tuple(problems))
 
+    def is_used_by_others(self) -> bool:
+        """Whether the nat table of either family has rules that are not ours."""
+        with self._session(False):
+            return any(table.exists() and table.read().others for table in self._families)
+
     def expected(self, plan: Plan) -> tuple[Rule, ...]:
         rules = (*plan.of_family("ipv4"), *(plan.of_family("ipv6") if plan.ipv6 else ()))
         return tuple(sorted(rules, key=lambda rule: (rule.family, CHAINS.index(rule.chain))))
 
     def apply(self, plan: Plan) -> None:
+        with self._session(True):
+            self._apply(plan)
+
+    def delete(self) -> None:
+        with self._session(True):
+            for table in reversed(self._families):
+                if table.exists() and (state := table.read()).present():
+                    table.restore(state.deletion())
+                    table.drop_if_empty()
+
+    def _apply(self, plan: Plan) -> None:
         written: list[tuple[_Table, _State]] = []
         for table in self._families:
             wanted = plan
@@ -106,12 +123,6 @@ class IptablesBackend:
                 raise
             written.append((table, before))
 
-    def delete(self) -> None:
-        for table in reversed(self._families):
-            if table.exists() and (state := table.read()).present():
-                table.restore(state.deletion())
-                table.drop_if_empty()
-
 
 class _State(msgspec.Struct):
     """What one family's nat table holds of ours. `lines` are the rules of our chains as iptables-save prints them."""
@@ -121,6 +132,7 @@ class _State(msgspec.Struct):
     rules: list[Counted] = []
     lines: list[str] = []
     foreign: list[str] = []
+    others: int = 0  # rules of other chains that have nothing to do with ours
 
     def present(self) -> bool:
         return bool(self.chains or self.jumps)
@@ -156,11 +168,10 @@ class _State(msgspec.Struct):
 class _Table:
     """One family's nat table."""
 
-    def __init__(self, family: Literal["ipv4", "ipv6"], command: str, kind: Kind, wait: bool) -> None:
+    def __init__(self, family: IpFamily, kind: Kind, speaker: Speaker) -> None:
         self.family = family
-        self._command = command
         self._kind = kind
-        self._wait = ["--wait", _LOCK_WAIT] if wait else []
+        self._speaker = speaker
         self._protocol = NFPROTO_IPV4 if family == "ipv4" else NFPROTO_IPV6
 
     def exists(self) -> bool:
@@ -177,10 +188,10 @@ class _Table:
         state = _State()
         if self._kind == "legacy" and not self.exists():
             return state
-        for line in self._run(f"{self._command}-save", ["-c", "-t", "nat"]).splitlines():
+        for line in self._speaker.save().splitlines():
             if _INCOMPATIBLE in line:
                 raise CommandError(
-                    f"{self._command} cannot read its own nat table",
+                    f"iptables cannot read its own {self.family} nat table",
                     why="other software has put rules into it that only nft understands",
                     fix="use --backend nft",
                 )
@@ -193,7 +204,7 @@ class _Table:
         return state
 
     def restore(self, text: str) -> None:
-        self._run(f"{self._command}-restore", ["--noflush", *self._wait], text)
+        self._speaker.restore(text)
 
     def put_back(self, before: _State) -> None:
         """Undoes a `restore`."""
@@ -215,6 +226,8 @@ class _Table:
         if chain is None:
             if words[-1] in CHAINS:
                 state.jumps.append(f"{chain_name} {text}")
+            else:
+                state.others += 1
             return
         state.lines.append(f"-A {chain} {text}")
         rule = read_iptables_rule(chain, self.family, words)
@@ -223,49 +236,6 @@ class _Table:
         else:
             state.rules.append(Counted(rule, packets, size))
 
-    def _run(self, program: str, arguments: list[str], text: str = "") -> str:
-        path = shutil.which(program, path=_PATH)
-        if path is None:
-            raise CommandError(
-                f"{program} is not installed",
-                why=f"{self.family} rules are part of the plan" if self.family == "ipv6" else "PATH does not have it",
-                fix="install iptables, or use --backend nft" + (", or --ipv6 off" if self.family == "ipv6" else ""),
-            )
-        done = subprocess.run(
-            [path, *arguments],
-            input=text,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-        if done.returncode == 0:
-            return done.stdout
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        # iptables-legacy says the same of a missing right as of a missing kernel module.
-        if not may_change_rules() or "Permission denied" in said or "Operation not permitted" in said:
-            raise not_permitted("change" if text else "read")
-        raise CommandError(
-            f"{program} refused the {self.family} rules; what was in force still is" if text else f"{program} failed",
-            why=said,
-            fix="see what is there: iptables-save -t nat; or use --backend nft",
-        )
-
 
 def _commit(lines: Iterable[str]) -> str:
     return "\n".join(["*nat", *lines, "COMMIT"]) + "\n"
-
-
-def _version(command: str) -> tuple[Kind, bool] | None:
-    """Which kernel interface a command writes to, and whether it has a lock to wait for."""
-    path = shutil.which(command, path=_PATH)
-    if path is None or shutil.which(f"{command}-restore", path=_PATH) is None:
-        return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    match = _VERSION.search(said)
-    if match is None:
-        return None
-    if match[4] == "nf_tables":
-        return "nft", False  # netlink transactions need no lock
-    return "legacy", tuple(int(part or 0) for part in match.groups()[:3]) >= _WAIT_SINCE

@@ -44,6 +44,7 @@ _LOADS = {
     "iifname": _meta(Meta.NFT_META_IIFNAME),
     "oifname": _meta(Meta.NFT_META_OIFNAME),
     "mark": _meta(Meta.NFT_META_MARK),
+    "skuid": _meta(Meta.NFT_META_SKUID),
     "skgid": _meta(Meta.NFT_META_SKGID),
     "l4proto": _meta(Meta.NFT_META_L4PROTO),
     "ipv4 saddr": _header(_NETWORK, 12),
@@ -62,7 +63,7 @@ _LOADS = {
 
 _REGISTER, _VERDICT = 1, 0
 _NFPROTO = {"ipv4": b"\x02", "ipv6": b"\x0a"}
-_LOOPBACK = b"lo".ljust(16, b"\0")  # interface names are compared whole: IFNAMSIZ bytes
+_IFNAMSIZ = 16  # linux/if.h
 _TCP = b"\x06"
 _FIN_SYN_RST_ACK, _SYN = b"\x17", b"\x02"
 _RTN_LOCAL = struct.pack("=I", 2)
@@ -143,9 +144,13 @@ def _matches(rule: Rule) -> Iterator[Match]:
     if rule.family != "any":
         yield Match("nfproto", _NFPROTO[rule.family])
     if rule.loopback:
-        yield Match("iifname" if rule.chain == CHAIN_IN else "oifname", _LOOPBACK)
+        yield Match("iifname" if rule.chain == CHAIN_IN else "oifname", _interface("lo"))
+    if rule.interface:
+        yield Match("iifname" if rule.chain == CHAIN_IN else "oifname", _interface(rule.interface))
     if rule.mark:
         yield Match("mark", struct.pack("=I", rule.mark))
+    if rule.uid is not None:
+        yield Match("skuid", struct.pack("=I", rule.uid))
     if rule.gid is not None:
         yield Match("skgid", struct.pack("=I", rule.gid))
     for end, cidr in (("saddr", rule.source), ("daddr", rule.destination)):
@@ -180,12 +185,16 @@ def _rule(chain: Chain, matches: list[Match], redirect: int) -> Rule | None:
         family = "ipv6" if nfproto.value == _NFPROTO["ipv6"] else "ipv4"
     ports = [int.from_bytes(match.value, "big") for match in matches if match.load == "dport"]
     local = by_load.get("daddr type")
+    interface = by_load.get("iifname") or by_load.get("oifname")
+    name = "" if interface is None else _interface_name(interface.value)
     try:
         return Rule(
             chain=chain,
             family=family,
-            loopback="iifname" in by_load or "oifname" in by_load,
+            loopback=name == "lo",
+            interface="" if name == "lo" else name,
             mark=_number(by_load.get("mark")) or 0,
+            uid=_number(by_load.get("skuid")),
             gid=_number(by_load.get("skgid")),
             source=_cidr(family, by_load.get(f"{family} saddr")),
             destination=_cidr(family, by_load.get(f"{family} daddr")),
@@ -196,6 +205,15 @@ def _rule(chain: Chain, matches: list[Match], redirect: int) -> Rule | None:
         )
     except ValueError:  # a mask that is no prefix
         return None
+
+
+def _interface(name: str) -> bytes:
+    """A name is compared whole, IFNAMSIZ bytes; the beginning of names as far as it goes."""
+    return name[:-1].encode() if name.endswith("*") else name.encode().ljust(_IFNAMSIZ, b"\0")
+
+
+def _interface_name(value: bytes) -> str:
+    return value.rstrip(b"\0").decode(errors="replace") + ("*" if len(value) < _IFNAMSIZ else "")
 
 
 def _cidr(family: Family, match: Match | None) -> str:
