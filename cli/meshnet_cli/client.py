@@ -18,9 +18,9 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def admin_options(command: F) -> F:
-    """--socket and --timeout. The command gets `socket_path` and `timeout` in seconds."""
-    path = click.option(
+def socket_option(command: F) -> F:
+    """--socket. The command gets `socket_path`."""
+    return click.option(
         "--socket",
         "socket_path",
         metavar="PATH",
@@ -28,11 +28,15 @@ def admin_options(command: F) -> F:
         default=admin_socket,
         show_default="admin.socket of the settings",
         help="The sidecar's admin socket.",
-    )
+    )(command)
+
+
+def admin_options(command: F) -> F:
+    """--socket and --timeout. The command gets `socket_path` and `timeout` in seconds."""
     timeout = click.option(
         "--timeout", type=DURATION, default="5s", show_default=True, help="How long to wait for the sidecar."
     )
-    return path(timeout(command))
+    return socket_option(timeout(command))
 
 
 def ask(socket_path: str, request: Request, answer: type[T], *, timeout: float = 5.0) -> T:

@@ -31,6 +31,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "up": Entry("meshnet_cli.up", "Bring this host into the mesh."),
         "down": Entry("meshnet_cli.down", "Take this host out of the mesh; open connections live on."),
         "status": Entry("meshnet_cli.status", "How the sidecar is: ready or why not."),
+        "wait": Entry("meshnet_cli.wait", "Until the sidecar is ready."),
     },
     "See": {
         "conns": Entry("meshnet_cli.conns", "Connections: open now, and recently failed."),
@@ -38,6 +39,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "endpoints": Entry("meshnet_cli.endpoints", "Endpoints behind each service: healthy or ejected, and why."),
     },
     "Fix and look": {
+        "check": Entry("meshnet_cli.check", "Whether this host can be in the mesh."),
         "rules": Entry("meshnet_cli.rules", "The kernel's redirect rules: plan, show and verify."),
         "init": Entry("meshnet_cli.init", "Put the redirect rules into the kernel, or take them out."),
     },

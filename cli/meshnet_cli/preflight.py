@@ -5,13 +5,15 @@ import ipaddress
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
-from meshnet.model.settings import Settings
+from meshnet.model.settings import IdentitySection, Settings
 from meshnet_cli.client import EXIT_PERMISSION
 
 
@@ -32,15 +34,25 @@ def check(settings: Settings, *, running: bool) -> str:
 
     backend = choose(settings.capture.backend).name
     if not running:
-        for port in sorted(settings.own_ports()):
-            _need_free(port)
-        for pid, name in processes_in_group(settings.capture.gid):
-            raise CommandError(
-                f"process {pid} ({name}) runs with the group {settings.capture.gid}",
-                why="traffic of that group is taken for the sidecar's own and passes the rules",
-                fix="choose another group: MESHNET_CAPTURE__GID=15138 meshnet up, or capture.gid in meshnet.toml",
-            )
+        need_free_ports(settings)
+        need_free_group(settings)
     return backend
+
+
+def need_free_ports(settings: Settings) -> None:
+    """Raises CommandError for the first port of the sidecar's that somebody has."""
+    for port in sorted(settings.own_ports()):
+        _need_free(port)
+
+
+def need_free_group(settings: Settings) -> None:
+    """Raises CommandError for the first process that runs with the sidecar's group."""
+    for pid, name in processes_in_group(settings.capture.gid):
+        raise CommandError(
+            f"process {pid} ({name}) runs with the group {settings.capture.gid}",
+            why="traffic of that group is taken for the sidecar's own and passes the rules",
+            fix="choose another group: MESHNET_CAPTURE__GID=15138 meshnet up, or capture.gid in meshnet.toml",
+        )
 
 
 def need_right(command: str) -> None:
@@ -69,6 +81,38 @@ def need_fit(settings: Settings, sidecar: Status) -> None:
             why="; ".join(found),
             fix="start it again with these settings: sudo meshnet down && sudo meshnet up",
         )
+
+
+def need_valid(settings: IdentitySection) -> None:
+    """Raises CommandError for an identity with which the sidecar could do nothing."""
+    from meshnet.control.authority import CA_CERTIFICATE
+    from meshnet.net.python_tls import PythonTls
+    from meshnet.proxy.identity import Identity
+
+    identity = Identity(settings, PythonTls())
+    identity.refresh()
+    status, home, out = identity.status(), authority_home(Path(settings.certificate)), Path(settings.certificate).parent
+    if (home / CA_CERTIFICATE).exists():
+        fix = f"sudo meshnet ca issue --identity {status.identity or 'SPIFFE_ID'} --dir {home} --out {out}"
+    else:
+        fix = f"where the authority is: meshnet ca issue --identity {status.identity or 'SPIFFE_ID'} --out DIR;"
+        fix += f" copy DIR/* to {out}/"
+    if identity.credentials is None:
+        raise CommandError(f"the identity in {out} is of no use", why=status.problem, fix=fix)
+    if status.expires_in_seconds <= 0:
+        raise CommandError("the certificate of this host has expired", why=f"it ended at {status.not_after}", fix=fix)
+    if identity.credentials.not_before > time.time():
+        clock = f"here it is {datetime.now(UTC).isoformat(timespec='seconds').replace('+00:00', 'Z')}"
+        raise CommandError(
+            "the certificate of this host is not valid yet",
+            why=f"it begins at {status.not_before}, and {clock}",
+            fix=f"set the clock: timedatectl; or {fix}",
+        )
+
+
+def authority_home(certificate: Path) -> Path:
+    """Where this host's own authority is, if it has one."""
+    return certificate.parent.parent / "ca"
 
 
 def processes_in_group(gid: int) -> Iterator[tuple[int, str]]:

@@ -13,7 +13,7 @@ import click
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
-from meshnet.model.settings import IdentitySection, Settings
+from meshnet.model.settings import Settings
 from meshnet_cli import lock, preflight, supervise
 from meshnet_cli.configuration import config_option, read_settings
 from meshnet_cli.init import EXIT_ROLLED_BACK, print_plan
@@ -119,12 +119,12 @@ def _prepare(settings: Settings, trust_domain: str, snapshot: "Snapshot | None")
 def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> str:
     certificate = Path(settings.identity.certificate)
     if certificate.exists():
-        _need_valid(settings.identity)
+        preflight.need_valid(settings.identity)
         return f"{certificate} as it is"
     from meshnet.control import authority
     from meshnet.model.identity import spiffe_id, trust_domain
 
-    home = _home(certificate)
+    home = preflight.authority_home(certificate)
     services = snapshot.services if snapshot else ()
     named = {trust_domain(endpoint.identity) for service in services for endpoint in service.endpoints} - {"", domain}
     if named and not (home / authority.CA_CERTIFICATE).exists():
@@ -148,38 +148,6 @@ def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> s
             "could not make this host an identity", why=str(error), fix="meshnet ca issue --help"
         ) from error
     return f"{identity} by {whose} authority in {home}"
-
-
-def _need_valid(settings: IdentitySection) -> None:
-    """Raises CommandError for an identity with which the sidecar could do nothing."""
-    from meshnet.control.authority import CA_CERTIFICATE
-    from meshnet.net.python_tls import PythonTls
-    from meshnet.proxy.identity import Identity
-
-    identity = Identity(settings, PythonTls())
-    identity.refresh()
-    status, home, out = identity.status(), _home(Path(settings.certificate)), Path(settings.certificate).parent
-    if (home / CA_CERTIFICATE).exists():
-        fix = f"sudo meshnet ca issue --identity {status.identity or 'SPIFFE_ID'} --dir {home} --out {out}"
-    else:
-        fix = f"where the authority is: meshnet ca issue --identity {status.identity or 'SPIFFE_ID'} --out DIR;"
-        fix += f" copy DIR/* to {out}/"
-    if identity.credentials is None:
-        raise CommandError(f"the identity in {out} is of no use", why=status.problem, fix=fix)
-    if status.expires_in_seconds <= 0:
-        raise CommandError("the certificate of this host has expired", why=f"it ended at {status.not_after}", fix=fix)
-    if identity.credentials.not_before > time.time():
-        clock = f"here it is {datetime.now(UTC).isoformat(timespec='seconds').replace('+00:00', 'Z')}"
-        raise CommandError(
-            "the certificate of this host is not valid yet",
-            why=f"it begins at {status.not_before}, and {clock}",
-            fix=f"set the clock: timedatectl; or {fix}",
-        )
-
-
-def _home(certificate: Path) -> Path:
-    """Where this host's own authority is, if it has one."""
-    return certificate.parent.parent / "ca"
 
 
 def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:

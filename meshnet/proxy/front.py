@@ -12,6 +12,7 @@ from meshnet.errors import CommandError
 from meshnet.model.admin import Drain, Reload
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
+from meshnet.proxy import notify
 from meshnet.proxy.admin import AdminServer, Answers, admin_listener
 from meshnet.proxy.health import HealthServer
 
@@ -48,6 +49,7 @@ async def front(
         nursery.start_soon(trio.serve_listeners, guarded(AdminServer(answers).handle), [admin_socket])
         sockets = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in health]
         nursery.start_soon(trio.serve_listeners, guarded(HealthServer(answers).handle), sockets)
+        nursery.start_soon(notify.keep_told, answers)
         _log.info("listening: %s", ", ".join(listeners.values()))
         yield
         nursery.cancel_scope.cancel()

@@ -1,0 +1,89 @@
+"""`meshnet check` on hosts that are well, and on hosts where one thing is not."""
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from meshnet.control.authority import Authority, save_issued
+from tests.cli.machine import Machine
+
+pytestmark = pytest.mark.netns
+
+# Of the machine the tests run on, whatever it is.
+_OF_THE_MACHINE = {"clock.synchronised", "conntrack.room", "descriptors.limit", "relay.native"}
+
+
+def looked_at(machine: Machine, *arguments: str, code: int = 0) -> dict[str, dict[str, Any]]:
+    done = machine.meshnet("check", "--config", str(machine.config), "-o", "json", *arguments)
+    assert done.returncode == code, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["kind"], found["ok"]) == ("Findings", code != 1)
+    return {item["code"]: item for item in found["items"]}
+
+
+def wrong(found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    return {
+        code: item["level"] for code, item in found.items() if item["level"] != "ok" and code not in _OF_THE_MACHINE
+    }
+
+
+def test_a_fresh_host_lacks_a_certificate_only_and_nothing_is_changed(machine: Machine) -> None:
+    before = (machine.rules(), sorted(machine.home.rglob("*")))
+    found = looked_at(machine)
+    assert wrong(found) == {"identity.valid": "warning"}
+    assert set(found) >= _OF_THE_MACHINE | {
+        "rights.net_admin",
+        "rules.backend",
+        "ports.free",
+        "group.free",
+        "mesh.files",
+    }
+    assert (machine.rules(), sorted(machine.home.rglob("*"))) == before
+
+
+def test_a_host_that_is_up_is_well(machine: Machine) -> None:
+    machine.up()
+    found = looked_at(machine)
+    assert wrong(found) == {}
+    assert {"sidecar.running", "sidecar.settings"} <= set(found)
+    assert machine.meshnet("down").returncode == 0
+
+
+def test_warnings_count_where_it_was_asked_for(machine: Machine) -> None:
+    looked_at(machine, "--fail-on", "warning", code=3)
+
+
+def test_people_read_mark_code_cause_and_fix(machine: Machine) -> None:
+    said = machine.meshnet("check", "--config", str(machine.config)).stdout
+    assert "✓ ports.free" in said
+    assert "! identity.valid" in said
+    assert "fix: sudo meshnet up makes one" in said
+
+
+def test_each_thing_that_stands_in_the_way_is_told_at_once(machine: Machine) -> None:
+    machine.mesh.mkdir()
+    (machine.mesh / "bad.yaml").write_text("kind: Nothing\n")
+    then = datetime.now(UTC) - timedelta(days=2)
+    authority = Authority.create("local", now=then)
+    issued = authority.issue("spiffe://local/ns/default/sa/web", now=then, ttl=timedelta(hours=1))
+    save_issued(issued, machine.identity)
+    with machine.host.open_socket() as taken:
+        taken.bind(("0.0.0.0", 15101))
+        taken.listen()
+        found = looked_at(machine, code=1)
+    assert wrong(found) == {"ports.free": "error", "identity.valid": "error", "mesh.files": "error"}
+    assert "15101" in found["ports.free"]["what"]
+    assert found["ports.free"]["fix"].startswith("see who has it")
+    assert "expired" in found["identity.valid"]["what"]
+    assert "bad.yaml" in found["mesh.files"]["why"]
+
+
+def test_without_rights_it_says_so(machine: Machine) -> None:
+    done = machine.meshnet(
+        "check", "--config", str(machine.config), "-o", "json", by=("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+    )
+    found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
+    assert done.returncode == 1
+    assert found["rights.net_admin"]["fix"] == "sudo meshnet check"
