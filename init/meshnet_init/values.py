@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from meshnet.errors import ConfigError
-from meshnet.model.address import Network
+from meshnet.model.address import INTERFACES, Network
 
 ANYTHING = "*"
 
@@ -15,8 +15,6 @@ _PORTS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?", re.ASCII)
 _LAST_PORT = 65535
 _ID = re.compile(r"[0-9]{1,10}", re.ASCII)
 _LAST_ID = 2**32 - 2  # the one behind it means "nobody" to the kernel
-# At most IFNAMSIZ - 1 bytes, and of the kernel's (dev_valid_name) those that no program has to quote.
-_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}|[A-Za-z0-9_][A-Za-z0-9_.@-]{0,13}\*", re.ASCII)
 
 
 class Ports(msgspec.Struct, frozen=True, order=True):
@@ -70,7 +68,7 @@ def parse_ids(texts: Iterable[str], setting: str) -> tuple[int, ...]:
 def parse_interfaces(texts: Iterable[str], setting: str) -> tuple[str, ...]:
     """Names, or beginnings of names with `*` behind, sorted, each once. Raises ConfigError naming `setting`."""
     for text in texts:
-        if _INTERFACE.fullmatch(text) is None:
+        if INTERFACES.fullmatch(text) is None:
             raise ConfigError(f"{setting}: {text!r} is not an interface", suggestion="write docker0 or veth*")
         if text == "lo":
             raise ConfigError(f"{setting}: lo is never captured", suggestion="leave it out")

@@ -14,6 +14,7 @@ from msgspec import inspect
 from meshnet.codec.fields import Fields
 from meshnet.codec.problem import Path, Problem, did_you_mean, in_one, in_words, mismatches, quoted
 from meshnet.errors import ConfigError
+from meshnet.model.address import INTERFACES
 from meshnet.model.settings import Settings
 
 Table = dict[str, object]
@@ -153,14 +154,24 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.duration(("pool", "idle_timeout"), settings.pool.idle_timeout, zero=True)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
-    for key in ("inbound_ports", "exclude_inbound_ports", "outbound_ports", "exclude_outbound_ports"):
+    for key in ("inbound_ports", "exclude_inbound_ports", "outbound_ports", "exclude_outbound_ports", "loopback_ports"):
         for index, text in enumerate(getattr(capture, key)):
-            if not (text == "*" and not key.startswith("exclude")):
+            if not (text == "*" and key in ("inbound_ports", "outbound_ports")):
                 _port_range(fields, ("capture", key, index), text)
     for key in ("exclude_inbound_cidrs", "outbound_cidrs", "exclude_outbound_cidrs"):
         for index, text in enumerate(getattr(capture, key)):
             if not (text == "*" and not key.startswith("exclude")):
                 fields.network(("capture", key, index), text)
+    for key in ("exclude_uids", "exclude_gids"):
+        for index, text in enumerate(getattr(capture, key)):
+            if re.fullmatch("[0-9]{1,10}", text) is None or int(text) > 2**32 - 2:
+                fields.wrong(
+                    ("capture", key, index), f"{quoted(text)} is not an id", "write its number, as `id` prints it"
+                )
+    for index, text in enumerate(capture.exclude_interfaces):
+        if INTERFACES.fullmatch(text) is None or text == "lo":
+            wrong = f"{quoted(text)} is not an interface such as docker0, or the beginning of some such as veth*"
+            fields.wrong(("capture", "exclude_interfaces", index), wrong)
     paths = {
         ("admin", "socket"): admin.socket,
         ("mesh", "directory"): settings.mesh.directory,

@@ -2,8 +2,13 @@
 
 import functools
 import ipaddress
+import re
 
 import msgspec
+
+# A name, or the beginning of names with `*` behind it: at most IFNAMSIZ - 1 bytes, and of what the kernel takes
+# (dev_valid_name) that which no program has to quote.
+INTERFACES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}|[A-Za-z0-9_][A-Za-z0-9_.@-]{0,13}\*", re.ASCII)
 
 
 class Address(msgspec.Struct, frozen=True, order=True, gc=False):

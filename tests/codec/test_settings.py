@@ -154,6 +154,15 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
             '(did you mean "10.0.0.0/8"?)',
         ),
         (
+            "[capture]\nexclude_uids = ['root']\n",
+            'meshnet.toml:2: capture.exclude_uids[0]: "root" is not an id (write its number, as `id` prints it)',
+        ),
+        (
+            "[capture]\nexclude_interfaces = ['eth0 -j ACCEPT']\n",
+            'meshnet.toml:2: capture.exclude_interfaces[0]: "eth0 -j ACCEPT" is not an interface such as docker0, '
+            "or the beginning of some such as veth* (write exclude_interfaces = [], the default)",
+        ),
+        (
             "[capture]\nexclude_inbound_ports = ['*']\n",
             'meshnet.toml:2: capture.exclude_inbound_ports[0]: "*" is not a port such as 8080 '
             'or a range such as 8000-8100 (write exclude_inbound_ports = ["22"], the default)',

@@ -67,17 +67,18 @@ def new_id() -> str:
 
 def test_both_sides_tell_it_as_before(hosts: Hosts, server: socket.socket) -> None:
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.api))
-    before = by_order(hosts.api)
-    for _ in range(4):
+    before, count = by_order(hosts.api), 0
+    while by_order(hosts.api) - before < 2:  # an OPEN that comes before Python waits for one is Python's own
         converse(hosts.web.connect(API, PORT), accept(server))
-    decided, *ordered = into.ended(4)
-    assert by_order(hosts.api) - before >= 2
+        count += 1
+        assert count < 100
+    decided, *ordered = into.ended(count)
     assert decided.tls.mode is Security.MTLS
-    assert [told(connection) for connection in ordered] == [told(decided)] * 3
-    sent = {each.id: (each.source.address, each.bytes_sent, each.bytes_received) for each in out.ended(4)}
-    assert {each.id: (each.source.address, each.bytes_sent, each.bytes_received) for each in into.ended(4)} == sent
+    assert [told(connection) for connection in ordered] == [told(decided)] * (count - 1)
+    sent = {each.id: (each.source.address, each.bytes_sent, each.bytes_received) for each in out.ended(count)}
+    assert {each.id: (each.source.address, each.bytes_sent, each.bytes_received) for each in into.ended(count)} == sent
     labels = {"reporter": "destination", "connection_security_policy": "mutual_tls", "destination_service": "api:8080"}
-    assert value(hosts.api, "meshnet_tcp_connections_closed_total", **labels) >= 4
+    assert value(hosts.api, "meshnet_tcp_connections_closed_total", **labels) >= count
 
 
 def test_one_lease_after_another_on_one_tunnel(hosts: Hosts, ordered: Peer, server: socket.socket) -> None:

@@ -189,7 +189,7 @@ class NativeDepot:
 class NativeTls:
     """See meshnet.net.tls.Tls. Handshakes take milliseconds, so they are not made on the thread that relays."""
 
-    def __init__(self, handshakes: "Core", relay: "Core", ticket_secret: bytes) -> None:
+    def __init__(self, handshakes: "Core", relay: "Core", ticket_secret: bytes = b"") -> None:
         """`ticket_secret`: of all processes that serve the same ports, if there are others."""
         self._ticket_secret = ticket_secret
         self._handshakes = handshakes
