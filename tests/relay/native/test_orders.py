@@ -42,12 +42,15 @@ class Gate:
     server: socket.socket
     heard: list[tuple[Any, int, Any]] = field(default_factory=list)
     links: list[tuple[str, Link]] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
 
     def order(self, original: tuple[str, int] = DIALLED, source: str = "127.0.0.1", **more: Any) -> Order:
         target = more.pop("target", self.server.getsockname()[:2])
         places, patience = more.pop("places", 1000), more.pop("patience", 5.0)
         waiter, direction = more.pop("waiter", "order"), more.pop("direction", OUTBOUND)
-        return self.core.order(direction, 0, source, original, target, 0, False, patience, places, None, waiter)
+        order = self.core.order(direction, 0, source, original, target, 0, False, patience, places, None, waiter)
+        self.orders.append(order)
+        return order
 
     def client(self, to: tuple[str, int] = DIALLED) -> socket.socket:
         return self.host.connect(*to)
@@ -104,7 +107,10 @@ def gate(host: Host) -> Iterator[Gate]:
     server.settimeout(5)
     handle = core.listen(os.dup(listener.fileno()), OUTBOUND, False, "door")
     with server, listener:
-        yield Gate(host, core, server)
+        gate = Gate(host, core, server)
+        yield gate
+    for order in gate.orders:
+        order.revoke()  # one in force is kept by its core
     handle.close()
     core.stop()
     core.news()
@@ -196,6 +202,8 @@ def test_one_that_goes_on_can_be_aborted(gate: Gate) -> None:
 def test_a_reset_by_the_application_is_one_for_the_client(gate: Gate) -> None:
     gate.order()
     client, app = gate.client(), gate.app()
+    (link,) = gate.until(1, BEGUN)
+    wait_for(lambda: Facts(*link.facts()).connected)  # a reset before that is a dial that has failed
     app.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     app.close()
     with client, pytest.raises(ConnectionResetError):
