@@ -106,21 +106,19 @@ def choose(name: str) -> Backend:
 def every_backend() -> list[Backend]:
     """One for each kind of tables the kernel may have rules of ours in; best first."""
     iptables = by_binaries("iptables", "nft")
-    return [backend for backend in (NftBackend(), iptables, _legacy()) if backend is not None]
+    legacy = by_python_iptables() or by_binaries("legacy", "legacy")
+    return [backend for backend in (NftBackend(), iptables, legacy) if backend is not None]
 
 
 def _in_order(name: str) -> list[Backend]:
+    backends = every_backend()
     if name != "auto":
-        return [backend for backend in every_backend() if backend.name == name]
-    legacy = _legacy()
-    others = [backend for backend in every_backend() if backend.name != "legacy"]
-    if legacy is None:
-        return others
-    return [legacy, *others] if legacy.is_used_by_others() else [*others, legacy]
+        return [backend for backend in backends if backend.name == name]
 
+    def is_needed(backend: Backend) -> bool:
+        return backend.name == "legacy" and isinstance(backend, IptablesBackend) and backend.is_used_by_others()
 
-def _legacy() -> IptablesBackend | None:
-    return by_python_iptables() or by_binaries("legacy", "legacy")
+    return sorted(backends, key=is_needed, reverse=True)
 
 
 def installed_rules() -> tuple[Installed, ...]:

@@ -1,6 +1,7 @@
 """An outbound connection's life: from this host's applications into the mesh, or past it."""
 
 import socket
+from functools import partial
 
 from meshnet.decide.route import Passthrough, Refuse, ToService, route
 from meshnet.decide.standing import endpoint_for_all
@@ -110,7 +111,8 @@ def _offer_order(
     target = Target(endpoint.address, state.mark, False, patience)
     asking = None
     if leg.tunnel is not None:
-        asking = Asking(leg.tunnel.key, standing_request(endpoint, service, record.source.host, patience))
+        opening = partial(standing_request, endpoint, service, record.source.host, patience)
+        asking = Asking(leg.tunnel.key, opening)
     state.orders.offer(record, target, decided, held, known, asking)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,10 +24,10 @@ _LOST = (Reason.TUNNEL_LOST, Reason.KEEPALIVE_DEAD)
 
 
 class Asking(NamedTuple):
-    """How an endpoint is asked for: through which tunnels, and in what words (meshnet.relay.Through.opening)."""
+    """How an endpoint is asked for: through which tunnels, and what makes the words (meshnet.relay.Through.opening)."""
 
     key: Key
-    opening: tuple[bytes, bytes, bytes]
+    opening: Callable[[], tuple[bytes, bytes, bytes]]
 
 
 class Before(NamedTuple):

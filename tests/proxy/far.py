@@ -5,29 +5,18 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from meshnet.codec.frames import Data, Fin, Frame, Open
-from meshnet.tunnel.protocol import Role, Tunnel
-from tests.proxy.peer import TUNNEL_PORT, credentials, issue
+from meshnet.codec.frames import Data, Fin, Open
+from meshnet.tunnel.protocol import Role
+from tests.proxy.peer import TUNNEL_PORT, End, credentials, issue
 from tests.proxy.programs import TIMEOUT, listen
 from tests.world import Host, Mesh
 
 
-class FarTunnel:
+class FarTunnel(End):
     """One tunnel that a sidecar has opened to us."""
 
     def __init__(self, sock: ssl.SSLSocket) -> None:
-        self.sock = sock
-        self.wire = Tunnel(Role.SERVER)
-        self._frames: list[Frame] = []
-
-    def frame(self) -> Frame:
-        """The next one; DATA with its payload copied. Raises EOFError when the tunnel was closed."""
-        while not self._frames:
-            if not (data := self.sock.recv(32768)):
-                raise EOFError
-            self._frames += self.wire.receive(data)
-        frame = self._frames.pop(0)
-        return Data(memoryview(bytes(frame.payload))) if isinstance(frame, Data) else frame
+        super().__init__(sock, Role.SERVER)
 
     def asked(self) -> Open:
         frame = self.frame()
@@ -46,9 +35,6 @@ class FarTunnel:
 
     def say(self, *frames: bytes) -> None:
         self.sock.sendall(b"".join(frames))
-
-    def send(self, data: bytes) -> None:
-        self.say(self.wire.data(len(data)), data)
 
     def converse(self, client: socket.socket) -> None:
         """Some bytes each way in a lease that has begun, and its end; the client ends first."""

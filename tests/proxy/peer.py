@@ -30,7 +30,28 @@ def credentials(issued: Issued, bundle: bytes = b"") -> tls.Credentials:
         return tls.load_credentials(str(home / CERTIFICATE), str(home / KEY), str(home / BUNDLE), PythonTls())
 
 
-class Peer:
+class End:
+    """One end of a tunnel in the test's own hands."""
+
+    def __init__(self, sock: ssl.SSLSocket, role: Role) -> None:
+        self.sock = sock
+        self.wire = Tunnel(role)
+        self._frames: list[Frame] = []
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(self.wire.data(len(data)) + data)
+
+    def frame(self) -> Frame:
+        """The next one; DATA with its payload copied. Raises EOFError when the tunnel was closed."""
+        while not self._frames:
+            if not (data := self.sock.recv(32768)):
+                raise EOFError
+            self._frames += self.wire.receive(data)
+        frame = self._frames.pop(0)
+        return Data(memoryview(bytes(frame.payload))) if isinstance(frame, Data) else frame
+
+
+class Peer(End):
     """The client end of a tunnel from `source` to the sidecar of `target`. Raises OSError if there is no handshake.
 
     In TLS 1.3 a server that refuses the client's certificate says so only after the handshake: at the first read.
@@ -39,12 +60,10 @@ class Peer:
     def __init__(self, source: Host, target: Host, context: ssl.SSLContext) -> None:
         plain = source.connect(target.address, TUNNEL_PORT, TIMEOUT)
         try:
-            self.sock = context.wrap_socket(plain)
+            super().__init__(context.wrap_socket(plain), Role.CLIENT)
         except BaseException:
             plain.close()
             raise
-        self.wire = Tunnel(Role.CLIENT)
-        self._frames: list[Frame] = []
 
     def __enter__(self) -> Self:
         return self
@@ -58,18 +77,6 @@ class Peer:
         """The answer to OPEN."""
         self.sock.sendall(self.wire.open(Open(host=host, port=port, source=source, id=id)))
         return self.frame()
-
-    def send(self, data: bytes) -> None:
-        self.sock.sendall(self.wire.data(len(data)) + data)
-
-    def frame(self) -> Frame:
-        """The next one; DATA with its payload copied. Raises EOFError when the tunnel was closed."""
-        while not self._frames:
-            if not (data := self.sock.recv(32768)):
-                raise EOFError
-            self._frames += self.wire.receive(data)
-        frame = self._frames.pop(0)
-        return Data(memoryview(bytes(frame.payload))) if isinstance(frame, Data) else frame
 
     def is_closed(self) -> bool:
         """Whether the sidecar closes the tunnel now."""

@@ -24,6 +24,7 @@ from meshnet_init.render import HOOKS, insert_jump, iptables_text, jump, read_ip
 
 Kind = Literal["nft", "legacy"]
 IpFamily = Literal["ipv4", "ipv6"]
+FAMILIES: tuple[IpFamily, ...] = ("ipv4", "ipv6")
 
 _INCOMPATIBLE = "is incompatible, use 'nft' tool"
 _SAVED_RULE = re.compile(r"\[(\d+):(\d+)\] -A (\S+) (.*)")

@@ -7,7 +7,7 @@ import subprocess
 
 from meshnet.errors import CommandError
 from meshnet_init.backends import not_permitted
-from meshnet_init.backends.iptables import IpFamily, IptablesBackend, Kind, Speaker
+from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend, Kind, Speaker
 from meshnet_init.host import may_change_rules
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -21,12 +21,11 @@ def by_binaries(name: str, kind: Kind) -> IptablesBackend | None:
     for command in ("iptables", f"iptables-{kind}"):
         version = _version(command)
         if version is not None and version[0] == kind:
-            families: tuple[IpFamily, ...] = ("ipv4", "ipv6")
             speakers: dict[IpFamily, Speaker] = {
                 family: Binaries(
                     family, command.replace("iptables", f"ip{'6' if family == 'ipv6' else ''}tables"), version[1]
                 )
-                for family in families
+                for family in FAMILIES
             }
             return IptablesBackend(name, kind, speakers)
     return None

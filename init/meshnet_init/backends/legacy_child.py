@@ -33,10 +33,11 @@ def main() -> None:
         asked = json.loads(line)
         try:
             nat = Nat(iptc, *kinds)
-            text = "" if "restore" in asked else "\n".join(nat.save())
             if "restore" in asked:
                 nat.restore(asked["restore"])
-            answer = {"text": text}
+                answer = {"text": ""}
+            else:
+                answer = {"text": "\n".join(nat.save())}
         except (iptc.IPTCError, iptc.XTablesError, ValueError) as error:
             answer = {"error": _said(error)}
         print(json.dumps(answer), flush=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from meshnet.errors import CommandError
 from meshnet_init.backends import not_permitted
-from meshnet_init.backends.iptables import IpFamily, IptablesBackend
+from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend
 from meshnet_init.host import may_change_rules
 
 _PROGRAM = Path(__file__).with_name("legacy_child.py")
@@ -30,8 +30,7 @@ def by_python_iptables() -> IptablesBackend | None:
     """None where python-iptables is not installed."""
     if importlib.util.find_spec("iptc") is None:
         return None
-    families: tuple[IpFamily, ...] = ("ipv4", "ipv6")
-    children = {family: PythonIptables(family) for family in families}
+    children = {family: PythonIptables(family) for family in FAMILIES}
 
     @contextmanager
     def session(writes: bool) -> Iterator[None]:

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -29,9 +29,9 @@ from meshnet.tunnel.client import ClientTunnel
 from meshnet.tunnel.peer import Peer as KnownPeer
 from meshnet.tunnel.protocol import Role, Tunnel
 from tests.relay.native.leaks import nothing_left
-from tests.relay.native.test_orders import DIALLED, RULES
+from tests.relay.native.test_orders import DIALLED
 from tests.relay.rig import Peer, TunnelPair, tunnel_pair
-from tests.world import Host, World, eventually
+from tests.world import Host, eventually
 
 pytestmark = pytest.mark.netns
 
@@ -111,15 +111,6 @@ class Stand:
 
     async def counts(self, parked: int, leased: int) -> None:
         await eventually(lambda: self.depot.counts()[:2] == (parked, leased), what=f"{parked} parked, {leased} leased")
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    with World() as world:
-        host = world.host("stand")
-        host.run("ip", "addr", "add", "fd09::1/64", "dev", "lo", "nodad", LD_PRELOAD="")
-        host.run("nft", "-f", "-", stdin=RULES, LD_PRELOAD="")
-        yield host
 
 
 @contextlib.asynccontextmanager

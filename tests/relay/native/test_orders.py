@@ -15,18 +15,12 @@ from meshnet.relay import Facts
 from meshnet.relay.native._core import Core, Link, Order
 from meshnet.relay.native.reasons import REASONS
 from tests.relay.rig import no_descriptors_leaked
-from tests.world import Host, World, wait_for
+from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
 
 DIALLED, ELSEWHERE = ("127.0.0.9", 7000), ("127.0.0.9", 7001)
 DIALLED6 = ("fd09::9", 7000)
-RULES = """
-table ip gate { chain out { type nat hook output priority -100;
-  ip daddr 127.0.0.9 tcp dport != 0 redirect to :15101; }; }
-table ip6 gate { chain out { type nat hook output priority -100;
-  ip6 daddr fd09::9 tcp dport != 0 redirect to :15101; }; }
-"""
 BEGUN, CONNECTED, ENDED, ACCEPTED, STUCK = range(5)
 OUTBOUND, INBOUND = 0, 1
 OK, ABORTED, PEER_RST = 0, 1, 2
@@ -85,16 +79,6 @@ class Gate:
 
     def facts(self, count: int = 1) -> list[Facts]:
         return [Facts(*about) for about in self.until(count)]
-
-
-@pytest.fixture(scope="module")
-def host() -> Iterator[Host]:
-    with World() as world:
-        host = world.host("gate")
-        # The sanitizers that the tests may run under are not for other programs.
-        host.run("ip", "addr", "add", "fd09::1/64", "dev", "lo", "nodad", LD_PRELOAD="")
-        host.run("nft", "-f", "-", stdin=RULES, LD_PRELOAD="")
-        yield host
 
 
 @pytest.fixture
