@@ -78,6 +78,16 @@ def _interfaces(text: str) -> tuple[str, ...]:
     return _listed(parse_interfaces)(text)
 
 
+def _all_or_interfaces(text: str) -> tuple[str, ...]:
+    return ("*",) if text.strip() == "*" else _interfaces(text)
+
+
+def _cgroups(text: str) -> tuple[str, ...]:
+    from meshnet_init.values import parse_cgroups
+
+    return _listed(parse_cgroups)(text)
+
+
 def _mark(text: str) -> int:
     try:
         number = int(text, 0)
@@ -95,25 +105,43 @@ _SOME_PORTS = Parsed("ports", _to_exclude(_ports))
 _SOME_CIDRS = Parsed("cidrs", _to_exclude(_cidrs))
 _SOME_IDS = Parsed("ids", _ids)
 _SOME_INTERFACES = Parsed("interfaces", _to_exclude(_interfaces))
+_INTERFACES = Parsed("interfaces", _all_or_interfaces)
+_CGROUPS = Parsed("cgroups", _cgroups)
+_UDP = click.Choice(("allow", "count", "reject"))
 
 # Each flag is a setting: section, key, type, help.
 _FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("proxy", "inbound_port", _PORT, "Where the proxy takes inbound connections."),
     ("proxy", "outbound_port", _PORT, "Where the proxy takes outbound connections."),
+    ("capture", "inbound_mode", click.Choice(("redirect", "tproxy")), "How inbound connections come to the proxy."),
+    ("capture", "original_source", click.BOOL, "Have applications see their clients' addresses."),
     ("capture", "inbound_ports", _PORTS, "Inbound ports to capture: 80,8000-8100 or *."),
     ("capture", "exclude_inbound_ports", _SOME_PORTS, "Inbound ports to leave alone."),
+    ("capture", "inbound_cidrs", _CIDRS, "Clients to capture: 10.0.0.0/8,fd00::/8 or *."),
     ("capture", "exclude_inbound_cidrs", _SOME_CIDRS, "Clients to leave alone."),
+    ("capture", "inbound_interfaces", _INTERFACES, "Interfaces to capture inbound: eth0,ens* or *."),
+    ("capture", "reroute_interfaces", _SOME_INTERFACES, "Bridges; what passes from there goes to the outbound proxy."),
     ("capture", "outbound_ports", _PORTS, "Outbound ports to capture."),
     ("capture", "exclude_outbound_ports", _SOME_PORTS, "Outbound ports to leave alone."),
     ("capture", "outbound_cidrs", _CIDRS, "Destinations to capture: 10.0.0.0/8,fd00::/8 or *."),
     ("capture", "exclude_outbound_cidrs", _SOME_CIDRS, "Destinations to leave alone."),
     ("capture", "loopback_ports", _SOME_PORTS, "Ports to capture also where this host calls itself."),
+    ("capture", "outbound_uids", _SOME_IDS, "Users to capture, by number, and nobody else."),
+    ("capture", "outbound_gids", _SOME_IDS, "Groups to capture, by number, and nobody else."),
+    ("capture", "outbound_cgroups", _CGROUPS, "Cgroups to capture, and nobody else: system.slice/web.service."),
     ("capture", "exclude_uids", _SOME_IDS, "Users whose connections to leave alone, by number."),
     ("capture", "exclude_gids", _SOME_IDS, "Groups whose connections to leave alone, by number."),
+    ("capture", "exclude_cgroups", _CGROUPS, "Cgroups whose connections to leave alone."),
     ("capture", "exclude_interfaces", _SOME_INTERFACES, "Interfaces to leave alone: docker0,veth*."),
     ("proxy", "mark", Parsed("mark", _mark), "The mark on the proxy's own packets."),
     ("capture", "gid", click.IntRange(1, 2**32 - 2), "The proxy's primary group; its connections are left alone."),
-    ("capture", "ipv6", click.Choice(("auto", "on", "off")), "Capture IPv6; auto: where this host has it."),
+    ("proxy", "local_mark", Parsed("mark", _mark), "The mark on connections made in a client's name."),
+    ("capture", "ipv6", click.Choice(("auto", "on", "off", "reject")), "Capture IPv6; auto: where this host has it."),
+    ("capture", "drop_invalid", click.BOOL, "Drop what fits into no captured connection."),
+    ("capture", "strict", click.BOOL, "Refuse what should have been redirected and was not."),
+    ("capture", "quic", _UDP, "UDP 443, which passes beside the proxy: allow, count or reject."),
+    ("capture", "udp", _UDP, "All other UDP."),
+    ("capture", "exclude_udp_ports", _SOME_PORTS, "UDP ports that are never refused."),
     ("capture", "backend", click.Choice(("auto", "nft", "iptables", "legacy")), "What writes the rules."),
 )
 

@@ -15,7 +15,7 @@ from meshnet_cli.table import print_table
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.backends import Counted
-    from meshnet_init.plan import Rule
+    from meshnet_init.rule import Rule
     from meshnet_init.verify import Verification
 
 _COLORS = {"STATUS": {"captured": "green", "not captured": "red"}}

@@ -5,13 +5,16 @@ import msgspec
 from meshnet.errors import CommandError
 from meshnet.model.settings import Settings
 from meshnet_init.backends import Backend, Installed, differences
+from meshnet_init.backends.cgroups import cgroup_id
 from meshnet_init.backends.iptables import IptablesBackend
 from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
 from meshnet_init.backends.python_iptables import by_python_iptables
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, open_connections
-from meshnet_init.plan import Plan, drain_set, make_plan
+from meshnet_init.plan import make_plan
+from meshnet_init.routing import installed_routing, route
+from meshnet_init.rule import Plan, drain_set
 
 BACKENDS = ("auto", "nft", "iptables", "legacy")
 
@@ -44,10 +47,20 @@ def apply(settings: Settings, backend: str = "") -> Applied:
 
 def apply_plan(plan: Plan, chosen: Backend) -> Applied:
     """Makes `plan` the only rules of ours, then takes older ones of other backends out."""
+    for cgroup in {rule.cgroup for rule in plan.rules} - {""}:
+        cgroup_id(cgroup)  # iptables only says that something is invalid
     expected = chosen.expected(plan)
+    before = installed_routing()
+    routed = plan.routing is not None and route(plan.routing)
     changed = bool(differences(expected, chosen.installed()))
     if changed:
-        chosen.apply(plan)
+        try:
+            chosen.apply(plan)
+        except CommandError:
+            route(before)
+            raise
+    if plan.routing is None:
+        routed = route(None)
 
     replaced, kept = [], []
     for other in every_backend():
@@ -58,14 +71,14 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
             continue
         # The new rules keep NAT alive for what the older ones redirected, except in a family they leave alone.
         if older.ipv6 and not plan.ipv6 and chosen.name != "nft" and open_connections(older.redirect_ports()):
-            other.apply(drain_set(older.redirect_ports(), ipv6=older.ipv6))
+            other.apply(drain_set(older.redirect_ports(), (counted.rule for counted in older.rules), ipv6=older.ipv6))
             kept.append(other.name)
         else:
             other.delete()
             replaced.append(other.name)
     return Applied(
         backend=chosen.name,
-        changed=changed or bool(replaced),
+        changed=changed or routed or bool(replaced),
         rules=len(expected),
         ipv6=plan.ipv6,
         replaced=tuple(replaced),
@@ -123,4 +136,6 @@ def _in_order(name: str) -> list[Backend]:
 
 def installed_rules() -> tuple[Installed, ...]:
     """What is in the kernel of ours, backend by backend; more than one only after a crash. Raises CommandError."""
-    return tuple(installed for backend in every_backend() if (installed := backend.installed()) is not None)
+    found = (installed for backend in every_backend() if (installed := backend.installed()) is not None)
+    routing = installed_routing()
+    return tuple(msgspec.structs.replace(installed, routing=routing) for installed in found)

@@ -21,7 +21,7 @@ from meshnet.errors import ConnectionFailed
 from meshnet.model.address import Address
 from meshnet.model.canary import CANARY_GREETING, CANARY_PORT, CANARY_V4, CANARY_V6
 from meshnet.net.original import original_destination
-from meshnet_init.plan import Plan, captures
+from meshnet_init.rule import Plan, captures
 from meshnet_init.values import Ports
 
 Family = Literal["ipv4", "ipv6"]

@@ -1,5 +1,6 @@
 """What this network namespace is: the facts a plan depends on, and the connections that a removal waits for."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -10,6 +11,7 @@ _PROC_NET = Path("/proc/thread-self/net")
 _IPV6_OFF = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 _UID_MAP = Path("/proc/self/uid_map")
 _GID_MAP = Path("/proc/self/gid_map")
+ACCEPTS_MARKS = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
 _CAP_NET_ADMIN = 12  # linux/capability.h
 
 # net/tcp_states.h: TIME_WAIT, CLOSE and LISTEN carry nothing that could be cut.
@@ -18,7 +20,8 @@ _NOT_OPEN = frozenset({"06", "07", "0A"})
 
 def host_facts() -> Host:
     """Reads them from /proc. IPv6 counts when the kernel has it and the namespace has not switched it off."""
-    return Host(ipv6=_has_ipv6(), uids=_mapped(_UID_MAP), gids=_mapped(_GID_MAP))
+    accepts = os.access(ACCEPTS_MARKS, os.W_OK)
+    return Host(ipv6=_has_ipv6(), uids=_mapped(_UID_MAP), gids=_mapped(_GID_MAP), accepts_marks=accepts)
 
 
 def open_connections(ports: Collection[int]) -> int:

@@ -1,94 +1,94 @@
-"""THE RULES AS DATA: what goes into the kernel, in order, each with its reason. Pure.
+"""THE RULES THAT SETTINGS ASK FOR, in order, each with its reason. Pure.
 
-Two chains of the nat table: MESHNET_IN sees what arrives (PREROUTING), MESHNET_OUT what local processes send (OUTPUT).
-A rule that matches either returns, which leaves the connection to the host's other rules, or redirects. Redirects
-match only the opening SYN: packets of connections that were open before can reach the chains, as conntrack starts to
-run with the first rule and takes them for new ones, and redirecting those would reset them (istio#36870, istio#48876).
+MESHNET_IN sees what arrives, MESHNET_OUT what local processes send. A rule of theirs that matches either returns, which
+leaves the connection to the host's other rules, or redirects. The other chains exist only where settings need them:
+MESHNET_MARK_IN gives arriving connections to a transparent listener, and carries marks over with MESHNET_MARK_OUT;
+MESHNET_GUARD_IN, _OUT and _FWD refuse what should have been redirected and was not, and UDP where it is not wanted.
 """
 
-import ipaddress
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
 from meshnet.errors import ConfigError
 from meshnet.model.address import Network
 from meshnet.model.settings import Settings
-from meshnet_init.values import ALL_PORTS, Ports, parse_ids, parse_interfaces, parse_networks, parse_ports
-
-Chain = Literal["MESHNET_IN", "MESHNET_OUT"]
-Family = Literal["any", "ipv4", "ipv6"]
-
-CHAIN_IN: Chain = "MESHNET_IN"
-CHAIN_OUT: Chain = "MESHNET_OUT"
-CHAINS: tuple[Chain, ...] = (CHAIN_IN, CHAIN_OUT)
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, CHAINS, NAT_CHAINS, Chain, Family, Plan, Routing, Rule
+from meshnet_init.values import (
+    ALL_PORTS,
+    ANYTHING,
+    Ports,
+    parse_cgroups,
+    parse_ids,
+    parse_interfaces,
+    parse_networks,
+    parse_ports,
+)
 
 _LARGEST_MARK = 2**32 - 1
 _LARGEST_GID = 2**32 - 2  # the last value means "no group" to the kernel
 _LARGEST_PLAN = 1000  # rules; what fits into one netlink transaction
-
-
-class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """TCP that matches every field set is redirected to port `redirect`, or returned when that is 0.
-
-    `loopback` is the interface in MESHNET_IN's case it came from, in MESHNET_OUT's case it leaves by. `local` asks
-    whether the destination is an address of this host. `mark` is the packet's mark, `uid` and `gid` are those of the
-    process that made the sending socket, when it made it. `interface` is a name, or with `*` behind it the beginning of
-    names: where it came from in MESHNET_IN, where it leaves in MESHNET_OUT.
-    `hold` matches nothing a nat chain ever sees; while it stands, conntrack keeps running for the family.
-    """
-
-    chain: Chain
-    why: str = ""
-    family: Family = "any"
-    loopback: bool = False
-    interface: str = ""
-    mark: int = 0
-    uid: int | None = None
-    gid: int | None = None
-    source: str = ""  # CIDR
-    destination: str = ""  # CIDR
-    local: bool | None = None
-    ports: Ports | None = None  # destination ports
-    hold: bool = False
-    redirect: int = 0
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What the kernel shall hold. Without `ipv6` an iptables backend leaves ip6tables alone."""
-
-    rules: tuple[Rule, ...]
-    ipv6: bool = True
-
-    def of_family(self, family: Literal["ipv4", "ipv6"]) -> tuple[Rule, ...]:
-        """The rules one family's table gets, each saying that family."""
-        return tuple(msgspec.structs.replace(r, family=family) for r in self.rules if r.family in ("any", family))
+_QUIC = Ports(443, 443)  # RFC 9114, 3.1
+_IPV6_OFF = "IPv6 is not captured here"
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """What a plan depends on beside the settings. `uids` and `gids` are the runs of ids this user namespace maps."""
+    """What a plan depends on beside the settings. `uids` and `gids` are the runs of ids this user namespace maps.
+
+    `accepts_marks`: tcp_fwmark_accept may be switched here.
+    """
 
     ipv6: bool = True
     uids: tuple[range, ...] = (range(2**32 - 1),)
     gids: tuple[range, ...] = (range(2**32 - 1),)
+    accepts_marks: bool = True
+
+
+class _Owner(msgspec.Struct, frozen=True):
+    """Whose connections; everybody's, where nothing is set."""
+
+    uid: int | None = None
+    gid: int | None = None
+    cgroup: str = ""
+
+
+_EVERYBODY = _Owner()
 
 
 def make_plan(settings: Settings, host: Host) -> Plan:
     """The plan these settings ask for. Raises ConfigError: what is wrong and what to write instead."""
-    proxy, capture = settings.proxy, settings.capture
+    capture = settings.capture
     _check(settings)
     ipv6 = capture.ipv6 == "on" or (capture.ipv6 == "auto" and host.ipv6)
-    mark = proxy.mark
-    gid = capture.gid if _is_mapped(capture.gid, host.gids) else None
+    every_inbound, every_outbound = list(_inbound(settings)), list(_outbound(settings, host))
+    inbound = every_inbound if ipv6 else _without_ipv6(every_inbound)
+    outbound = every_outbound if ipv6 else _without_ipv6(every_outbound)
 
-    rules = (*_inbound(settings, mark), *_outbound(settings, mark, gid, host))
-    if ipv6:
-        plan = Plan(rules=rules)
+    rules = [*_carried(settings, host), *outbound]
+    if capture.inbound_mode == "tproxy":
+        rules += [*_given_to_a_listener(settings, inbound), *_rerouting(inbound)]
     else:
-        off = (Rule(chain=chain, family="ipv6", why="IPv6 is not captured here") for chain in CHAINS)
-        kept = (rule for rule in rules if rule.family != "ipv6")
-        plan = Plan(rules=tuple(sorted((*off, *kept), key=lambda rule: CHAINS.index(rule.chain))), ipv6=False)
+        rules += inbound
+        if capture.drop_invalid:
+            rules += _without_invalid(inbound)
+    if capture.strict:
+        rules += _guard((rule for rule in inbound if not _passes(rule)), "MESHNET_GUARD_IN")
+        if passing := [rule for rule in inbound if _passes(rule)]:
+            rules += _guard(passing, "MESHNET_GUARD_FWD")
+    udp = list(_udp(settings, host))
+    if capture.strict or udp:
+        guard = _guard(outbound, "MESHNET_GUARD_OUT")
+        rules += [rule for rule in guard if capture.strict or rule.verdict == "return"]
+    if capture.ipv6 == "reject":
+        arriving = (rule for rule in every_inbound if not _passes(rule))
+        refused = (*_guard(arriving, "MESHNET_GUARD_IN"), *_guard(every_outbound, "MESHNET_GUARD_OUT"))
+        rules = [*(rule for rule in rules if not _lets_ipv6_pass(rule)), *_of_ipv6(refused)]
+    rules += udp
+    plan = Plan(
+        rules=tuple(sorted(rules, key=lambda rule: CHAINS.index(rule.chain))),
+        ipv6=ipv6 or capture.ipv6 == "reject",
+        routing=_routing(settings, host),
+    )
     if len(plan.rules) > _LARGEST_PLAN:
         raise ConfigError(
             f"capture: {len(plan.rules)} rules are more than {_LARGEST_PLAN}",
@@ -97,47 +97,21 @@ def make_plan(settings: Settings, host: Host) -> Plan:
     return plan
 
 
-def drain_set(ports: Iterable[int], *, ipv6: bool = True) -> Plan:
-    """No redirects; keeps NAT and conntrack alive for connections that were redirected to `ports` before.
-
-    When a namespace's last rule that uses conntrack goes, address translation stops for open connections too.
-    """
-    why = "keeps redirected connections alive until they end"
-    runs = [Ports(port, port) for port in sorted(set(ports))] or [ALL_PORTS]
-    return Plan(
-        rules=tuple(Rule(chain=chain, why=why, ports=run, hold=True) for chain in CHAINS for run in runs), ipv6=ipv6
-    )
-
-
-def captures(rules: Iterable[Rule], host: str, port: int) -> bool:
-    """Whether a local process's new connection to a remote `host` would be redirected; the proxy's own aside."""
-    address = ipaddress.ip_address(host)
-    family = f"ipv{address.version}"
-    for rule in rules:
-        if rule.chain != CHAIN_OUT or rule.family not in ("any", family):
-            continue
-        if rule.loopback or rule.mark or rule.uid is not None or rule.gid is not None or rule.local or rule.hold:
-            continue
-        if rule.interface:
-            continue
-        if rule.destination and address not in ipaddress.ip_network(rule.destination):
-            continue
-        if rule.ports is not None and port not in rule.ports:
-            continue
-        return bool(rule.redirect)
-    return False
-
-
-def _inbound(settings: Settings, mark: int) -> Iterator[Rule]:
+def _inbound(settings: Settings) -> Iterator[Rule]:
     proxy, capture = settings.proxy, settings.capture
-    included = parse_ports(capture.inbound_ports, "capture.inbound_ports")
+    ports = parse_ports(capture.inbound_ports, "capture.inbound_ports")
     excluded = parse_ports(capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
     sources = parse_networks(capture.exclude_inbound_cidrs, "capture.exclude_inbound_cidrs")
+    named = tuple(name for name in capture.inbound_interfaces if name != ANYTHING)
+    interfaces = parse_interfaces(named, "capture.inbound_interfaces")
+    if named != capture.inbound_interfaces:
+        interfaces = ("",)
 
     yield Rule(chain=CHAIN_IN, loopback=True, why="came from this host itself")
-    yield Rule(chain=CHAIN_IN, mark=mark, why="made by the proxy")
+    yield Rule(chain=CHAIN_IN, mark=proxy.mark, why="made by the proxy")
     for port in sorted(settings.own_ports()):
         yield Rule(chain=CHAIN_IN, ports=Ports(port, port), why="the sidecar's own port")
+    yield from _rerouted(settings)
     for interface in parse_interfaces(capture.exclude_interfaces, "capture.exclude_interfaces"):
         yield Rule(chain=CHAIN_IN, interface=interface, why="capture.exclude_interfaces")
     for run in excluded:
@@ -146,26 +120,40 @@ def _inbound(settings: Settings, mark: int) -> Iterator[Rule]:
         family, cidr = _side(network)
         yield Rule(chain=CHAIN_IN, family=family, source=cidr, why="capture.exclude_inbound_cidrs")
     yield Rule(chain=CHAIN_IN, local=False, why="only passes through this host")
-    for run in included:
-        yield Rule(chain=CHAIN_IN, ports=_unless_all(run), redirect=proxy.inbound_port, why="to the inbound proxy")
+    for family, cidr in _sides(capture.inbound_cidrs, "capture.inbound_cidrs"):
+        for interface in interfaces:
+            for run in ports:
+                yield Rule(
+                    chain=CHAIN_IN,
+                    family=family,
+                    source=cidr,
+                    interface=interface,
+                    ports=_unless_all(run),
+                    redirect=proxy.inbound_port,
+                    why="to the inbound proxy",
+                )
 
 
-def _outbound(settings: Settings, mark: int, gid: int | None, host: Host) -> Iterator[Rule]:
+def _rerouted(settings: Settings) -> Iterator[Rule]:
+    """What passes through from behind a bridge (containers, virtual machines) is sent like a local process's.
+
+    What goes to this host itself comes in like anything else (istio#39775, istio#44996).
+    """
+    capture = settings.capture
+    why = "capture.reroute_interfaces"
+    for interface in parse_interfaces(capture.reroute_interfaces, why):
+        for rule in (*_excluded_destinations(settings), *_to_the_outbound_proxy(settings, _EVERYBODY)):
+            reason = f"{why}: {rule.why}" if rule.redirect else rule.why
+            yield msgspec.structs.replace(rule, chain=CHAIN_IN, interface=interface, local=False, why=reason)
+
+
+def _outbound(settings: Settings, host: Host) -> Iterator[Rule]:
     proxy, capture = settings.proxy, settings.capture
-    ports = parse_ports(capture.outbound_ports, "capture.outbound_ports")
-    networks = parse_networks(capture.outbound_cidrs, "capture.outbound_cidrs")
-    excluded_networks = parse_networks(capture.exclude_outbound_cidrs, "capture.exclude_outbound_cidrs")
-    excluded_ports = parse_ports(capture.exclude_outbound_ports, "capture.exclude_outbound_ports")
-
-    yield Rule(chain=CHAIN_OUT, mark=mark, why="made by the proxy")
-    if gid is not None:
-        yield Rule(chain=CHAIN_OUT, gid=gid, why="made by the proxy's group")
-    for uid in parse_ids(capture.exclude_uids, "capture.exclude_uids"):
-        if _is_mapped(uid, host.uids):
-            yield Rule(chain=CHAIN_OUT, uid=uid, why="capture.exclude_uids")
-    for group in parse_ids(capture.exclude_gids, "capture.exclude_gids"):
-        if _is_mapped(group, host.gids):
-            yield Rule(chain=CHAIN_OUT, gid=group, why="capture.exclude_gids")
+    yield Rule(chain=CHAIN_OUT, mark=proxy.mark, why="made by the proxy")
+    if _is_mapped(capture.gid, host.gids):
+        yield Rule(chain=CHAIN_OUT, gid=capture.gid, why="made by the proxy's group")
+    for setting, owner in _owners(settings, host, "exclude"):
+        yield Rule(chain=CHAIN_OUT, uid=owner.uid, gid=owner.gid, cgroup=owner.cgroup, why=setting)
     for run in parse_ports(capture.loopback_ports, "capture.loopback_ports"):
         yield Rule(
             chain=CHAIN_OUT, loopback=True, ports=run, redirect=proxy.outbound_port, why="capture.loopback_ports"
@@ -174,30 +162,173 @@ def _outbound(settings: Settings, mark: int, gid: int | None, host: Host) -> Ite
     for interface in parse_interfaces(capture.exclude_interfaces, "capture.exclude_interfaces"):
         yield Rule(chain=CHAIN_OUT, interface=interface, why="capture.exclude_interfaces")
     yield Rule(chain=CHAIN_OUT, local=True, why="goes to this host's own address")
-    for network in excluded_networks:
+    yield from _excluded_destinations(settings)
+    for owner in _sending(settings, host):
+        yield from _to_the_outbound_proxy(settings, owner)
+
+
+def _sending(settings: Settings, host: Host) -> list[_Owner]:
+    """Whose connections are captured: everybody's unless some are named."""
+    capture = settings.capture
+    if not (capture.outbound_uids or capture.outbound_gids or capture.outbound_cgroups):
+        return [_EVERYBODY]
+    return [owner for _, owner in _owners(settings, host, "outbound")]
+
+
+def _owners(settings: Settings, host: Host, which: str) -> Iterator[tuple[str, _Owner]]:
+    """Of the settings capture.WHICH_uids, _gids and _cgroups. An id that is not mapped can be no process's here."""
+    names = [f"{which}_{kind}" for kind in ("uids", "gids", "cgroups")]
+    uids, gids, cgroups = ((f"capture.{name}", getattr(settings.capture, name)) for name in names)
+    for uid in parse_ids(uids[1], uids[0]):
+        if _is_mapped(uid, host.uids):
+            yield uids[0], _Owner(uid=uid)
+    for gid in parse_ids(gids[1], gids[0]):
+        if _is_mapped(gid, host.gids):
+            yield gids[0], _Owner(gid=gid)
+    for cgroup in parse_cgroups(cgroups[1], cgroups[0]):
+        yield cgroups[0], _Owner(cgroup=cgroup)
+
+
+def _excluded_destinations(settings: Settings) -> Iterator[Rule]:
+    capture = settings.capture
+    for network in parse_networks(capture.exclude_outbound_cidrs, "capture.exclude_outbound_cidrs"):
         family, cidr = _side(network)
         yield Rule(chain=CHAIN_OUT, family=family, destination=cidr, why="capture.exclude_outbound_cidrs")
-    for run in excluded_ports:
+    for run in parse_ports(capture.exclude_outbound_ports, "capture.exclude_outbound_ports"):
         yield Rule(chain=CHAIN_OUT, ports=run, why="capture.exclude_outbound_ports")
-    # Everywhere in both families is one rule, not two.
-    sides: list[tuple[Family, str]] = [_side(network) for network in networks]
-    if sides == [("ipv4", ""), ("ipv6", "")]:
-        sides = [("any", "")]
-    for family, cidr in sides:
-        for run in ports:
+
+
+def _to_the_outbound_proxy(settings: Settings, owner: _Owner) -> Iterator[Rule]:
+    capture = settings.capture
+    for family, cidr in _sides(capture.outbound_cidrs, "capture.outbound_cidrs"):
+        for run in parse_ports(capture.outbound_ports, "capture.outbound_ports"):
             yield Rule(
                 chain=CHAIN_OUT,
                 family=family,
+                uid=owner.uid,
+                gid=owner.gid,
+                cgroup=owner.cgroup,
                 destination=cidr,
                 ports=_unless_all(run),
-                redirect=proxy.outbound_port,
+                redirect=settings.proxy.outbound_port,
                 why="to the outbound proxy",
+            )
+
+
+def _without_ipv6(rules: Sequence[Rule]) -> list[Rule]:
+    off = Rule(chain=rules[0].chain, family="ipv6", why=_IPV6_OFF)
+    return [off, *(rule for rule in rules if rule.family != "ipv6")]
+
+
+def _carried(settings: Settings, host: Host) -> Iterator[Rule]:
+    """The mark of a connection that the proxy made in its client's name, over to what the application answers."""
+    if settings.capture.original_source and not host.accepts_marks:
+        mark, why = settings.proxy.local_mark, "capture.original_source"
+        yield Rule(chain="MESHNET_MARK_IN", loopback=True, mark=mark, verdict="save", why=why)
+        yield Rule(chain="MESHNET_MARK_OUT", connmark=mark, verdict="restore", why=why)
+
+
+def _routing(settings: Settings, host: Host) -> Routing | None:
+    if not settings.capture.original_source:
+        return None
+    return Routing(mark=settings.proxy.local_mark, accepts=host.accepts_marks)
+
+
+def _given_to_a_listener(settings: Settings, inbound: Iterable[Rule]) -> Iterator[Rule]:
+    """TPROXY in the place of REDIRECT.
+
+    What is taken goes to an address of this host anyhow, so that it needs no mark and no route to get there, and
+    neither src_valid_mark nor a missing xt_socket is in its way (tailscale#19796, istio#22500); the proxy's mark tells
+    the guard. Where nobody listens nftables lets the packet go on to the application, but for the rule behind.
+    """
+    proxy = settings.proxy
+    for rule in inbound:
+        if _passes(rule):
+            continue
+        placed = msgspec.structs.replace(rule, chain="MESHNET_MARK_IN", redirect=0)
+        if not rule.redirect:
+            yield placed
+        else:
+            yield msgspec.structs.replace(placed, tproxy=proxy.inbound_port, tproxy_mark=proxy.mark)
+            yield msgspec.structs.replace(placed, verdict="drop", why="no inbound proxy is there to take it")
+
+
+def _without_invalid(inbound: Iterable[Rule]) -> Iterator[Rule]:
+    """What TCP cannot place is not translated back: the host would answer it with a reset of its own (istio#36489)."""
+    for rule in inbound:
+        if _passes(rule):
+            continue
+        if rule.redirect:
+            why = "fits into no connection, capture.drop_invalid"
+            yield msgspec.structs.replace(
+                rule, chain="MESHNET_MARK_IN", redirect=0, verdict="drop", invalid=True, why=why
+            )
+        else:
+            yield msgspec.structs.replace(rule, chain="MESHNET_MARK_IN")
+
+
+def _rerouting(inbound: Sequence[Rule]) -> Sequence[Rule]:
+    """What is left in the nat chain beside TPROXY: what passes through goes to the outbound proxy by a redirect."""
+    last = max((at for at, rule in enumerate(inbound) if rule.redirect and _passes(rule)), default=-1)
+    return inbound[: last + 1]
+
+
+def _guard(rules: Iterable[Rule], chain: Chain) -> Iterator[Rule]:
+    """The same again behind the redirects: what they have turned goes to the sidecar's own port by then."""
+    yield Rule(chain=chain, established=True, why="open already")
+    for rule in rules:
+        if rule.redirect:
+            why = "captured, and yet nothing has redirected it"
+            yield msgspec.structs.replace(rule, chain=chain, redirect=0, verdict="reset", why=why)
+        else:
+            yield msgspec.structs.replace(rule, chain=chain)
+
+
+def _passes(rule: Rule) -> bool:
+    """Whether it is about what comes from behind a bridge and goes elsewhere."""
+    return bool(rule.interface) and rule.local is False
+
+
+def _lets_ipv6_pass(rule: Rule) -> bool:
+    return rule.why == _IPV6_OFF and rule.chain not in NAT_CHAINS
+
+
+def _of_ipv6(rules: Iterable[Rule]) -> Iterator[Rule]:
+    return (msgspec.structs.replace(rule, family="ipv6") for rule in rules if rule.family != "ipv4")
+
+
+def _udp(settings: Settings, host: Host) -> Iterator[Rule]:
+    """UDP passes beside the proxy. What the host itself could not do without is only refused where it is said so."""
+    capture = settings.capture
+    kept = parse_ports(capture.exclude_udp_ports, "capture.exclude_udp_ports")
+    chosen = {"capture.quic": (capture.quic, _QUIC), "capture.udp": (capture.udp, None)}
+    if all(choice == "allow" for choice, _ in chosen.values()):
+        return
+    for setting, (choice, ports) in chosen.items():
+        for run in kept if setting == "capture.udp" and choice == "reject" else ():
+            yield Rule(chain="MESHNET_GUARD_OUT", udp=True, ports=run, why="capture.exclude_udp_ports")
+        for owner in _sending(settings, host):
+            yield Rule(
+                chain="MESHNET_GUARD_OUT",
+                uid=owner.uid,
+                gid=owner.gid,
+                cgroup=owner.cgroup,
+                udp=True,
+                ports=ports,
+                verdict="reject" if choice == "reject" else "return",
+                why=f"{setting} = {choice}",
             )
 
 
 def _is_mapped(number: int, runs: Iterable[range]) -> bool:
     """One that is not can be no process's here, and the kernel refuses to match it."""
     return any(number in run for run in runs)
+
+
+def _sides(texts: Iterable[str], setting: str) -> list[tuple[Family, str]]:
+    """The networks, each with its family. Everywhere in both families is one rule, not two."""
+    sides: list[tuple[Family, str]] = [_side(network) for network in parse_networks(texts, setting)]
+    return [("any", "")] if sides == [("ipv4", ""), ("ipv6", "")] else sides
 
 
 def _side(network: Network) -> tuple[Family, str]:
@@ -226,7 +357,13 @@ def _check(settings: Settings) -> None:
                     f"capture.loopback_ports: {run} has {port}, which is the sidecar's own",
                     suggestion="name the ports of applications only",
                 )
-    if not 0 < proxy.mark <= _LARGEST_MARK:
-        raise ConfigError(f"proxy.mark: {proxy.mark} is not a mark", suggestion="marks go from 1 to 0xffffffff")
+    for name, mark in (("proxy.mark", proxy.mark), ("proxy.local_mark", proxy.local_mark)):
+        if not 0 < mark <= _LARGEST_MARK:
+            raise ConfigError(f"{name}: {mark} is not a mark", suggestion="marks go from 1 to 0xffffffff")
+    if capture.original_source and proxy.mark & proxy.local_mark:
+        raise ConfigError(
+            f"proxy.mark {proxy.mark:#x} and proxy.local_mark {proxy.local_mark:#x} share a bit",
+            suggestion="give each bits of its own, such as 0x1000 and 0x2000",
+        )
     if not 0 <= capture.gid <= _LARGEST_GID:
         raise ConfigError(f"capture.gid: {capture.gid} is not a group id", suggestion="write the proxy's primary group")

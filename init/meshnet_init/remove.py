@@ -14,7 +14,8 @@ import msgspec
 from meshnet_init.apply import every_backend
 from meshnet_init.backends import need_right_to_change
 from meshnet_init.host import open_connections
-from meshnet_init.plan import drain_set
+from meshnet_init.routing import route
+from meshnet_init.rule import drain_set
 
 _LOOK_AGAIN = 0.2  # seconds
 
@@ -44,7 +45,8 @@ def remove(
     for backend, installed in found:
         ports |= installed.redirect_ports()
         if not installed.draining():
-            backend.apply(drain_set(installed.redirect_ports(), ipv6=installed.ipv6))
+            rules = (counted.rule for counted in installed.rules)
+            backend.apply(drain_set(installed.redirect_ports(), rules, ipv6=installed.ipv6))
 
     first = left = open_connections(ports) if found else 0
     deadline = time.monotonic() + drain
@@ -63,4 +65,5 @@ def remove(
     finally:
         for backend, _ in found:
             backend.delete()
+        route(None)
     return Removed(backends=tuple(backend.name for backend, _ in found), waited_for=first, cut=left)

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from meshnet_init.apply import apply_plan, every_backend
 from meshnet_init.backends import Installed
-from meshnet_init.plan import Plan
 from meshnet_init.remove import remove
+from meshnet_init.rule import Plan
 
 
 def put_back(before: tuple[Installed, ...], drain: float = 5.0, cut: Callable[[], object] = lambda: None) -> None:
@@ -17,5 +17,5 @@ def put_back(before: tuple[Installed, ...], drain: float = 5.0, cut: Callable[[]
     if in_force is None:
         remove(drain, cut=cut)
         return
-    plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6)
+    plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6, routing=in_force.routing)
     apply_plan(plan, next(backend for backend in every_backend() if backend.name == in_force.backend))

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from meshnet.model.admin import Status
-from meshnet_init.plan import CHAIN_IN, CHAIN_OUT, Rule
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule
 
 
 def misfits(rules: Collection[Rule], sidecar: Status) -> tuple[str, ...]:
@@ -12,9 +12,12 @@ def misfits(rules: Collection[Rule], sidecar: Status) -> tuple[str, ...]:
 
 
 def _redirects(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
-    for name, chain in (("outbound", CHAIN_OUT), ("inbound", CHAIN_IN)):
+    arriving = [rule for rule in rules if rule.chain in (CHAIN_IN, "MESHNET_MARK_IN")]
+    passing = [rule for rule in arriving if rule.redirect and rule.local is False]
+    sent = [rule for rule in rules if rule.chain == CHAIN_OUT] + passing
+    for name, turned in (("outbound", sent), ("inbound", [rule for rule in arriving if rule not in passing])):
         taken = sidecar.listeners.get(name, "")
-        turned_to = {rule.redirect for rule in rules if rule.chain == chain and rule.redirect}
+        turned_to = {rule.redirect or rule.tproxy for rule in turned if rule.redirect or rule.tproxy}
         for port in sorted(turned_to - _ports(taken)):
             yield f"the rules turn {name} connections to port {port}, the sidecar takes them at {taken or 'no port'}"
 
@@ -49,12 +52,12 @@ def _captured_inbound(rules: Collection[Rule], port: int) -> bool:
     """Whether a connection from elsewhere to this host's `port` would be redirected, in either family."""
     for family in ("ipv4", "ipv6"):
         for rule in rules:
-            if rule.chain != CHAIN_IN or rule.family not in ("any", family):
+            if rule.chain not in (CHAIN_IN, "MESHNET_MARK_IN") or rule.family not in ("any", family):
                 continue
-            if rule.loopback or rule.mark or rule.source or rule.local is False or rule.hold:
+            if rule.loopback or rule.mark or rule.source or rule.local is False or rule.established:
                 continue
             if rule.ports is None or port in rule.ports:
-                if rule.redirect:
+                if rule.redirect or rule.tproxy:
                     return True
                 break
     return False

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import msgspec
 
 from meshnet.errors import ConfigError
-from meshnet.model.address import INTERFACES, Network
+from meshnet.model.address import CGROUPS, INTERFACES, Network
 
 ANYTHING = "*"
 
@@ -72,6 +72,16 @@ def parse_interfaces(texts: Iterable[str], setting: str) -> tuple[str, ...]:
             raise ConfigError(f"{setting}: {text!r} is not an interface", suggestion="write docker0 or veth*")
         if text == "lo":
             raise ConfigError(f"{setting}: lo is never captured", suggestion="leave it out")
+    return tuple(sorted(set(texts)))
+
+
+def parse_cgroups(texts: Iterable[str], setting: str) -> tuple[str, ...]:
+    """Paths below the root of cgroup v2, without a slash in front, sorted, each once. Raises ConfigError."""
+    for text in texts:
+        if CGROUPS.fullmatch(text) is None:
+            raise ConfigError(
+                f"{setting}: {text!r} is not a cgroup", suggestion="write its path, such as system.slice/cron.service"
+            )
     return tuple(sorted(set(texts)))
 
 

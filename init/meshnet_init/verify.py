@@ -11,7 +11,8 @@ from meshnet_init.apply import every_backend
 from meshnet_init.backends import differences
 from meshnet_init.canary import Canary, fly
 from meshnet_init.host import host_facts
-from meshnet_init.plan import CHAIN_OUT, Plan, make_plan
+from meshnet_init.plan import make_plan
+from meshnet_init.rule import CHAIN_OUT, Plan
 from meshnet_init.sidecar import misfits
 
 

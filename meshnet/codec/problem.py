@@ -59,6 +59,8 @@ def mismatches(value: object, kind: inspect.Type, path: Path = ()) -> Iterator[P
                 yield Problem(path, f"{quoted(value)} is not one of {_listed(choices)}", _closest(value, choices))
         case inspect.StrType() if isinstance(value, str):
             pass
+        case inspect.BoolType() if isinstance(value, bool):
+            pass
         case inspect.IntType() if isinstance(value, int) and not isinstance(value, bool):
             pass
         case inspect.FloatType() if isinstance(value, int | float) and not isinstance(value, bool):
@@ -113,12 +115,17 @@ def _listed(choices: Iterable[str]) -> str:
     return ", ".join(map(quoted, choices))
 
 
+_WORDS = ("true", "false")
+
+
 def _expected(kind: inspect.Type) -> str:
     match kind:
         case inspect.UnionType(types=types):
             return _expected(next(each for each in types if not isinstance(each, inspect.NoneType)))
         case inspect.EnumType() | inspect.LiteralType():
             return f"one of {_listed(_choices(kind))}"
+        case inspect.BoolType():
+            return "true or false"
         case inspect.IntType():
             return "a whole number"
         case inspect.FloatType():
@@ -152,6 +159,7 @@ def _got(value: object) -> str:
 def _hint(value: object, kind: inspect.Type) -> str:
     if isinstance(kind, inspect.StrType | inspect.EnumType | inspect.LiteralType):
         return "write it in quotes" if isinstance(value, bool | int | float) else ""
-    if isinstance(kind, inspect.IntType) and isinstance(value, str) and value.isdecimal():
+    plain = isinstance(value, str) and (value.isdecimal() if isinstance(kind, inspect.IntType) else value in _WORDS)
+    if isinstance(kind, inspect.IntType | inspect.BoolType) and plain:
         return "write it without quotes"
     return "write a list: [...]" if isinstance(kind, inspect.VarTupleType) and isinstance(value, str) else ""

@@ -14,7 +14,7 @@ from msgspec import inspect
 from meshnet.codec.fields import Fields
 from meshnet.codec.problem import Path, Problem, did_you_mean, in_one, in_words, mismatches, quoted
 from meshnet.errors import ConfigError
-from meshnet.model.address import INTERFACES
+from meshnet.model.address import CGROUPS, INTERFACES
 from meshnet.model.settings import Settings
 
 Table = dict[str, object]
@@ -97,6 +97,8 @@ def _typed(text: str, kind: inspect.Type | None) -> object:
     """What the text of a variable says; left as text if it is wrong, to be refused like any other wrong value."""
     if isinstance(kind, inspect.VarTupleType):
         return [part.strip() for part in text.split(",") if part.strip()]
+    if isinstance(kind, inspect.BoolType):
+        return {"true": True, "false": False}.get(text.lower(), text)
     if isinstance(kind, inspect.IntType):
         try:
             return int(text, 16 if text.lower().startswith("0x") else 10)
@@ -143,6 +145,11 @@ def _value_problems(settings: Settings) -> list[Problem]:
             fields.wrong(here, f"{port} is already {in_words(other)}", "write another port")
         taken[port] = path
     fields.number(("proxy", "mark"), proxy.mark, 1, 2**32 - 1)
+    fields.number(("proxy", "local_mark"), proxy.local_mark, 1, 2**32 - 1)
+    if capture.original_source and proxy.mark & proxy.local_mark:
+        # At least one of the two was written by somebody: there it can be mended.
+        own = "mark" if proxy.local_mark == defaults.proxy.local_mark else "local_mark"
+        fields.wrong(("proxy", own), f"proxy.mark {proxy.mark:#x} and local_mark {proxy.local_mark:#x} share a bit")
     fields.number(("proxy", "relay_threads"), proxy.relay_threads, 1, 1024)
     fields.number(("proxy", "workers"), proxy.workers, 1, 64)
     fields.duration(("proxy", "drain_timeout"), proxy.drain_timeout, zero=True)
@@ -154,24 +161,32 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.duration(("pool", "idle_timeout"), settings.pool.idle_timeout, zero=True)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
-    for key in ("inbound_ports", "exclude_inbound_ports", "outbound_ports", "exclude_outbound_ports", "loopback_ports"):
+    for key in _OF_PORTS:
         for index, text in enumerate(getattr(capture, key)):
             if not (text == "*" and key in ("inbound_ports", "outbound_ports")):
                 _port_range(fields, ("capture", key, index), text)
-    for key in ("exclude_inbound_cidrs", "outbound_cidrs", "exclude_outbound_cidrs"):
+    for key in ("inbound_cidrs", "exclude_inbound_cidrs", "outbound_cidrs", "exclude_outbound_cidrs"):
         for index, text in enumerate(getattr(capture, key)):
             if not (text == "*" and not key.startswith("exclude")):
                 fields.network(("capture", key, index), text)
-    for key in ("exclude_uids", "exclude_gids"):
+    for key in ("outbound_uids", "outbound_gids", "exclude_uids", "exclude_gids"):
         for index, text in enumerate(getattr(capture, key)):
             if re.fullmatch("[0-9]{1,10}", text) is None or int(text) > 2**32 - 2:
                 fields.wrong(
                     ("capture", key, index), f"{quoted(text)} is not an id", "write its number, as `id` prints it"
                 )
-    for index, text in enumerate(capture.exclude_interfaces):
-        if INTERFACES.fullmatch(text) is None or text == "lo":
-            wrong = f"{quoted(text)} is not an interface such as docker0, or the beginning of some such as veth*"
-            fields.wrong(("capture", "exclude_interfaces", index), wrong)
+    for key in ("outbound_cgroups", "exclude_cgroups"):
+        for index, text in enumerate(getattr(capture, key)):
+            if CGROUPS.fullmatch(text) is None:
+                wrong = f"{quoted(text)} is not the path of a cgroup such as system.slice/cron.service"
+                fields.wrong(("capture", key, index), wrong)
+    for key in ("inbound_interfaces", "reroute_interfaces", "exclude_interfaces"):
+        for index, text in enumerate(getattr(capture, key)):
+            if text == "*" and key == "inbound_interfaces":
+                continue
+            if INTERFACES.fullmatch(text) is None or text == "lo":
+                wrong = f"{quoted(text)} is not an interface such as docker0, or the beginning of some such as veth*"
+                fields.wrong(("capture", key, index), wrong)
     paths = {
         ("admin", "socket"): admin.socket,
         ("mesh", "directory"): settings.mesh.directory,
@@ -183,6 +198,16 @@ def _value_problems(settings: Settings) -> list[Problem]:
         if not text or "\0" in text:
             fields.wrong(path, f"{quoted(text)} is not a path")
     return fields.problems
+
+
+_OF_PORTS = (
+    "inbound_ports",
+    "exclude_inbound_ports",
+    "outbound_ports",
+    "exclude_outbound_ports",
+    "loopback_ports",
+    "exclude_udp_ports",
+)
 
 
 def _port_range(fields: Fields, path: Path, text: str) -> None:
@@ -243,6 +268,7 @@ def _default(path: Path, variable: str = "") -> str:
     default = _value(Settings(), path)
     if variable:
         text = ",".join(default) if isinstance(default, tuple) else default
+        text = json.dumps(text) if isinstance(text, bool) else text
         return f"set {variable}={text}, the default, or unset it"
     return f"write {path[1]} = {json.dumps(default)}, the default"  # a JSON string, number or list is TOML
 

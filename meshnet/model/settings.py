@@ -16,6 +16,7 @@ class ProxySection(Section, frozen=True):
     # SO_MARK on every socket the proxy opens; the rules let it pass. A bit that kube-proxy (0x4000, 0x8000), Calico
     # (upper 16), Cilium (0x0f00), Tailscale (0xff0000) and Istio (low 12) leave alone.
     mark: int = 0x1000
+    local_mark: int = 0x2000  # on connections to applications in their client's name: answers come back here
     relay: Literal["auto", "native", "python"] = "auto"  # auto: the fastest that is there
     relay_threads: int = 1  # of the Python relay
     workers: int = 1  # processes that share the listeners
@@ -56,19 +57,33 @@ class CaptureSection(Section, frozen=True):
     """What `meshnet init` and `meshnet up` put into the kernel. Ports are numbers or ranges (`8000-8100`)."""
 
     backend: Literal["auto", "nft", "iptables", "legacy"] = "auto"
+    inbound_mode: Literal["redirect", "tproxy"] = "redirect"  # tproxy: without translating addresses
+    original_source: bool = False  # applications see the client's address, not the proxy's
     inbound_ports: tuple[str, ...] = ("*",)
     exclude_inbound_ports: tuple[str, ...] = ("22",)  # the way in must not depend on the sidecar
+    inbound_cidrs: tuple[str, ...] = ("*",)  # where it comes from
     exclude_inbound_cidrs: tuple[str, ...] = ()
+    inbound_interfaces: tuple[str, ...] = ("*",)
+    reroute_interfaces: tuple[str, ...] = ()  # bridges; what passes through from there goes to the outbound proxy
     outbound_ports: tuple[str, ...] = ("*",)
     exclude_outbound_ports: tuple[str, ...] = ()
     outbound_cidrs: tuple[str, ...] = ("*",)
     exclude_outbound_cidrs: tuple[str, ...] = ()
     loopback_ports: tuple[str, ...] = ()  # of this host itself, which otherwise is left alone
+    outbound_uids: tuple[str, ...] = ()  # whose connections are captured; everybody's, where none are named
+    outbound_gids: tuple[str, ...] = ()
+    outbound_cgroups: tuple[str, ...] = ()  # paths below the root of cgroup v2
     exclude_uids: tuple[str, ...] = ()  # whose connections are left alone
     exclude_gids: tuple[str, ...] = ()
+    exclude_cgroups: tuple[str, ...] = ()
     exclude_interfaces: tuple[str, ...] = ()
     gid: int = 15137  # the proxy's primary group
-    ipv6: Literal["auto", "on", "off"] = "auto"
+    ipv6: Literal["auto", "on", "off", "reject"] = "auto"  # off lets it pass beside the proxy, reject refuses it
+    drop_invalid: bool = False  # what fits into no captured connection; not where routes are asymmetric
+    strict: bool = False  # what should have been redirected and was not is refused
+    quic: Literal["allow", "count", "reject"] = "allow"  # UDP 443, which passes beside the proxy
+    udp: Literal["allow", "count", "reject"] = "allow"  # all other UDP
+    exclude_udp_ports: tuple[str, ...] = ("53", "67-68", "123", "546-547")  # which udp = "reject" leaves alone
 
 
 class Settings(Section, frozen=True):

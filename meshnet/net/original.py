@@ -1,6 +1,7 @@
 """Where a redirected connection was going before the kernel turned it to us.
 
-SO_ORIGINAL_DST of linux/netfilter_ipv4.h and IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h.
+SO_ORIGINAL_DST of linux/netfilter_ipv4.h and IP6T_SO_ORIGINAL_DST of linux/netfilter_ipv6/ip6_tables.h. A transparent
+listener's connections were not turned: their own address is where they were going (kernel's tproxy.rst).
 """
 
 import socket
@@ -8,6 +9,7 @@ import struct
 
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.address import Address, canonical_host
+from meshnet.net.sockets import is_transparent, peer_address
 
 _SO_ORIGINAL_DST = 80  # the same number for IPv4 and IPv6 (IP6T_SO_ORIGINAL_DST)
 _SOL_IPV6 = 41
@@ -29,4 +31,6 @@ def original_destination(sock: socket.socket) -> Address:
         port, packed = struct.unpack_from("!H4x16s", raw, 2)
         return Address(canonical_host(socket.inet_ntop(socket.AF_INET6, packed)), port)
     except OSError as error:
+        if is_transparent(sock):
+            return peer_address(sock.getsockname())
         raise ConnectionFailed(Reason.NOT_REDIRECTED, f"no original destination: {error.strerror}") from error

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import random
 import socket
 import struct
 from collections.abc import Callable
@@ -18,6 +19,10 @@ _log = logging.getLogger("meshnet.net")
 _BACKLOG = 4096
 _ACCEPT_BATCH = 64  # then trio's other tasks get their turn
 ACCEPT_PAUSE = 0.1  # seconds without descriptors before the next try
+# Below what Linux (32768), other systems (49152) and RFC 6056 take for connections of their own.
+_SOURCE_PORTS = range(1024, 32768)
+_SOURCE_PORT_TRIES = 20
+_TRANSPARENT = {socket.AF_INET: (socket.IPPROTO_IP, 19), socket.AF_INET6: (socket.IPPROTO_IPV6, 75)}
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
 # A client leg's keepalive stays below the 60 s after which conntrack forgets a half-closed connection (CLOSE_WAIT):
@@ -38,10 +43,12 @@ _CONNECT_REASONS = {
 }
 
 
-def listen(host: str, port: int) -> socket.socket | None:
+def listen(host: str, port: int, *, transparent: bool = False) -> socket.socket | None:
     """A non-blocking listener on one family, or None where this host has no such family or address.
 
-    What is set here is inherited by every accepted socket (Linux), so accepting costs no further calls.
+    `transparent`: TPROXY may give it connections for other addresses and ports (ip(7), IP_TRANSPARENT), which takes
+    CAP_NET_ADMIN or CAP_NET_RAW. What is set here is inherited by every accepted socket (Linux), so accepting costs no
+    further calls.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -54,6 +61,8 @@ def listen(host: str, port: int) -> socket.socket | None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if transparent:
+            _make_transparent(sock)
         _tune(sock, _CLIENT_KEEPALIVE)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
@@ -108,27 +117,25 @@ def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
     return Address(host, pair[1])
 
 
-async def connect(address: Address, *, mark: int, timeout: float, local: bool = False) -> socket.socket:
+async def connect(
+    address: Address, *, mark: int, timeout: float, local: bool = False, source: str = ""
+) -> socket.socket:
     """A connected, non-blocking socket, marked as the proxy's own. Raises ConnectionFailed(connect.*).
 
-    `local`: the address is this host's, where a peer cannot vanish without a word and needs no keepalive.
+    `local`: the address is this host's, where a peer cannot vanish without a word and needs no keepalive. `source`:
+    the address it comes from, which need not be this host's, as long as the answers find their way back.
     """
     family = socket.AF_INET6 if address.is_v6 else socket.AF_INET
+    if source:
+        sock, code = _dial_as(source, address, family, mark)
+    else:
+        sock = _socket(family, mark)
+        code = _begin(sock, address)
     try:
-        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    except OSError as error:
-        raise ConnectionFailed(Reason.INTERNAL, f"cannot make a socket: {error.strerror}") from error
-    try:
-        if mark:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         if local:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             _tune(sock, _ENDPOINT_KEEPALIVE)
-        code = sock.connect_ex((address.host, address.port))
-        if code == errno.EINPROGRESS:
-            # To this very host the handshake is over when the call returns, and only a second one says so.
-            code = sock.connect_ex((address.host, address.port))
         if code == errno.EALREADY:
             await in_task()
             with trio.move_on_after(timeout):
@@ -162,6 +169,20 @@ def can_mark(mark: int) -> bool:
         except PermissionError:
             return False
     return True
+
+
+def can_be_transparent() -> bool:
+    """Whether this process may set IP_TRANSPARENT: CAP_NET_ADMIN or CAP_NET_RAW."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        try:
+            _make_transparent(probe)
+        except PermissionError:
+            return False
+    return True
+
+
+def is_transparent(sock: socket.socket) -> bool:
+    return bool(sock.getsockopt(*_TRANSPARENT[sock.family]))
 
 
 def reset(sock: socket.socket) -> None:
@@ -203,6 +224,54 @@ def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Addres
         sock.setblocking(False)
         carry(sock, peer_address(peer))
     return True
+
+
+def _make_transparent(sock: socket.socket) -> None:
+    sock.setsockopt(*_TRANSPARENT[sock.family], 1)
+
+
+def _socket(family: int, mark: int) -> socket.socket:
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as error:
+        raise ConnectionFailed(Reason.INTERNAL, f"cannot make a socket: {error.strerror}") from error
+    if mark:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+    return sock
+
+
+def _begin(sock: socket.socket, address: Address) -> int:
+    """The errno of a connect that has begun: EALREADY while it goes on."""
+    code = sock.connect_ex((address.host, address.port))
+    if code == errno.EINPROGRESS:
+        # To this very host the handshake is over when the call returns, and only a second one says so.
+        code = sock.connect_ex((address.host, address.port))
+    return code
+
+
+def _dial_as(source: str, address: Address, family: int, mark: int) -> tuple[socket.socket, int]:
+    """As `_begin`, in the name of `source`, from a port that its own programs hardly choose.
+
+    The kernel cannot tell a connection that we make in a client's name from one that the client itself makes from the
+    same port: such a one would never come up.
+    """
+    for attempt in range(_SOURCE_PORT_TRIES):
+        sock = _socket(family, mark)
+        try:
+            _make_transparent(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port serves one connection to each address
+            sock.bind((source, random.choice(_SOURCE_PORTS)))
+            code = _begin(sock, address)
+        except OSError as error:
+            sock.close()
+            if error.errno == errno.EADDRINUSE and attempt < _SOURCE_PORT_TRIES - 1:
+                continue
+            why = f"cannot speak to the application as {source}: {error.strerror}"
+            raise ConnectionFailed(Reason.INTERNAL, why) from error
+        if code != errno.EADDRNOTAVAIL:
+            break
+        sock.close()
+    return sock, code
 
 
 def _tune(sock: socket.socket, keepalive: tuple[int, int, int]) -> None:

@@ -18,13 +18,16 @@ Listeners = Mapping[str, Sequence[socket.socket]]
 def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socket.socket]]:
     """All of them; `stack` closes them. Raises CommandError."""
     proxy, admin = settings.proxy, settings.admin
+    # What is rerouted from behind a bridge arrives at that interface's address, too.
+    outbound = _ANY if settings.capture.reroute_interfaces else _LOOPBACK
     wanted = {
-        "outbound": (proxy.outbound_port, _LOOPBACK),
+        "outbound": (proxy.outbound_port, outbound),
         "inbound": (proxy.inbound_port, _ANY),
         "tunnel": (proxy.tunnel_port, _ANY),
         "health": (admin.health_port, (admin.health_address,)),
     }
-    return {name: _listen(name, port, hosts, stack) for name, (port, hosts) in wanted.items()}
+    transparent = {"inbound"} if settings.capture.inbound_mode == "tproxy" else set()
+    return {name: _listen(name, port, hosts, stack, name in transparent) for name, (port, hosts) in wanted.items()}
 
 
 def addresses_of(listeners: Listeners) -> dict[str, str]:
@@ -35,11 +38,18 @@ def addresses_of(listeners: Listeners) -> dict[str, str]:
     }
 
 
-def _listen(name: str, port: int, hosts: tuple[str, ...], stack: ExitStack) -> list[socket.socket]:
+def _listen(name: str, port: int, hosts: tuple[str, ...], stack: ExitStack, transparent: bool) -> list[socket.socket]:
     found = []
     for host in hosts:
         try:
-            sock = sockets.listen(host, port)
+            sock = sockets.listen(host, port, transparent=transparent)
+        except PermissionError as error:
+            raise CommandError(
+                f"cannot listen on port {port} ({name}) as a transparent proxy: {error.strerror}",
+                why='capture.inbound_mode = "tproxy" needs the capability NET_ADMIN or NET_RAW',
+                fix='give it, or set capture.inbound_mode = "redirect"',
+                code=5,
+            ) from error
         except OSError as error:
             raise CommandError(
                 f"cannot listen on port {port} ({name}): {error.strerror}",

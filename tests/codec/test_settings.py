@@ -41,6 +41,8 @@ def test_a_variable_says_how_many_workers() -> None:
 
 def test_an_empty_variable_is_an_empty_list() -> None:
     assert load_settings("", {"MESHNET_CAPTURE__INBOUND_PORTS": ""}).capture.inbound_ports == ()
+    assert load_settings("", {"MESHNET_CAPTURE__STRICT": "true"}).capture.strict
+    assert not load_settings("[capture]\nstrict = true", {"MESHNET_CAPTURE__STRICT": "False"}).capture.strict
 
 
 def test_every_setting_says_where_it_comes_from() -> None:
@@ -156,6 +158,36 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
         (
             "[capture]\nexclude_uids = ['root']\n",
             'meshnet.toml:2: capture.exclude_uids[0]: "root" is not an id (write its number, as `id` prints it)',
+        ),
+        (
+            "[capture]\ninbound_interfaces = ['*', 'lo']\n",
+            'meshnet.toml:2: capture.inbound_interfaces[1]: "lo" is not an interface such as docker0, '
+            "or the beginning of some such as veth*"
+            ' (write inbound_interfaces = ["*"], the default)',
+        ),
+        (
+            "[capture]\nstrict = 'true'\n",
+            'meshnet.toml:2: capture.strict: expected true or false, got "true" (write it without quotes)',
+        ),
+        (
+            "[capture]\nexclude_cgroups = ['system.slice/../cron.service']\n",
+            'meshnet.toml:2: capture.exclude_cgroups[0]: "system.slice/../cron.service" is not the path of a cgroup '
+            "such as system.slice/cron.service (write exclude_cgroups = [], the default)",
+        ),
+        (
+            "[capture]\nudp = 'drop'\n",
+            'meshnet.toml:2: capture.udp: "drop" is not one of "allow", "count", "reject" '
+            '(write udp = "allow", the default)',
+        ),
+        (
+            "capture.original_source = true\nproxy.local_mark = 0x3000\n",
+            "meshnet.toml:2: proxy.local_mark: proxy.mark 0x1000 and local_mark 0x3000 share a bit"
+            " (write local_mark = 8192, the default)",
+        ),
+        (
+            "capture.original_source = true\nproxy.mark = 0x2000\n",
+            "meshnet.toml:2: proxy.mark: proxy.mark 0x2000 and local_mark 0x2000 share a bit"
+            " (write mark = 4096, the default)",
         ),
         (
             "[capture]\nexclude_interfaces = ['eth0 -j ACCEPT']\n",

@@ -1,12 +1,15 @@
 """A lab for each backend: what holds for one holds for all."""
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from meshnet_init.apply import every_backend
 from tests.init.kernel import FAMILIES, Lab, backend_named
+from tests.init.sides import Sides
 from tests.world import World
 
 # Chosen by what is installed, but never fewer than the two that meshnet promises: see test_backends.
@@ -21,6 +24,12 @@ def lab(request: pytest.FixtureRequest, world: World) -> Lab:
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
+
+
+@pytest.fixture
+def sides(lab: Lab, family: str) -> Iterator[Sides]:
+    with ExitStack() as stack:
+        yield Sides(lab, family, stack)
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ APP_PORT, OTHER_PORT = 8080, 8081
 INBOUND, OUTBOUND = 15106, 15101
 FAMILIES = ("ipv4", "ipv6")
 TIMEOUT = 3.0
+SWITCHES = [f"/proc/sys/net/{it}" for it in ("ipv4/tcp_fwmark_accept", "ipv4/fwmark_reflect", "ipv6/fwmark_reflect")]
 COMMANDS = {"nft": "nft", "iptables": "iptables", "legacy": "iptables-legacy"}
 """By which a person changes what a backend has written."""
 
@@ -55,16 +56,19 @@ class Lab:
         host = host or self.app
         texts = [host.run("nft", "-a", "list", "ruleset").stdout, host.run("ip", "rule").stdout]
         texts += [host.run("ip", "-6", "rule").stdout]
+        texts += [host.run("ip", *six, "route", "show", "table", "6700", check=False).stdout for six in ((), ("-6",))]
+        texts += [host.run("cat", *SWITCHES).stdout]
         texts += [legacy_rules(host, family) for family in ("ip", "ip6")]
         return re.sub(r"counter packets \d+ bytes \d+|\[\d+:\d+\]|^#.*$", "", "\n".join(texts), flags=re.MULTILINE)
 
 
 def legacy_rules(host: Host, family: str) -> str:
     """iptables-legacy's rules. Its built-in chains stay until the kernel module goes, so they do not count."""
-    names = f"/proc/net/{family}_tables_names"
-    if "nat" not in host.run("cat", names, check=False).stdout.split():
-        return ""
-    lines = host.run(f"{family}tables-legacy-save", "-t", "nat").stdout.splitlines()
+    names = host.run("cat", f"/proc/net/{family}_tables_names", check=False).stdout.split()
+    tables = [name for name in ("mangle", "nat", "filter") if name in names]
+    lines = [
+        line for table in tables for line in host.run(f"{family}tables-legacy-save", "-t", table).stdout.splitlines()
+    ]
     return "\n".join(line for line in lines if line.startswith(("-A", ":MESHNET")))
 
 

@@ -19,15 +19,24 @@ from meshnet_init.apply import apply, apply_plan, choose, every_backend
 from meshnet_init.backends import differences, python_iptables
 from meshnet_init.backends.python_iptables import PythonIptables
 from meshnet_init.host import host_facts
-from meshnet_init.plan import CHAIN_IN, Host, Plan, Rule, drain_set, make_plan
+from meshnet_init.plan import Host, make_plan
 from meshnet_init.remove import Removed, remove
 from meshnet_init.render import iptables_text, nft_text
+from meshnet_init.rule import CHAIN_IN, Plan, Rule, drain_set
 from tests.init.kernel import COMMANDS, Lab, capture, legacy_rules
 from tests.init.test_render import PLANS
 from tests.world import World
 
 pytestmark = pytest.mark.netns
 
+GUARDED = {
+    "inbound_mode": "tproxy",
+    "strict": True,
+    "quic": "reject",
+    "udp": "reject",
+    "reroute_interfaces": ["br-*"],
+    "inbound_cidrs": ["10.0.0.0/8"],
+}
 OLD, NEW = {"exclude_inbound_ports": ["22"]}, {"outbound_cidrs": ["10.0.0.0/8", "fd00::/8"], "outbound_ports": ["80"]}
 
 
@@ -180,6 +189,19 @@ BAD = {
 }
 
 
+def test_a_table_that_is_refused_takes_the_others_back_with_it(lab: Lab) -> None:
+    bad = Rule(chain="MESHNET_GUARD_IN", family="ipv6", gid=0, why="long " * 99)
+    with lab.app.entered():
+        for older in (None, OLD, GUARDED):
+            if older is not None:
+                lab.backend.apply(planned(**older))
+            before = before_lines(without_handles(lab.rules_text()))
+            with pytest.raises(CommandError):
+                lab.backend.apply(Plan(rules=(*planned(**NEW).rules, *planned(**GUARDED).rules[-3:], bad)))
+            # A table that iptables has made anew stands behind those that were there.
+            assert before_lines(without_handles(lab.rules_text())) == before
+
+
 @pytest.mark.parametrize("older", [OLD, None])
 def test_one_bad_rule_rejects_the_whole_and_what_was_stays(lab: Lab, older: dict[str, object] | None) -> None:
     with lab.app.entered():
@@ -233,8 +255,9 @@ def test_a_rule_by_hand_a_lost_rule_and_a_changed_order_are_seen_and_repaired(la
             assert in_force(lab, planned(**OLD))
 
 
-def test_the_text_says_the_same_as_what_the_backend_writes(lab: Lab) -> None:
-    plan = planned(**NEW)
+@pytest.mark.parametrize("settings", [NEW, GUARDED], ids=["plain", "guarded"])
+def test_the_text_says_the_same_as_what_the_backend_writes(lab: Lab, settings: dict[str, object]) -> None:
+    plan = planned(**settings)
     with lab.app.entered():
         lab.backend.apply(plan)
         written = without_handles(lab.rules_text())

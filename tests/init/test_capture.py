@@ -1,63 +1,19 @@
 """What is captured and what is left alone: real connections through real rules, on each backend, in both families."""
 
-import ipaddress
-import os
-import socket
-from contextlib import ExitStack
-
 import pytest
 
 from meshnet.model.address import Address
 from tests.init.kernel import (
     APP_PORT,
-    INBOUND,
     OTHER_PORT,
-    OUTBOUND,
-    TIMEOUT,
     Lab,
-    Open,
     address_of,
     connect,
     listening,
 )
-from tests.world import Host
+from tests.init.sides import Sides, made_by, marked, prefix, route_through
 
 pytestmark = pytest.mark.netns
-
-SO_MARK = 36
-
-
-class Sides:
-    """Listeners: the two of the proxy and an application on `app`, a server on `peer`."""
-
-    def __init__(self, lab: Lab, family: str, stack: ExitStack) -> None:
-        loopback = "127.0.0.1" if family == "ipv4" else "::1"
-        self.lab, self.family = lab, family
-        self.app, self.peer = address_of(lab.app, family), address_of(lab.peer, family)
-        self.inbound = stack.enter_context(listening(lab.app, family, INBOUND))
-        self.outbound = stack.enter_context(listening(lab.app, family, OUTBOUND, loopback))
-        self.application = stack.enter_context(listening(lab.app, family, APP_PORT))
-        self.server = stack.enter_context(listening(lab.peer, family, APP_PORT))
-        self.stack = stack
-
-    def call_in(self, expected: socket.socket, port: int = APP_PORT, source: Host | None = None) -> Open:
-        others = [listener for listener in (self.inbound, self.application) if listener is not expected]
-        return self._kept(connect(source or self.lab.peer, self.app, port, expected, *others))
-
-    def call_out(self, expected: socket.socket, port: int = APP_PORT, client: socket.socket | None = None) -> Open:
-        others = [listener for listener in (self.outbound, self.server) if listener is not expected]
-        return self._kept(connect(self.lab.app, self.peer, port, expected, *others, client=client))
-
-    def _kept(self, opened: Open) -> Open:
-        self.stack.callback(opened.close)
-        assert opened.works()
-        return opened
-
-
-@pytest.fixture
-def sides(lab: Lab, family: str) -> Sides:
-    with ExitStack() as stack:
-        yield Sides(lab, family, stack)
 
 
 def test_both_directions_come_to_the_proxy_which_learns_where_they_were_going(lab: Lab, sides: Sides) -> None:
@@ -218,18 +174,7 @@ def test_chosen_ports_are_captured_also_on_loopback(lab: Lab, sides: Sides) -> N
 
 
 def test_forwarded_traffic_passes(lab: Lab, sides: Sides) -> None:
-    far = lab.world.host("far")
-    behind = "10.99.0.1" if sides.family == "ipv4" else "fd99::1"
-    bits = 32 if sides.family == "ipv4" else 128
-    far.configure(f"address add {behind}/{bits} dev lo")
-    for number, host in enumerate((lab.app, far), start=1):  # they ask for their neighbours from link-local addresses
-        host.configure(f"address add fe80::{number}/64 dev eth0 nodad")
-    for host, gateway in ((lab.peer, lab.app), (lab.app, far)):
-        host.configure(f"route add {behind}/{bits} via {address_of(gateway, sides.family)}")
-    with lab.app.entered():
-        for file in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
-            with open(f"/proc/sys/net/{file}", "w") as switch:
-                switch.write("1")
+    far, behind = route_through(lab, sides.family)
     lab.install()
 
     with listening(far, sides.family, APP_PORT) as listener:
@@ -243,33 +188,3 @@ def test_ipv6_can_be_left_alone(lab: Lab, sides: Sides) -> None:
 
     sides.call_in(sides.inbound if sides.family == "ipv4" else sides.application)
     sides.call_out(sides.outbound if sides.family == "ipv4" else sides.server)
-
-
-def prefix(host: Host, family: str, bits: int) -> str:
-    return str(ipaddress.ip_network((address_of(host, family), bits), strict=False))
-
-
-def marked(host: Host, family: str, mark: int) -> socket.socket:
-    client = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
-    client.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
-    return client
-
-
-def made_by(host: Host, family: str, kind: str, number: int) -> socket.socket:
-    """A socket keeps the user and group of the process that made it: a child makes it and hands it over."""
-    ours, childs = socket.socketpair()
-    with ours, childs:
-        child = os.fork()
-        if child == 0:
-            try:
-                with host.entered():  # which a user who is not root may not
-                    (os.setuid if kind == "uid" else os.setgid)(number)
-                    made = socket.socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
-                    socket.send_fds(childs, [b"x"], [made.fileno()])
-                    os._exit(0)  # nor may such a user go back
-            finally:
-                os._exit(0)
-        ours.settimeout(TIMEOUT)
-        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
-        os.waitpid(child, 0)
-    return socket.socket(fileno=descriptors[0])

@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from meshnet_init.apply import every_backend, installed_rules
-from meshnet_init.plan import Rule
+from meshnet_init.host import host_facts
+from meshnet_init.rule import Rule
 from tests.init.kernel import APP_PORT, INBOUND, connect, listening
 from tests.world import Host, World
 
@@ -119,11 +120,34 @@ def test_every_flag_reaches_the_rules(host: Host, real_root: bool) -> None:
 
     for part in (
         *("redirect to :16106", "redirect to :16101", "dport 81 ", "dport 82 ", "saddr 10.1.0.0/16", "dport 83 "),
-        *("dport 84 ", "daddr 10.2.0.0/16", "daddr 10.2.3.4 ", "meta mark 0x00001234", "nfproto ipv6"),
+        *("dport 84 ", "daddr 10.2.0.0/16", "daddr 10.2.3.4 ", "meta mark & 0x00001234 == 0x00001234", "nfproto ipv6"),
         *(("skgid 4321 ",) if real_root else ()),
     ):
         assert part in text
     assert "fd01" not in text
+
+
+def test_every_flag_beside_the_redirects_reaches_the_rules(host: Host, real_root: bool) -> None:
+    text = run(
+        host,
+        *("init", "--dry-run", "--inbound-mode", "tproxy", "--inbound-cidrs", "10.3.0.0/16"),
+        *("--inbound-interfaces", "eth7,ens*", "--reroute-interfaces", "docker7", "--loopback-ports", "85"),
+        *("--outbound-uids", "4711", "--outbound-gids", "4712", "--outbound-cgroups", "web.slice/a.service"),
+        *("--exclude-uids", "4713", "--exclude-gids", "4714", "--exclude-cgroups", "web.slice/b.service"),
+        *("--exclude-interfaces", "eth8", "--strict", "true", "--quic", "reject", "--udp", "reject"),
+        *("--exclude-udp-ports", "86", "--ipv6", "reject"),
+    ).stdout
+
+    for part in (
+        *("tproxy ip to :15106", "saddr 10.3.0.0/16", 'iifname "eth7"', 'iifname "ens*"', 'iifname "docker7"'),
+        *("tcp dport 85 ", 'level 2 "web.slice/a.service"', 'level 2 "web.slice/b.service"', 'oifname "eth8"'),
+        *("reject with tcp reset", "udp dport 443 counter reject", "meta l4proto udp counter reject", "udp dport 86 "),
+        *(("skuid 4711 ", "skgid 4712 ", "skuid 4713 ", "skgid 4714 ") if real_root else ()),
+    ):
+        assert part in text, part
+    carried = run(host, "init", "--dry-run", "--original-source", "true", "--local-mark", "0x8000").stdout
+    assert ("0x00008000" in carried) is not host_facts().accepts_marks
+    assert "ct state invalid" in run(host, "init", "--dry-run", "--drop-invalid", "true").stdout
 
 
 @pytest.mark.parametrize(

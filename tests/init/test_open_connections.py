@@ -220,7 +220,7 @@ def test_a_removal_that_was_interrupted_can_be_finished(lab: Lab, crowd: Crowd) 
 
 
 def test_an_interrupted_removal_can_be_taken_back(lab: Lab, crowd: Crowd) -> None:
-    from meshnet_init.plan import drain_set
+    from meshnet_init.rule import drain_set
 
     lab.install()
     crowd.open_captured()

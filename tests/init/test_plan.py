@@ -1,13 +1,17 @@
 """The plan: which rules, in which order, for which settings."""
 
+from typing import Any
+
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from meshnet.errors import ConfigError
 from meshnet.model.settings import CaptureSection, ProxySection, Settings
-from meshnet_init.plan import CHAIN_IN, CHAIN_OUT, Host, Rule, captures, drain_set, make_plan
+from meshnet_init.plan import Host, make_plan
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule, captures, drain_set
 from meshnet_init.values import ALL_PORTS, Ports
 
 ODD_PORTS = tuple(str(port) for port in range(1, 4001, 2))
@@ -146,7 +150,7 @@ def test_settings_that_make_no_plan_are_refused(settings: Settings, problem: str
 def test_a_drain_set_redirects_nothing_and_remembers_the_ports() -> None:
     plan = drain_set([15106, 15101, 15106])
 
-    assert all(rule.hold and not rule.redirect for rule in plan.rules)
+    assert all(rule.established and not rule.redirect for rule in plan.rules)
     assert [str(rule.ports) for rule in plan.rules if rule.chain == CHAIN_IN] == ["15101", "15106"]
     assert {rule.ports for rule in drain_set([]).rules} == {ALL_PORTS}
 
@@ -202,3 +206,65 @@ def test_what_is_left_alone_by_who_and_where_stands_before_what_is_redirected() 
         "exclude_interfaces",
     ]
     assert not captures(rules[:-1], "10.0.0.1", 80)
+
+
+CHOICES = [
+    {"strict": True},
+    {"strict": True, "outbound_gids": ("1000", "1001"), "loopback_ports": ("7000",)},
+    {"strict": True, "reroute_interfaces": ("docker0",), "exclude_outbound_cidrs": ("10.9.9.9",)},
+    {"strict": True, "inbound_mode": "tproxy", "inbound_cidrs": ("10.0.0.0/8",)},
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_guard_refuses_whatever_should_have_been_redirected_and_nothing_else(choice: dict[str, Any]) -> None:
+    plan = make_plan(Settings(capture=CaptureSection(**choice)), Host())
+
+    def refused(*chains: str) -> set[Rule]:
+        bare = (
+            replace(rule, chain=CHAIN_IN, why="", verdict="return")
+            for rule in plan.rules
+            if rule.verdict == "reset" and rule.chain in chains
+        )
+        return set(bare)
+
+    def turned(*chains: str) -> set[Rule]:
+        bare = (
+            replace(rule, chain=CHAIN_IN, why="", redirect=0, tproxy=0, tproxy_mark=0)
+            for rule in plan.rules
+            if rule.chain in chains and (rule.redirect or rule.tproxy)
+        )
+        return set(bare)
+
+    assert refused("MESHNET_GUARD_OUT") == turned(CHAIN_OUT) != set()
+    assert refused("MESHNET_GUARD_IN", "MESHNET_GUARD_FWD") == turned(CHAIN_IN, "MESHNET_MARK_IN") != set()
+
+
+def test_behind_each_rule_for_a_transparent_listener_is_one_that_stops_what_found_none() -> None:
+    choice = CaptureSection(inbound_mode="tproxy", inbound_ports=("80", "443"), inbound_interfaces=("eth0", "eth1"))
+    rules = [rule for rule in make_plan(Settings(capture=choice), Host()).rules if rule.chain == "MESHNET_MARK_IN"]
+    given = [at for at, rule in enumerate(rules) if rule.tproxy]
+
+    assert len(given) == 4
+    for at in given:
+        assert rules[at + 1] == replace(rules[at], tproxy=0, tproxy_mark=0, verdict="drop", why=rules[at + 1].why)
+    assert not any(rule.redirect == 15106 for rule in rules)
+
+
+def test_without_a_wish_there_are_only_the_two_chains() -> None:
+    assert {rule.chain for rule in make_plan(Settings(), Host()).rules} == {CHAIN_IN, CHAIN_OUT}
+
+
+def test_two_marks_that_share_a_bit_are_refused_where_both_are_used() -> None:
+    proxy = ProxySection(mark=0x3000)
+    make_plan(Settings(proxy=proxy), Host())
+    with pytest.raises(ConfigError, match="share a bit"):
+        make_plan(Settings(proxy=proxy, capture=CaptureSection(original_source=True)), Host())
+
+
+def test_a_drain_set_keeps_what_carries_marks() -> None:
+    plan = make_plan(Settings(capture=CaptureSection(original_source=True, strict=True)), Host(accepts_marks=False))
+    kept = drain_set([15106], plan.rules)
+
+    assert [rule.verdict for rule in kept.rules] == ["save", "restore", "return", "return"]
+    assert all(rule.keeps() for rule in kept.rules)

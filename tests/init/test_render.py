@@ -1,6 +1,7 @@
 """The renderings: golden files for the eye, and reading back what was written."""
 
 import ipaddress
+import typing
 from pathlib import Path
 from random import Random
 
@@ -9,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.model.settings import CaptureSection, Settings
-from meshnet_init.plan import CHAIN_IN, CHAINS, Host, Plan, Rule, drain_set, make_plan
+from meshnet_init.plan import Host, make_plan
 from meshnet_init.render import iptables_text, iptables_words, nft_text, read_iptables_rule
+from meshnet_init.rule import CHAIN_IN, CHAINS, Plan, Rule, Verdict, drain_set
 from meshnet_init.values import Ports
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -34,6 +36,25 @@ PLANS = {
         ),
         Host(),
     ),
+    "guarded": make_plan(
+        Settings(
+            capture=CaptureSection(
+                inbound_mode="tproxy",
+                original_source=True,
+                inbound_cidrs=("10.0.0.0/8",),
+                inbound_interfaces=("eth0", "ens*"),
+                reroute_interfaces=("docker0", "br-*"),
+                outbound_gids=("1000", "1001"),
+                exclude_outbound_cidrs=("10.9.9.9", "fd00::9"),
+                strict=True,
+                quic="reject",
+                udp="count",
+            )
+        ),
+        Host(accepts_marks=False),
+    ),
+    "valid": make_plan(Settings(capture=CaptureSection(drop_invalid=True, inbound_ports=("80", "443"))), Host()),
+    "ipv6-rejected": make_plan(Settings(capture=CaptureSection(ipv6="reject", udp="reject")), Host()),
     "without-ipv6": make_plan(Settings(capture=CaptureSection(ipv6="off")), Host()),
     "drain": drain_set([15101, 15106]),
 }
@@ -78,21 +99,32 @@ def rules(draw: st.DrawFn) -> Rule:
     first, last = sorted(draw(st.tuples(st.integers(1, 65535), st.integers(1, 65535))))
     loopback = draw(st.booleans())
     uid = draw(st.none() | st.integers(0, 2**32 - 2))
+    redirect, tproxy = draw(st.sampled_from([(0, 0), (1, 0), (65535, 0), (0, 15106), (0, 1)]))
+    verdict = draw(st.sampled_from(typing.get_args(Verdict))) if not redirect and not tproxy else "return"
+    established = draw(st.booleans())
+    needed = 1 if verdict in ("save", "restore") else 0  # a mark to carry over
     ports = draw(st.none() | st.just(Ports(first, last)) | st.just(Ports(first, first)))
     return Rule(
         chain=draw(st.sampled_from(CHAINS)),
         family=family,
         loopback=loopback,
         interface="" if loopback else draw(st.sampled_from(["", "eth0", "veth*", "br-0.7@x"])),
-        mark=draw(st.integers(0, 2**32 - 1)),
+        mark=draw(st.integers(needed, 2**32 - 1)),
+        connmark=draw(st.integers(needed, 2**32 - 1)),
         uid=uid,
         gid=draw(st.none() | st.integers(0, 2**32 - 2)) if uid is None else None,  # the plan never asks for both
+        cgroup=draw(st.sampled_from(["", "a.slice/b-c.service", "user.slice"])),
         source=draw(cidr),
         destination=draw(cidr),
         local=draw(st.sampled_from([None, True, False])),
         ports=ports,
-        hold=draw(st.booleans()),
-        redirect=draw(st.sampled_from([0, 1, 15101, 65535])),
+        established=established,
+        invalid=not established and not redirect and not tproxy and draw(st.booleans()),
+        udp=not redirect and not tproxy and verdict in ("return", "reject") and draw(st.booleans()),
+        redirect=redirect,
+        tproxy=tproxy,
+        tproxy_mark=draw(st.integers(0, 2**32 - 1)) if tproxy else 0,
+        verdict=verdict,
     )
 
 
@@ -116,7 +148,7 @@ def test_every_redirect_matches_only_the_opening_syn(rule: Rule) -> None:
 
     for text in texts:
         for line in text.splitlines():
-            if "redirect" in line or "REDIRECT" in line:
+            if any(word in line.upper() for word in ("REDIRECT", "TPROXY", "DROP", "RESET")) and not rule.invalid:
                 assert "(fin | syn | rst | ack) == syn" in line or "--tcp-flags FIN,SYN,RST,ACK SYN" in line
 
 
@@ -134,7 +166,6 @@ def test_every_redirect_matches_only_the_opening_syn(rule: Rule) -> None:
         "-i eth0+x -j RETURN",
         "-o lo -j RETURN",  # in the inbound chain
         "-m addrtype --dst-type BROADCAST -j RETURN",
-        "-p udp -j RETURN",
         "-p tcp -j RETURN",
     ],
 )

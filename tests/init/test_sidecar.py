@@ -5,7 +5,8 @@ import pytest
 
 from meshnet.model.admin import CertificateStatus, ConfigStatus, RelayStatus, Status
 from meshnet.model.settings import AdminSection, CaptureSection, ProxySection, Settings
-from meshnet_init.plan import Host, Rule, drain_set, make_plan
+from meshnet_init.plan import Host, make_plan
+from meshnet_init.rule import Rule, drain_set
 from meshnet_init.sidecar import misfits
 
 GID = CaptureSection().gid

@@ -15,8 +15,8 @@ from meshnet.model.canary import CANARY_GREETING
 from meshnet.model.settings import ProxySection, Settings
 from meshnet.net.original import original_destination
 from meshnet_init.apply import installed_rules
-from meshnet_init.plan import drain_set
 from meshnet_init.rollback import put_back
+from meshnet_init.rule import drain_set
 from meshnet_init.verify import Verification, verify
 from tests.init.kernel import COMMANDS, OUTBOUND, Lab, capture, listening
 from tests.world import Host, World

@@ -11,8 +11,8 @@ import msgspec
 
 from meshnet.errors import CommandError
 from meshnet_init.host import may_change_rules
-from meshnet_init.plan import Plan, Rule
 from meshnet_init.render import nft_rule
+from meshnet_init.rule import Plan, Routing, Rule
 
 
 class Counted(msgspec.Struct, frozen=True):
@@ -30,21 +30,21 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     rules: tuple[Counted, ...]
     ipv6: bool
     problems: tuple[str, ...] = ()
+    routing: Routing | None = None  # the same for all backends: see routing.py
 
     def redirect_ports(self) -> frozenset[int]:
         """Where connections were redirected to: by these rules, or by those whose place a drain set took."""
         ports: set[int] = set()
         for counted in self.rules:
             rule = counted.rule
-            if rule.redirect:
-                ports.add(rule.redirect)
-            if rule.hold and rule.ports is not None and rule.ports.first == rule.ports.last:
+            ports.update({rule.redirect, rule.tproxy} - {0})
+            if rule.established and rule.ports is not None and rule.ports.first == rule.ports.last:
                 ports.add(rule.ports.first)
         return frozenset(ports)
 
     def draining(self) -> bool:
         """A drain set is in force: nothing new is captured."""
-        return bool(self.rules) and all(counted.rule.hold for counted in self.rules)
+        return bool(self.rules) and all(counted.rule.keeps() for counted in self.rules)
 
 
 class Backend(Protocol):

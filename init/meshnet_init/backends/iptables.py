@@ -1,14 +1,14 @@
-"""The nat table of iptables in both families: its rules as text, whoever brings them to the kernel.
+"""The tables of iptables in both families: rules as text, whoever brings them to the kernel.
 
 `iptables` and `legacy` are two such backends, one for each kind of tables a kernel may have. A speaker takes the words
 of iptables-restore --noflush and gives those of iptables-save: the binaries (iptables_binaries.py) or python-iptables
-(python_iptables.py). One table of one family is committed at a time: IPv4 is written first, then IPv6, and when IPv6
-is refused IPv4 is put back. A crash between the two leaves each family whole, in its old or its new state.
+(python_iptables.py). One table of one family is committed at a time: mangle, nat, filter of IPv4, then those of IPv6;
+when one is refused those before it are put back. A crash between two leaves each table whole, old or new.
 """
 
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,9 +18,9 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 
 from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed
-from meshnet_init.backends.nft import drop_empty_iptables_nat, nft_chains
-from meshnet_init.plan import CHAINS, Chain, Plan, Rule, drain_set
-from meshnet_init.render import HOOKS, insert_jump, iptables_text, jump, read_iptables_rule
+from meshnet_init.backends.nft import drop_empty_iptables, nft_chains
+from meshnet_init.render import TABLES, chains_of, insert_jump, iptables_table, jump, read_iptables_rule
+from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain, Plan, Rule, Table, drain_set
 
 Kind = Literal["nft", "legacy"]
 IpFamily = Literal["ipv4", "ipv6"]
@@ -33,15 +33,15 @@ _SAVED_RULE = re.compile(r"\[(\d+):(\d+)\] -A (\S+) (.*)")
 class Speaker(Protocol):
     """For one family. Raises CommandError, and then nothing has changed."""
 
-    def save(self) -> str:
-        """The nat table, as `iptables-save -c -t nat` prints it."""
+    def save(self, table: Table) -> str:
+        """That table, as `iptables-save -c -t TABLE` prints it."""
 
     def restore(self, text: str) -> None:
         """Commits it, as `iptables-restore --noflush` does."""
 
 
 class IptablesBackend:
-    """The chains MESHNET_IN and MESHNET_OUT of the nat table in both families, in one kind of tables.
+    """Our chains in the tables of both families, in one kind of tables.
 
     Each look and each change is a `session` with the speakers; with True nobody else writes until it is over.
     """
@@ -55,45 +55,51 @@ class IptablesBackend:
     ) -> None:
         self.name = name
         self._session = session
-        self._families = tuple(_Table(family, kind, speaker) for family, speaker in speakers.items())
+        self._tables = [
+            _Table(family, table, kind, speaker) for family, speaker in speakers.items() for table in TABLES
+        ]
 
     def unavailable(self) -> str:
         """Tries it for real: one commit that makes a chain with such a rule and takes both away again."""
-        table = self._families[0]
+        nat = self._nat("ipv4")
         probe = "*nat\n:MESHNET_PROBE - [0:0]\n-A MESHNET_PROBE -p tcp -j REDIRECT --to-ports 1\n"
         try:
             with self._session(True):
-                table.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
+                nat.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
         except CommandError as error:
             if error.code in (5, 6):  # no right to, or somebody else writes: that says nothing about the backend
                 raise
             return error.why
-        table.drop_if_empty()
+        nat.drop_if_empty()
         return ""
 
     def installed(self) -> Installed | None:
         with self._session(False):
-            states = {table.family: table.read() for table in self._families if table.exists()}
-        present = {family: state for family, state in states.items() if state.present()}
+            states = [(table.family, table.read()) for table in self._tables if table.exists()]
+        present = [(family, state) for family, state in states if state.present()]
         if not present:
             return None
+        captured = {family for family, state in present if not state.drains()}
         rules, problems = [], []
-        for family, state in present.items():
+        for family, state in present:
             # Left by a change that took IPv6 out: connections hang on it, the plan does not.
-            if family == "ipv6" and state.drains() and not present.get("ipv4", state).drains():
+            if family == "ipv6" and captured == {"ipv4"}:
                 continue
             rules += state.rules
             problems += [f"{family}: {problem}" for problem in state.problems()]
-        return Installed(backend=self.name, rules=tuple(rules), ipv6="ipv6" in present, problems=tuple(problems))
+        ipv6 = any(family == "ipv6" for family, _ in present)
+        rules.sort(key=lambda counted: _order(counted.rule))
+        return Installed(backend=self.name, rules=tuple(rules), ipv6=ipv6, problems=tuple(problems))
 
     def is_used_by_others(self) -> bool:
         """Whether the nat table of either family has rules that are not ours."""
+        nat = [table for table in self._tables if table.name == "nat"]
         with self._session(False):
-            return any(table.exists() and table.read().others for table in self._families)
+            return any(table.exists() and table.read().others for table in nat)
 
     def expected(self, plan: Plan) -> tuple[Rule, ...]:
         rules = (*plan.of_family("ipv4"), *(plan.of_family("ipv6") if plan.ipv6 else ()))
-        return tuple(sorted(rules, key=lambda rule: (rule.family, CHAINS.index(rule.chain))))
+        return tuple(sorted(rules, key=_order))
 
     def apply(self, plan: Plan) -> None:
         with self._session(True):
@@ -101,33 +107,55 @@ class IptablesBackend:
 
     def delete(self) -> None:
         with self._session(True):
-            for table in reversed(self._families):
+            for table in reversed(self._tables):
                 if table.exists() and (state := table.read()).present():
                     table.restore(state.deletion())
                     table.drop_if_empty()
 
     def _apply(self, plan: Plan) -> None:
         written: list[tuple[_Table, _State]] = []
-        for table in self._families:
-            wanted = plan
-            if table.family == "ipv6" and not plan.ipv6:
-                # Nothing new is captured there, and nothing that was is cut.
-                if not table.exists() or (state := table.read()).drains():
-                    continue
-                wanted = drain_set(state.redirect_ports())
-            before = table.read()
+        six = self._without_ipv6() if not plan.ipv6 else plan
+        for table in self._tables:
+            wanted = plan if table.family == "ipv4" else six
+            if wanted is None:
+                continue
+            chains = [chain for chain in chains_of(wanted) if PLACES[chain].table == table.name]
+            before = table.read() if chains or table.exists() else _State()
+            if not chains and not before.present():
+                continue
             try:
-                table.restore(iptables_text(wanted, table.family, jumps=before.missing_jumps()))
+                if chains:
+                    text = iptables_table(wanted, table.family, table.name, changes=before.changes(chains))
+                    table.restore(text)
+                else:
+                    table.restore(before.deletion())
+                    table.drop_if_empty()
             except CommandError:
-                for done, state in written:
+                for done, state in reversed(written):
                     done.put_back(state)
                 raise
             written.append((table, before))
 
+    def _without_ipv6(self) -> Plan | None:
+        """Nothing new is captured there, and nothing that was is cut; None where nothing has to be done for that."""
+        states = [table.read() for table in self._tables if table.family == "ipv6" and table.exists()]
+        if all(state.drains() or not state.present() for state in states):
+            return None
+        rules = [counted.rule for state in states for counted in state.rules]
+        return drain_set({rule.redirect for rule in rules if rule.redirect}, rules)
+
+    def _nat(self, family: IpFamily) -> "_Table":
+        return next(table for table in self._tables if table.family == family and table.name == "nat")
+
+
+def _order(rule: Rule) -> tuple[str, int]:
+    return rule.family, CHAINS.index(rule.chain)
+
 
 class _State(msgspec.Struct):
-    """What one family's nat table holds of ours. `lines` are the rules of our chains as iptables-save prints them."""
+    """What one table of one family holds of ours. `lines` are the rules of our chains as iptables-save prints them."""
 
+    table: Table = "nat"
     chains: list[Chain] = []
     jumps: list[str] = []  # rules of other chains that lead to ours, without their command
     rules: list[Counted] = []
@@ -139,38 +167,47 @@ class _State(msgspec.Struct):
         return bool(self.chains or self.jumps)
 
     def drains(self) -> bool:
-        return bool(self.rules) and all(counted.rule.hold for counted in self.rules)
-
-    def redirect_ports(self) -> set[int]:
-        return {counted.rule.redirect for counted in self.rules if counted.rule.redirect}
+        return bool(self.rules) and all(counted.rule.keeps() for counted in self.rules)
 
     def problems(self) -> list[str]:
-        missing = [f"{HOOKS[chain]} does not jump to {chain}" for chain in CHAINS if jump(chain) not in self.jumps]
-        extra = [f"jump that is not in the plan: {line}" for line in self._extra_jumps()]
+        needed = self._needed()
+        unhung = [chain for chain in needed if jump(chain) not in self.jumps]
+        missing = [f"{PLACES[chain].hook} does not jump to {chain}" for chain in unhung]
+        extra = [f"jump that is not in the plan: {line}" for line in self._extra_jumps(needed)]
         return missing + extra + [f"rule that is not meshnet's: {line}" for line in self.foreign]
 
-    def missing_jumps(self) -> list[str]:
-        """The commands that leave each built-in chain with one jump to ours."""
-        inserts = [insert_jump(chain) for chain in CHAINS if jump(chain) not in self.jumps]
-        return inserts + [f"-D {line}" for line in self._extra_jumps()]
+    def changes(self, chains: Sequence[Chain]) -> list[str]:
+        """The commands that leave each built-in chain with one jump to each of `chains`, and ours with no other."""
+        inserts = [insert_jump(chain) for chain in chains if jump(chain) not in self.jumps]
+        gone = [chain for chain in self.chains if chain not in chains]
+        unhung = [*inserts, *(f"-D {line}" for line in self._extra_jumps(chains))]
+        return [*unhung, *(f"-F {chain}" for chain in gone), *(f"-X {chain}" for chain in gone)]
 
     def deletion(self) -> str:
         chains = [f":{chain} - [0:0]" for chain in self.chains]
-        return _commit([*chains, *(f"-D {line}" for line in self.jumps), *(f"-X {chain}" for chain in self.chains)])
+        lines = [*chains, *(f"-D {line}" for line in self.jumps), *(f"-X {chain}" for chain in self.chains)]
+        return self.commit(lines)
 
-    def _extra_jumps(self) -> list[str]:
+    def commit(self, lines: Iterable[str]) -> str:
+        return "\n".join([f"*{self.table}", *lines, "COMMIT"]) + "\n"
+
+    def _needed(self) -> Sequence[Chain]:
+        return NAT_CHAINS if self.table == "nat" else self.chains
+
+    def _extra_jumps(self, needed: Iterable[Chain]) -> list[str]:
         extra = list(self.jumps)
-        for chain in CHAINS:
+        for chain in needed:
             if jump(chain) in extra:
                 extra.remove(jump(chain))
         return extra
 
 
 class _Table:
-    """One family's nat table."""
+    """One of one family."""
 
-    def __init__(self, family: IpFamily, kind: Kind, speaker: Speaker) -> None:
+    def __init__(self, family: IpFamily, name: Table, kind: Kind, speaker: Speaker) -> None:
         self.family = family
+        self.name = name
         self._kind = kind
         self._speaker = speaker
         self._protocol = NFPROTO_IPV4 if family == "ipv4" else NFPROTO_IPV6
@@ -178,21 +215,21 @@ class _Table:
     def exists(self) -> bool:
         """Whether there can be rules of ours to read, without making the table as iptables would."""
         if self._kind == "nft":
-            return any(name in CHAINS for name, _ in nft_chains(self._protocol, "nat"))
+            return any(chain.name in CHAINS for chain in nft_chains(self._protocol, self.name))
         names = "ip_tables_names" if self.family == "ipv4" else "ip6_tables_names"
         try:
-            return "nat" in Path("/proc/thread-self/net", names).read_text().split()
+            return self.name in Path("/proc/thread-self/net", names).read_text().split()
         except (FileNotFoundError, PermissionError):  # no such tables, or not root: then they were not written either
             return False
 
     def read(self) -> _State:
-        state = _State()
+        state = _State(table=self.name)
         if self._kind == "legacy" and not self.exists():
             return state
-        for line in self._speaker.save().splitlines():
+        for line in self._speaker.save(self.name).splitlines():
             if _INCOMPATIBLE in line:
                 raise CommandError(
-                    f"iptables cannot read its own {self.family} nat table",
+                    f"iptables cannot read its own {self.family} {self.name} table",
                     why="other software has put rules into it that only nft understands",
                     fix="use --backend nft",
                 )
@@ -215,11 +252,13 @@ class _Table:
             self.drop_if_empty()
             return
         jumps = [f"-D {line}" for line in now.jumps] + [f"-A {line}" for line in before.jumps]
-        self.restore(_commit([*(f":{chain} - [0:0]" for chain in CHAINS), *jumps, *before.lines]))
+        gone = [f"-X {chain}" for chain in now.chains if chain not in before.chains]
+        chains = dict.fromkeys([*now.chains, *before.chains])
+        self.restore(now.commit([*(f":{chain} - [0:0]" for chain in chains), *jumps, *before.lines, *gone]))
 
     def drop_if_empty(self) -> None:
         if self._kind == "nft":
-            drop_empty_iptables_nat(self._protocol)
+            drop_empty_iptables(self._protocol, self.name)
 
     def _add(self, state: _State, packets: int, size: int, chain_name: str, text: str) -> None:
         words = shlex.split(text)
@@ -236,7 +275,3 @@ class _Table:
             state.foreign.append(f"-A {chain} {text}")
         else:
             state.rules.append(Counted(rule, packets, size))
-
-
-def _commit(lines: Iterable[str]) -> str:
-    return "\n".join(["*nat", *lines, "COMMIT"]) + "\n"

@@ -9,6 +9,7 @@ from meshnet.errors import CommandError
 from meshnet_init.backends import not_permitted
 from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend, Kind, Speaker
 from meshnet_init.host import may_change_rules
+from meshnet_init.rule import Table
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 _VERSION = re.compile(r"v(\d+)\.(\d+)(?:\.(\d+))?(?: \((nf_tables|legacy)\))?")
@@ -39,8 +40,8 @@ class Binaries:
         self._command = command
         self._wait = ["--wait", _LOCK_WAIT] if wait else []
 
-    def save(self) -> str:
-        return self._run(f"{self._command}-save", ["-c", "-t", "nat"])
+    def save(self, table: Table) -> str:
+        return self._run(f"{self._command}-save", ["-c", "-t", table])
 
     def restore(self, text: str) -> None:
         self._run(f"{self._command}-restore", ["--noflush", *self._wait], text)
@@ -71,7 +72,7 @@ class Binaries:
         raise CommandError(
             f"{program} refused the {self._family} rules; what was in force still is" if text else f"{program} failed",
             why=said,
-            fix="see what is there: iptables-save -t nat; or use --backend nft",
+            fix="see what is there: iptables-save; or use --backend nft",
         )
 
 

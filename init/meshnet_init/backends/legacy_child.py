@@ -1,4 +1,4 @@
-"""Reads and writes one family's legacy nat table through python-iptables, in the words of iptables-save and -restore.
+"""Reads and writes one family's legacy tables through python-iptables, in the words of iptables-save and -restore.
 
 A program of its own: libxtables keeps the first family it was used for, and calls exit when it meets what it does not
 know (python-iptables 1.2.0). Who starts it holds the xtables lock, which python-iptables does not take, so it ends with
@@ -6,7 +6,7 @@ that one.
 
     legacy_child.py ipv4|ipv6
 
-A line of JSON in, a line of JSON out: {"restore": TEXT} is answered by {"text": ""}, {"save": true} by {"text": TEXT},
+A line of JSON in, a line of JSON out: {"restore": TEXT} is answered by {"text": ""}, {"save": TABLE} by {"text": TEXT},
 either by {"error": TEXT}, and then nothing has changed.
 """
 
@@ -32,12 +32,12 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         try:
-            nat = Nat(iptc, *kinds)
             if "restore" in asked:
-                nat.restore(asked["restore"])
+                name = asked["restore"].partition("\n")[0].removeprefix("*")
+                Table(iptc, *kinds, name).restore(asked["restore"])
                 answer = {"text": ""}
             else:
-                answer = {"text": "\n".join(nat.save())}
+                answer = {"text": "\n".join(Table(iptc, *kinds, asked["save"]).save())}
         except (iptc.IPTCError, iptc.XTablesError, ValueError) as error:
             answer = {"error": _said(error)}
         print(json.dumps(answer), flush=True)
@@ -52,18 +52,18 @@ def _python_iptables() -> Any:
     return importlib.import_module("iptc")
 
 
-class Nat:
-    """The table as it was when this was made, until `restore`."""
+class Table:
+    """One as it was when this was made, until `restore`."""
 
-    def __init__(self, iptc: Any, table_kind: Any, rule_kind: Any) -> None:  # python-iptables has no types
+    def __init__(self, iptc: Any, table_kind: Any, rule_kind: Any, name: str) -> None:  # python-iptables has no types
         self._iptc = iptc
         self._rule_kind = rule_kind
-        self._table = table_kind(table_kind.NAT)
+        self._table = table_kind(name)
         self._table.autocommit = False
         self._table.refresh()
 
     def save(self) -> Iterator[str]:
-        """As `iptables-save -c -t nat`, but for what says nothing."""
+        """As `iptables-save -c`, but for what says nothing."""
         chains = list(self._table.chains)
         for chain in chains:
             yield f":{chain.name} {'ACCEPT' if chain.is_builtin() else '-'} [0:0]"

@@ -8,7 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NLMSG_ERROR
@@ -32,8 +32,8 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed, not_permitted
 from meshnet_init.backends.nft_expressions import decode, encode
-from meshnet_init.plan import CHAIN_IN, CHAINS, Chain, Plan, Rule, drain_set
-from meshnet_init.render import NFT_PRIORITY, NFT_TABLE
+from meshnet_init.render import NFT_TABLE, chains_of
+from meshnet_init.rule import CHAIN_IN, CHAINS, NAT_CHAINS, PLACES, Hook, Plan, Rule, Table, drain_set
 
 _BATCH_BEGIN = 0x10
 _BATCH_END = 0x11
@@ -41,8 +41,13 @@ _NLM_F_NONREC = 0x100  # delete only what is empty (linux/netlink.h)
 _NF_ACCEPT = 1
 _SO_SNDBUFFORCE = 32
 _ANSWER_SIZE = 1 << 16
-_HOOKS: dict[Chain, int] = {"MESHNET_IN": 0, "MESHNET_OUT": 3}  # NF_INET_PRE_ROUTING, NF_INET_LOCAL_OUT
-_IPTABLES_NAT = {"PREROUTING": -100, "INPUT": 100, "OUTPUT": -100, "POSTROUTING": 100}  # chain: priority
+_HOOKS: dict[Hook, int] = {"PREROUTING": 0, "INPUT": 1, "FORWARD": 2, "OUTPUT": 3}  # NF_INET_PRE_ROUTING and on
+_IPTABLES: dict[Table, dict[str, int]] = {
+    "mangle": dict.fromkeys(("PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"), -150),
+    "nat": {"PREROUTING": -100, "INPUT": 100, "OUTPUT": -100, "POSTROUTING": 100},
+    "filter": dict.fromkeys(("INPUT", "FORWARD", "OUTPUT"), 0),
+}
+"""The chains that iptables-nft makes in each table, and their priorities."""
 
 Message = Any  # pyroute2's messages are dictionaries without types
 
@@ -65,7 +70,7 @@ class NftBackend:
         return ""
 
     def installed(self) -> Installed | None:
-        chains = {name for name, _ in nft_chains(NFPROTO_INET, NFT_TABLE)}
+        chains = {chain.name for chain in nft_chains(NFPROTO_INET, NFT_TABLE)}
         if not chains:
             return None
         rules, problems = [], []
@@ -79,7 +84,7 @@ class NftBackend:
                 rules.append(msgspec.structs.replace(counted, rule=msgspec.structs.replace(counted.rule, why=why)))
             else:
                 problems.append(f"a rule in {chain} that is not meshnet's (nft list table inet {NFT_TABLE})")
-        problems += [f"chain {chain} is missing" for chain in CHAINS if chain not in chains]
+        problems += [f"chain {chain} is missing" for chain in NAT_CHAINS if chain not in chains]
         return Installed(
             backend=self.name, rules=tuple(sorted(rules, key=_chain_order)), ipv6=True, problems=tuple(problems)
         )
@@ -107,16 +112,17 @@ class NftBackend:
             ) from error
 
 
-def drop_empty_iptables_nat(family: int) -> None:
-    """Deletes what iptables-nft made in its nat table to hang our jumps on: built-in chains, the table, if now empty.
+def drop_empty_iptables(family: int, table: Table) -> None:
+    """Deletes what iptables-nft made in a table to hang our jumps on: built-in chains, the table, if now empty.
 
-    iptables makes them again when it next needs them. `family` is NFPROTO_IPV4 or NFPROTO_IPV6.
+    iptables makes them again when it next needs them. A chain whose policy is to drop says something, though it is
+    empty. `family` is NFPROTO_IPV4 or NFPROTO_IPV6.
     """
-    for name, priority in nft_chains(family, "nat"):
-        if priority == _IPTABLES_NAT.get(name):
-            attributes = [("NFTA_CHAIN_TABLE", "nat"), ("NFTA_CHAIN_NAME", name)]
+    for chain in nft_chains(family, table):
+        if chain.priority == _IPTABLES[table].get(chain.name) and chain.accepts:
+            attributes = [("NFTA_CHAIN_TABLE", table), ("NFTA_CHAIN_NAME", chain.name)]
             _delete_if_empty(_message(nft_chain_msg, NFT_MSG_DELCHAIN, _NLM_F_NONREC, attributes, family))
-    _delete_if_empty(_message(nft_table_msg, NFT_MSG_DELTABLE, _NLM_F_NONREC, [("NFTA_TABLE_NAME", "nat")], family))
+    _delete_if_empty(_message(nft_table_msg, NFT_MSG_DELTABLE, _NLM_F_NONREC, [("NFTA_TABLE_NAME", table)], family))
 
 
 def _delete_if_empty(message: Message) -> None:
@@ -129,14 +135,15 @@ def _delete_if_empty(message: Message) -> None:
 
 def _make_table(table: str, plan: Plan) -> Iterator[Message]:
     yield _table(NFT_MSG_NEWTABLE, NLM_F_CREATE, table)
-    for chain in CHAINS:
-        hook = {"attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS[chain]), ("NFTA_HOOK_PRIORITY", NFT_PRIORITY)]}
+    for chain in chains_of(plan):
+        place = PLACES[chain]
+        hook = {"attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS[place.hook]), ("NFTA_HOOK_PRIORITY", place.priority)]}
         attributes = [
             ("NFTA_CHAIN_TABLE", table),
             ("NFTA_CHAIN_NAME", chain),
             ("NFTA_CHAIN_HOOK", hook),
             ("NFTA_CHAIN_POLICY", _NF_ACCEPT),
-            ("NFTA_CHAIN_TYPE", "nat"),
+            ("NFTA_CHAIN_TYPE", place.kind),
         ]
         yield _message(nft_chain_msg, NFT_MSG_NEWCHAIN, NLM_F_CREATE, attributes)
     for rule in plan.rules:
@@ -197,13 +204,22 @@ def _edge(kind: int) -> Message:
     return message
 
 
-def nft_chains(family: int, table: str) -> list[tuple[str, int]]:
-    """Names and hook priorities of the chains in one table, iptables-nft's included. Raises CommandError."""
+class NftChain(NamedTuple):
+    """`priority` of its hook, 0 where it has none; `accepts` what comes to its end."""
+
+    name: str
+    priority: int
+    accepts: bool
+
+
+def nft_chains(family: int, table: str) -> list[NftChain]:
+    """The chains in one table, iptables-nft's included. Raises CommandError."""
     found = []
     for message in _dump(nft_chain_msg, NFT_MSG_GETCHAIN, family, []):
         if message.get_attr("NFTA_CHAIN_TABLE") == table:
-            hook = message.get_attr("NFTA_CHAIN_HOOK")
-            found.append((message.get_attr("NFTA_CHAIN_NAME"), hook.get_attr("NFTA_HOOK_PRIORITY") if hook else 0))
+            hook, policy = message.get_attr("NFTA_CHAIN_HOOK"), message.get_attr("NFTA_CHAIN_POLICY")
+            priority = hook.get_attr("NFTA_HOOK_PRIORITY") if hook else 0
+            found.append(NftChain(message.get_attr("NFTA_CHAIN_NAME"), priority, policy in (None, _NF_ACCEPT)))
     return found
 
 

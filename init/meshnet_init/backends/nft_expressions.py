@@ -6,13 +6,14 @@ Numbers and structs of linux/netfilter/nf_tables.h; header offsets of RFC 791, R
 import ipaddress
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from pyroute2.netlink.nfnetlink.nftsocket import Cmp, Meta
+from pyroute2.netlink.nfnetlink.nftsocket import Cmp, Meta, nft_contains_expr
 
 from meshnet_init.backends import Counted
-from meshnet_init.plan import CHAIN_IN, Chain, Family, Rule
+from meshnet_init.backends.cgroups import cgroup_id, cgroup_path
+from meshnet_init.rule import Chain, Family, Rule, Verdict, arriving
 from meshnet_init.values import Ports
 
 Expression = Any  # pyroute2's dictionary of attributes
@@ -58,17 +59,34 @@ _LOADS = {
         {"RESULT": _FIB_ADDRTYPE, "FLAGS": 2},
         {"RESULT": _FIB_ADDRTYPE, "FLAGS": "NFTA_FIB_F_MARK"},
     ),
+    "connmark": Load("ct", {"KEY": 3}, {"KEY": "NFT_CT_MARK"}),
+    "cgroup": Load("socket", {"KEY": 3}, {"KEY": "NFT_SOCKET_CGROUPV2"}),
     "ct state": Load("ct", {"KEY": 0}, {"KEY": "NFT_CT_STATE"}),
 }
+
+# pyroute2 0.9.7 does not know of cgroups.
+_socket: Any = nft_contains_expr.nft_expr.nft_socket
+_socket.socket_keys.ops[3] = "NFT_SOCKET_CGROUPV2"
+if "NFTA_SOCKET_LEVEL" not in dict(_socket.nla_map):
+    _socket.nla_map = (*_socket.nla_map, ("NFTA_SOCKET_LEVEL", "be32"))
 
 _REGISTER, _VERDICT = 1, 0
 _NFPROTO = {"ipv4": b"\x02", "ipv6": b"\x0a"}
 _IFNAMSIZ = 16  # linux/if.h
-_TCP = b"\x06"
+_TCP, _UDP = b"\x06", b"\x11"
 _FIN_SYN_RST_ACK, _SYN = b"\x17", b"\x02"
 _RTN_LOCAL = struct.pack("=I", 2)
+_INVALID = struct.pack("=I", 1)  # NF_CT_STATE_INVALID_BIT
 _ESTABLISHED = struct.pack("=I", 2)  # NF_CT_STATE_BIT(IP_CT_ESTABLISHED)
-_NFT_RETURN = -5
+_NFT_RETURN, _NF_DROP, _NF_ACCEPT = -5, 0, 1
+_VERDICTS = {"NFT_RETURN": "return", "NF_DROP": "drop", "NF_ACCEPT": "accept"}
+_TCP_RST, _ICMPX_UNREACH, _ICMPX_PORT = 1, 2, 1  # NFT_REJECT_ICMPX_PORT_UNREACH
+_REJECTS = {
+    ("NFT_REJECT_TCP_RST", ""): "reset",
+    ("NFT_REJECT_ICMPX_UNREACH", "NFT_REJECT_ICMPX_PORT_UNREACH"): "reject",
+}
+_UNSPEC = b"\0"  # NFPROTO_UNSPEC: of either family
+_PORT_SIZE = 2
 _BY_PORT = frozenset({"NF_NAT_RANGE_PROTO_SPECIFIED"})
 
 
@@ -81,78 +99,154 @@ class Match(NamedTuple):
     mask: bytes = b""
 
 
-def encode(rule: Rule) -> list[Expression]:
-    """Load, mask and compare for each match, a counter, and the verdict."""
+def encode(rule: Rule, cgroup_id: Callable[[str], int] = cgroup_id) -> list[Expression]:
+    """Load, mask and compare for each match, a counter, and what is done."""
     expressions: list[Expression] = []
     loaded = ""
-    for match in _matches(rule):
+    for match in _matches(rule, cgroup_id):
         if match.load != loaded or match.mask:
             loaded = match.load
             load = _LOADS[loaded]
-            length = {"LEN": len(match.value)} if load.name == "payload" else {}
-            expressions.append(_expression(load.name, DREG=_REGISTER, **load.sent, **length))
+            more = {"LEN": len(match.value)} if load.name == "payload" else {}
+            if loaded == "cgroup":
+                more = {"LEVEL": rule.cgroup.count("/") + 1}
+            expressions.append(_expression(load.name, DREG=_REGISTER, **load.sent, **more))
         if match.mask:
-            zero = bytes(len(match.mask))
-            masked = {"LEN": len(zero), "MASK": _data(match.mask), "XOR": _data(zero)}
-            expressions.append(_expression("bitwise", SREG=_REGISTER, DREG=_REGISTER, **masked))
+            expressions.append(_bitwise(match.mask, bytes(len(match.mask))))
         expressions.append(_expression("cmp", SREG=_REGISTER, OP=match.compare.value, DATA=_data(match.value)))
     expressions.append(_expression("counter", BYTES=0, PACKETS=0))
+    return [*expressions, *_action(rule)]
+
+
+def _action(rule: Rule) -> Iterator[Expression]:
+    if rule.redirect or rule.tproxy:
+        port = struct.pack("!H", rule.redirect or rule.tproxy)
+        yield _expression("immediate", DREG=_REGISTER, DATA=_data(port))
     if rule.redirect:
-        expressions.append(_expression("immediate", DREG=_REGISTER, DATA=_data(struct.pack("!H", rule.redirect))))
-        expressions.append(_expression("redir", REG_PROTO_MIN=_REGISTER, FLAGS=_BY_PORT))
+        yield _expression("redir", REG_PROTO_MIN=_REGISTER, FLAGS=_BY_PORT)
+    elif rule.tproxy:
+        family = _NFPROTO.get(rule.family, _UNSPEC)
+        yield _expression("tproxy", FAMILY=family[0], REG_PORT=_REGISTER)
+        if rule.tproxy_mark:
+            yield from _set_bits("meta", _LOADS["mark"], rule.tproxy_mark)
+        yield _verdict(_NF_ACCEPT)
+    elif rule.verdict == "save":
+        yield from _set_bits("ct", _LOADS["connmark"], rule.mark)
+    elif rule.verdict == "restore":
+        yield from _set_bits("meta", _LOADS["mark"], rule.connmark)
+    elif rule.verdict == "reset":
+        yield _expression("reject", TYPE=_TCP_RST, ICMP_CODE=0)
+    elif rule.verdict == "reject":
+        yield _expression("reject", TYPE=_ICMPX_UNREACH, ICMP_CODE=_ICMPX_PORT)
     else:
-        verdict = {"attrs": [("NFTA_DATA_VERDICT", {"attrs": [("NFTA_VERDICT_CODE", _NFT_RETURN)]})]}
-        expressions.append(_expression("immediate", DREG=_VERDICT, DATA=verdict))
-    return expressions
+        yield _verdict(_NF_DROP if rule.verdict == "drop" else _NFT_RETURN)
 
 
-def decode(chain: Chain, expressions: Iterable[Expression]) -> Counted | None:
+def _set_bits(kind: str, load: Load, bits: int) -> Iterator[Expression]:
+    """Into the mark that `load` loads: the others stay."""
+    yield _expression(kind, DREG=_REGISTER, **load.sent)
+    yield _bitwise(struct.pack("=I", ~bits & 0xFFFFFFFF), struct.pack("=I", bits))
+    yield _expression(kind, SREG=_REGISTER, **load.sent)
+
+
+class Done(NamedTuple):
+    """What a rule does, as far as the kernel has told it yet. `bits` are those set in the mark that was loaded."""
+
+    redirect: int = 0
+    tproxy: int = 0
+    verdict: Verdict = "return"
+    bits: int = 0
+
+
+def decode(
+    chain: Chain, expressions: Iterable[Expression], cgroup_path: Callable[[int], str] = cgroup_path
+) -> Counted | None:
     """The rule a kernel message holds, or None where it is none that `encode` writes."""
+    named = [(expr.get_attr("NFTA_EXPR_NAME"), expr.get_attr("NFTA_EXPR_DATA")) for expr in expressions]
+    at = next((at for at, (name, _) in enumerate(named) if name == "counter"), None)
+    if at is None:
+        return None
     matches: list[Match] = []
-    loaded, mask, port, returns, redirects = "", b"", b"", False, False
-    packets = size = 0
-    for expression in expressions:
-        name, body = expression.get_attr("NFTA_EXPR_NAME"), expression.get_attr("NFTA_EXPR_DATA")
-        if name in ("meta", "payload", "fib", "ct"):
+    loaded, mask = "", b""
+    for name, body in named[:at]:
+        if name in ("meta", "payload", "fib", "ct", "socket"):
             loaded, mask = _load_name(name, body), b""
         elif name == "bitwise":
             mask = _bytes(body.get_attr("NFTA_BITWISE_MASK"))
         elif name == "cmp":
             compare = Cmp[body.get_attr("NFTA_CMP_OP")]
             matches.append(Match(loaded, _bytes(body.get_attr("NFTA_CMP_DATA")), compare, mask))
-        elif name == "counter":
-            packets, size = body.get_attr("NFTA_COUNTER_PACKETS"), body.get_attr("NFTA_COUNTER_BYTES")
-        elif name == "immediate":
-            data = body.get_attr("NFTA_IMMEDIATE_DATA")
-            verdict = data.get_attr("NFTA_DATA_VERDICT")
-            returns = verdict is not None and verdict.get_attr("NFTA_VERDICT_CODE") == "NFT_RETURN"
-            port = b"" if verdict is not None else _bytes(data)
-        elif name == "redir":
-            redirects = True
         else:
             return None
-    if returns == redirects or redirects != (len(port) == 2):
-        return None
-    redirect = int.from_bytes(port, "big")
-    rule = _rule(chain, matches, redirect)
+    done = _done(named[at + 1 :])
+    rule = _rule(chain, matches, done, cgroup_path) if done is not None else None
     # Whatever the reading above passed over makes the two differ.
-    return Counted(rule, packets, size) if rule is not None and list(_matches(rule)) == matches else None
+    if rule is None or list(_matches(rule, lambda _: _cgroup_of(matches))) != matches:
+        return None
+    counter = named[at][1]
+    return Counted(rule, counter.get_attr("NFTA_COUNTER_PACKETS"), counter.get_attr("NFTA_COUNTER_BYTES"))
 
 
-def _matches(rule: Rule) -> Iterator[Match]:
+def _done(expressions: list[tuple[str, Any]]) -> Done | None:
+    """None where it is nothing that `_action` writes."""
+    said = [_said(name, body) for name, body in expressions]
+    match said:
+        case ["return"] | ["drop"] | ["reset"] | ["reject"]:
+            return Done(verdict=said[0])
+        case [int(port), "redir"]:
+            return Done(redirect=port)
+        case [int(port), "tproxy", "accept"]:
+            return Done(tproxy=port)
+        case [int(port), "tproxy", "load mark", (int(bits),), "set mark", "accept"]:
+            return Done(tproxy=port, bits=bits)
+        case ["load connmark", (int(bits),), "set connmark"]:
+            return Done(verdict="save", bits=bits)
+        case ["load mark", (int(bits),), "set mark"]:
+            return Done(verdict="restore", bits=bits)
+        case _:
+            return None
+
+
+def _said(name: str, body: Any) -> Any:
+    """One expression of an action as a word; a port as its number, bits to set as a tuple of one."""
+    if name in ("meta", "ct"):
+        loaded = _load_name(name, body)
+        return f"{'load' if body.get_attr(f'NFTA_{name.upper()}_DREG') is not None else 'set'} {loaded}"
+    if name == "bitwise":
+        mask, xor = (_bytes(body.get_attr(f"NFTA_BITWISE_{part}")) for part in ("MASK", "XOR"))
+        bits = int.from_bytes(xor, sys.byteorder)
+        return (bits,) if int.from_bytes(mask, sys.byteorder) == ~bits & 0xFFFFFFFF else None
+    if name == "reject":
+        shown = body.get_attr("NFTA_REJECT_TYPE"), body.get_attr("NFTA_REJECT_ICMP_CODE")
+        return _REJECTS.get((str(shown[0]), str(shown[1]) if "ICMPX" in str(shown[0]) else ""))
+    if name == "immediate":
+        data = body.get_attr("NFTA_IMMEDIATE_DATA")
+        verdict = data.get_attr("NFTA_DATA_VERDICT")
+        if verdict is not None:
+            return _VERDICTS.get(verdict.get_attr("NFTA_VERDICT_CODE"))
+        value = _bytes(data)
+        return int.from_bytes(value, "big") if len(value) == _PORT_SIZE else None
+    return name if name in ("redir", "tproxy") else None
+
+
+def _matches(rule: Rule, cgroup_id: Callable[[str], int]) -> Iterator[Match]:
     """In the order nft(8) prints them."""
     if rule.family != "any":
         yield Match("nfproto", _NFPROTO[rule.family])
+    side = "iifname" if arriving(rule.chain) else "oifname"
     if rule.loopback:
-        yield Match("iifname" if rule.chain == CHAIN_IN else "oifname", _interface("lo"))
+        yield Match(side, _interface("lo"))
     if rule.interface:
-        yield Match("iifname" if rule.chain == CHAIN_IN else "oifname", _interface(rule.interface))
-    if rule.mark:
-        yield Match("mark", struct.pack("=I", rule.mark))
+        yield Match(side, _interface(rule.interface))
+    for load, bits in (("mark", rule.mark), ("connmark", rule.connmark)):
+        if bits:
+            yield Match(load, struct.pack("=I", bits), mask=struct.pack("=I", bits))
     if rule.uid is not None:
         yield Match("skuid", struct.pack("=I", rule.uid))
     if rule.gid is not None:
         yield Match("skgid", struct.pack("=I", rule.gid))
+    if rule.cgroup:
+        yield Match("cgroup", struct.pack("=Q", cgroup_id(rule.cgroup)))
     for end, cidr in (("saddr", rule.source), ("daddr", rule.destination)):
         if cidr:
             network = ipaddress.ip_network(cidr)
@@ -162,8 +256,8 @@ def _matches(rule: Rule) -> Iterator[Match]:
             yield Match(f"{rule.family} {end}", address if bits else address[:whole], mask=mask)
     if rule.local is not None:
         yield Match("daddr type", _RTN_LOCAL, Cmp.NFT_CMP_EQ if rule.local else Cmp.NFT_CMP_NEQ)
-    if rule.ports is not None or rule.redirect:
-        yield Match("l4proto", _TCP)
+    if rule.udp or rule.of_tcp():
+        yield Match("l4proto", _UDP if rule.udp else _TCP)
     if rule.ports is not None:
         first, last = struct.pack("!H", rule.ports.first), struct.pack("!H", rule.ports.last)
         if first == last:
@@ -171,13 +265,14 @@ def _matches(rule: Rule) -> Iterator[Match]:
         else:
             yield Match("dport", first, Cmp.NFT_CMP_GTE)
             yield Match("dport", last, Cmp.NFT_CMP_LTE)
-    if rule.hold:
-        yield Match("ct state", bytes(4), Cmp.NFT_CMP_NEQ, mask=_ESTABLISHED)
-    if rule.redirect:
+    for asked, state in ((rule.established, _ESTABLISHED), (rule.invalid, _INVALID)):
+        if asked:
+            yield Match("ct state", bytes(4), Cmp.NFT_CMP_NEQ, mask=state)
+    if rule.opening():
         yield Match("tcp flags", _SYN, mask=_FIN_SYN_RST_ACK)
 
 
-def _rule(chain: Chain, matches: list[Match], redirect: int) -> Rule | None:
+def _rule(chain: Chain, matches: list[Match], done: Done, cgroup_path: Callable[[int], str]) -> Rule | None:
     """The one rule that could have these matches; whether it has, the caller checks."""
     by_load = {match.load: match for match in reversed(matches)}
     family: Family = "any"
@@ -187,24 +282,38 @@ def _rule(chain: Chain, matches: list[Match], redirect: int) -> Rule | None:
     local = by_load.get("daddr type")
     interface = by_load.get("iifname") or by_load.get("oifname")
     name = "" if interface is None else _interface_name(interface.value)
+    mark, connmark = _number(by_load.get("mark")) or 0, _number(by_load.get("connmark")) or 0
+    if done.verdict in ("save", "restore") and done.bits != (mark if done.verdict == "save" else connmark):
+        return None
     try:
         return Rule(
             chain=chain,
             family=family,
             loopback=name == "lo",
             interface="" if name == "lo" else name,
-            mark=_number(by_load.get("mark")) or 0,
+            mark=mark,
+            connmark=connmark,
             uid=_number(by_load.get("skuid")),
             gid=_number(by_load.get("skgid")),
+            cgroup=cgroup_path(_cgroup_of(matches)) if "cgroup" in by_load else "",
             source=_cidr(family, by_load.get(f"{family} saddr")),
             destination=_cidr(family, by_load.get(f"{family} daddr")),
             local=None if local is None else local.compare == Cmp.NFT_CMP_EQ,
+            udp="l4proto" in by_load and by_load["l4proto"].value == _UDP,
             ports=Ports(ports[0], ports[-1]) if ports else None,
-            hold="ct state" in by_load,
-            redirect=redirect,
+            established="ct state" in by_load and by_load["ct state"].mask == _ESTABLISHED,
+            invalid="ct state" in by_load and by_load["ct state"].mask == _INVALID,
+            redirect=done.redirect,
+            tproxy=done.tproxy,
+            tproxy_mark=done.bits if done.tproxy else 0,
+            verdict=done.verdict,
         )
     except ValueError:  # a mask that is no prefix
         return None
+
+
+def _cgroup_of(matches: list[Match]) -> int:
+    return next((int.from_bytes(match.value, sys.byteorder) for match in matches if match.load == "cgroup"), 0)
 
 
 def _interface(name: str) -> bytes:
@@ -233,6 +342,15 @@ def _load_name(name: str, body: Any) -> str:
         if load.name == name and all(body.get_attr(f"NFTA_{name.upper()}_{k}") == v for k, v in load.shown.items()):
             return key
     return ""
+
+
+def _bitwise(mask: bytes, xor: bytes) -> Expression:
+    return _expression("bitwise", SREG=_REGISTER, DREG=_REGISTER, LEN=len(mask), MASK=_data(mask), XOR=_data(xor))
+
+
+def _verdict(code: int) -> Expression:
+    verdict = {"attrs": [("NFTA_DATA_VERDICT", {"attrs": [("NFTA_VERDICT_CODE", code)]})]}
+    return _expression("immediate", DREG=_VERDICT, DATA=verdict)
 
 
 def _expression(name: str, **fields: object) -> Expression:

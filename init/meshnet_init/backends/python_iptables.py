@@ -19,6 +19,7 @@ from meshnet.errors import CommandError
 from meshnet_init.backends import not_permitted
 from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend
 from meshnet_init.host import may_change_rules
+from meshnet_init.rule import Table
 
 _PROGRAM = Path(__file__).with_name("legacy_child.py")
 _LOCK = "/run/xtables.lock"
@@ -51,8 +52,8 @@ class PythonIptables:
         self._family = family
         self._program: subprocess.Popen[str] | None = None
 
-    def save(self) -> str:
-        return self._ask({"save": True})
+    def save(self, table: Table) -> str:
+        return self._ask({"save": table})
 
     def restore(self, text: str) -> None:
         self._ask({"restore": text})
@@ -100,7 +101,7 @@ class PythonIptables:
             if writes
             else f"python-iptables could not read the {self._family} rules",
             why=why,
-            fix="see what is there: iptables-legacy-save -t nat; or use --backend nft",
+            fix="see what is there: iptables-legacy-save; or use --backend nft",
         )
 
 

@@ -15,12 +15,26 @@
 #define ACCEPTS_PER_TURN 64 /* then those that are open already get theirs */
 #define ORIGINAL_DST 80     /* SO_ORIGINAL_DST of linux/netfilter_ipv4.h, and IP6T_SO_ORIGINAL_DST: the same number */
 
+/* A transparent listener's connections were not turned: their own address is where they were going (tproxy.rst). */
+static bool is_transparent(int fd, sa_family_t family)
+{
+    int set = 0;
+    socklen_t size = sizeof set;
+    return !(family == AF_INET ? getsockopt(fd, IPPROTO_IP, IP_TRANSPARENT, &set, &size)
+                               : getsockopt(fd, IPPROTO_IPV6, IPV6_TRANSPARENT, &set, &size)) &&
+           set;
+}
+
 static bool original_of(int fd, const struct address *source, struct address *original)
 {
     struct sockaddr_storage found = {.ss_family = source->family};
     int level = source->family == AF_INET ? IPPROTO_IP : IPPROTO_IPV6;
     socklen_t size = source->family == AF_INET ? sizeof(struct sockaddr_in) : sizeof(struct sockaddr_in6);
-    return !getsockopt(fd, level, ORIGINAL_DST, &found, &size) && address_of(original, &found);
+    if (!getsockopt(fd, level, ORIGINAL_DST, &found, &size))
+        return address_of(original, &found);
+    size = sizeof found;
+    return is_transparent(fd, source->family) && !getsockname(fd, (struct sockaddr *)&found, &size) &&
+           address_of(original, &found);
 }
 
 static void hand_over(struct listener *listener, int fd, const struct address *source)

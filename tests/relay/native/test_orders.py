@@ -365,6 +365,7 @@ def test_a_listener_that_closes_takes_those_that_wait(host: Host) -> None:
         os.close(fd)
         client.close()
     core.stop()
+    core.news()
 
 
 def test_a_socket_that_does_not_listen_is_said_to_be_stuck(gate: Gate) -> None:

@@ -1,0 +1,129 @@
+"""How answers to a client's own address come back to this host: a routing rule by mark, and a table that says `here`.
+
+The kernel holds all there is to know of it: whether switches of /proc/sys/net are part of it, and which of them were
+switched on by us, is the protocol number of the routing rules. They stand as long as the switches do: until they are
+deleted, or until the next boot.
+"""
+
+import errno
+import socket
+from pathlib import Path
+from typing import Any
+
+from pyroute2.iproute.linux import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from meshnet.errors import CommandError
+from meshnet_init.backends import not_permitted
+from meshnet_init.host import ACCEPTS_MARKS
+from meshnet_init.rule import Routing
+
+TABLE = 6700
+PRIORITY = 100  # of the routing rules: behind the table of this host's own addresses, before all others
+# Protocol numbers of nobody else (rtnetlink.h). To the second is added a bit for each switch that was off before.
+_BY_RULES, _BY_SWITCHES = 67, 72
+# An accepted socket has its SYN's mark; a refusal has the mark of what it answers (kernel's ip-sysctl.rst).
+_SWITCHES = (ACCEPTS_MARKS, *(Path(f"/proc/sys/net/{ip}/fwmark_reflect") for ip in ("ipv4", "ipv6")))
+_RTN_LOCAL, _SCOPE_HOST = 2, 254
+_LOOPBACK = 1  # the interface's index in any namespace
+
+
+def installed_routing() -> Routing | None:
+    """What stands here of it; None unless all of it does."""
+    with IPRoute() as netlink:  # type: ignore[no-untyped-call]  # pyroute2 has types in part
+        rules = _rules(netlink)
+        complete = {rule["family"] for rule in rules} == set(_families())
+        routed = all(netlink.get_routes(family=family, table=TABLE) for family in _families())
+    if not complete or not routed:
+        return None
+    accepts = rules[0].get_attr("FRA_PROTOCOL") >= _BY_SWITCHES
+    if accepts and not all(_is_on(switch) for switch in _SWITCHES):
+        return None
+    return Routing(mark=rules[0].get_attr("FRA_FWMARK"), accepts=accepts)
+
+
+def route(wanted: Routing | None) -> bool:
+    """Makes this host have what is wanted. Whether anything was changed. Raises CommandError."""
+    if installed_routing() == wanted and (wanted is not None or not _left()):
+        return False
+    try:
+        with IPRoute() as netlink:  # type: ignore[no-untyped-call]  # pyroute2 has types in part
+            older = _rules(netlink)
+            if wanted is None:
+                _take_out(netlink, older)
+            else:
+                _put_in(netlink, wanted, older)
+    except (NetlinkError, OSError) as error:
+        code = error.code if isinstance(error, NetlinkError) else error.errno
+        if code in (errno.EPERM, errno.EACCES, errno.EROFS):
+            raise not_permitted("change") from error
+        raise CommandError(
+            "could not change the routes by which answers to clients come back to the proxy",
+            why=str(error),
+            fix=f"see what is there: ip rule; ip route show table {TABLE}; or set capture.original_source = false",
+        ) from error
+    return True
+
+
+def _put_in(netlink: Any, wanted: Routing, older: list[Any]) -> None:
+    protocol, ours = _BY_RULES, _switched_on_by_us(older)
+    if wanted.accepts:
+        ours |= {switch for switch in _SWITCHES if switch.exists() and not _is_on(switch)}
+        protocol = _BY_SWITCHES + sum(1 << bit for bit, switch in enumerate(_SWITCHES) if switch in ours)
+    for switch in ours:
+        switch.write_text("1" if wanted.accepts else "0")
+    for family in _families():
+        scope = _SCOPE_HOST if family == socket.AF_INET else 0
+        netlink.route("replace", family=family, table=TABLE, dst="default", type=_RTN_LOCAL, scope=scope, oif=_LOOPBACK)
+        _rule(netlink, "add", family, wanted.mark, protocol)
+    for rule in older:
+        if (rule.get_attr("FRA_FWMARK"), rule.get_attr("FRA_PROTOCOL")) != (wanted.mark, protocol):
+            _delete(netlink, rule)
+
+
+def _take_out(netlink: Any, rules: list[Any]) -> None:
+    for switch in _switched_on_by_us(rules):
+        switch.write_text("0")
+    for rule in rules:
+        _delete(netlink, rule)
+    for family in _families():
+        netlink.flush_routes(family=family, table=TABLE)
+
+
+def _delete(netlink: Any, rule: Any) -> None:
+    _rule(netlink, "del", rule["family"], rule.get_attr("FRA_FWMARK"), rule.get_attr("FRA_PROTOCOL"))
+
+
+def _rule(netlink: Any, command: str, family: int, mark: int, protocol: int) -> None:
+    marked = {"fwmark": mark, "fwmask": mark}
+    try:
+        netlink.rule(command, family=family, table=TABLE, priority=PRIORITY, protocol=protocol, **marked)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise
+
+
+def _left() -> bool:
+    """Whether part of it stands, which is as good as nothing."""
+    with IPRoute() as netlink:  # type: ignore[no-untyped-call]  # pyroute2 has types in part
+        return bool(_rules(netlink) or any(netlink.get_routes(family=family, table=TABLE) for family in _families()))
+
+
+def _rules(netlink: Any) -> list[Any]:
+    found = [rule for family in _families() for rule in netlink.get_rules(family=family)]
+    return [rule for rule in found if rule.get_attr("FRA_TABLE") == TABLE]
+
+
+def _families() -> tuple[int, ...]:
+    six = Path("/proc/thread-self/net/if_inet6").exists()
+    return (socket.AF_INET, socket.AF_INET6) if six else (socket.AF_INET,)
+
+
+def _switched_on_by_us(rules: list[Any]) -> set[Path]:
+    bits = max([rule.get_attr("FRA_PROTOCOL") - _BY_SWITCHES for rule in rules], default=0)
+    return {switch for bit, switch in enumerate(_SWITCHES) if bits > 0 and bits >> bit & 1}
+
+
+def _is_on(switch: Path) -> bool:
+    """One that is not there is nobody's concern: a kernel without IPv6."""
+    return not switch.exists() or switch.read_text().strip() == "1"

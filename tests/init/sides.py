@@ -1,0 +1,97 @@
+"""Listeners that stand for a proxy, an application and a server, and calls that come out at one of them."""
+
+import ipaddress
+import os
+import socket
+from contextlib import ExitStack
+from pathlib import Path
+
+from meshnet_init.backends import cgroups
+from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, TIMEOUT, Lab, Open, address_of, connect, listening
+from tests.world import Host
+
+SO_MARK = 36
+
+
+class Sides:
+    """Listeners: the two of the proxy and an application on `app`, a server on `peer`."""
+
+    def __init__(self, lab: Lab, family: str, stack: ExitStack) -> None:
+        loopback = "127.0.0.1" if family == "ipv4" else "::1"
+        self.lab, self.family = lab, family
+        self.app, self.peer = address_of(lab.app, family), address_of(lab.peer, family)
+        self.inbound = stack.enter_context(listening(lab.app, family, INBOUND))
+        self.outbound = stack.enter_context(listening(lab.app, family, OUTBOUND, loopback))
+        self.application = stack.enter_context(listening(lab.app, family, APP_PORT))
+        self.server = stack.enter_context(listening(lab.peer, family, APP_PORT))
+        self.stack = stack
+
+    def call_in(self, expected: socket.socket, port: int = APP_PORT, source: Host | None = None) -> Open:
+        others = [listener for listener in (self.inbound, self.application) if listener is not expected]
+        return self._kept(connect(source or self.lab.peer, self.app, port, expected, *others))
+
+    def call_out(self, expected: socket.socket, port: int = APP_PORT, client: socket.socket | None = None) -> Open:
+        others = [listener for listener in (self.outbound, self.server) if listener is not expected]
+        return self._kept(connect(self.lab.app, self.peer, port, expected, *others, client=client))
+
+    def _kept(self, opened: Open) -> Open:
+        self.stack.callback(opened.close)
+        assert opened.works()
+        return opened
+
+
+def prefix(host: Host, family: str, bits: int) -> str:
+    return str(ipaddress.ip_network((address_of(host, family), bits), strict=False))
+
+
+def marked(host: Host, family: str, mark: int) -> socket.socket:
+    client = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
+    client.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
+    return client
+
+
+def made_by(host: Host, family: str, kind: str, who: int | str) -> socket.socket:
+    """A socket keeps the user, group and cgroup of the process that made it: a child makes it and hands it over."""
+    ours, childs = socket.socketpair()
+    with ours, childs:
+        child = os.fork()
+        if child == 0:
+            try:
+                with host.entered():  # which a user who is not root may not
+                    _become(kind, who)
+                    made = socket.socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
+                    socket.send_fds(childs, [b"x"], [made.fileno()])
+                    os._exit(0)  # nor may such a user go back
+            finally:
+                os._exit(0)
+        ours.settimeout(TIMEOUT)
+        _, descriptors, _, _ = socket.recv_fds(ours, 1, 1)
+        os.waitpid(child, 0)
+    return socket.socket(fileno=descriptors[0])
+
+
+def _become(kind: str, who: int | str) -> None:
+    if isinstance(who, str):
+        root = cgroups.root()
+        assert root is not None
+        if who.startswith("meshnet-test"):
+            (root / who / "cgroup.procs").write_text(str(os.getpid()))
+    elif kind == "uid":
+        os.setuid(who)
+    else:
+        os.setgid(who)
+
+
+def route_through(lab: Lab, family: str) -> tuple[Host, str]:
+    """A host behind `app`, which forwards to it, and its address there; `peer` knows the way."""
+    far = lab.world.host("far")
+    behind = "10.99.0.1" if family == "ipv4" else "fd99::1"
+    far.configure(f"address add {behind}/{32 if family == 'ipv4' else 128} dev lo")
+    for number, host in enumerate((lab.app, far), start=1):  # they ask for their neighbours from link-local addresses
+        host.configure(f"address add fe80::{number}/64 dev eth0 nodad")
+    for host, gateway in ((lab.peer, lab.app), (lab.app, far)):
+        host.configure(f"route add {behind} via {address_of(gateway, family)}")
+    with lab.app.entered():
+        for file in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+            Path(f"/proc/sys/net/{file}").write_text("1")
+    return far, behind

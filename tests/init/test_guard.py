@@ -1,0 +1,181 @@
+"""The strict guard and UDP: what should have been redirected and was not is refused, and what passes is told."""
+
+import errno
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+
+import pytest
+
+from meshnet_init.backends import Counted
+from meshnet_init.remove import remove
+from tests.init.kernel import APP_PORT, COMMANDS, TIMEOUT, Lab, address_of, connect, listening
+from tests.init.sides import Sides, marked, route_through
+from tests.world import Host
+
+pytestmark = pytest.mark.netns
+
+
+def lose_the_redirects(lab: Lab) -> None:
+    """As other software does that takes the whole table for its own (istio#61182)."""
+    command = COMMANDS[lab.backend.name]
+    if command == "nft":
+        for chain in ("MESHNET_IN", "MESHNET_OUT", "MESHNET_MARK_IN"):
+            lab.app.run("nft", "flush", "chain", "inet", "meshnet", chain, check=False)
+        return
+    for each in (command, command.replace("iptables", "ip6tables")):
+        lab.app.run(each, "-t", "nat", "-F")
+        lab.app.run(each, "-t", "mangle", "-F")
+
+
+def test_with_all_rules_in_place_it_is_in_nobodys_way(lab: Lab, sides: Sides) -> None:
+    lab.install(strict=True, exclude_inbound_ports=["9000"], exclude_outbound_ports=["9000"], loopback_ports=["7000"])
+
+    sides.call_in(sides.inbound)
+    sides.call_out(sides.outbound)
+    with ExitStack() as stack:
+        for host, call in ((lab.app, sides.call_in), (lab.peer, sides.call_out)):
+            call(stack.enter_context(listening(host, sides.family, 9000)), 9000)
+    connect(lab.app, sides.app, APP_PORT, sides.application, sides.inbound).close()
+    connect(lab.app, "127.0.0.1" if sides.family == "ipv4" else "::1", 7000, sides.outbound).close()
+
+
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+def test_when_the_redirects_are_lost_connections_are_refused_and_not_passed_in_plain_istio61182(
+    lab: Lab, sides: Sides, mode: str
+) -> None:
+    lab.install(strict=True, inbound_mode=mode, exclude_inbound_ports=["9000"])
+    opened = [sides.call_out(sides.outbound)]
+    lose_the_redirects(lab)
+
+    with pytest.raises(ConnectionRefusedError):
+        lab.peer.connect(sides.app, APP_PORT)
+    with pytest.raises(ConnectionRefusedError):
+        lab.app.connect(sides.peer, APP_PORT)
+    with listening(lab.app, sides.family, 9000) as excluded:
+        sides.call_in(excluded, 9000)
+    sides.call_out(sides.server, client=marked(lab.app, sides.family, 0x1000))
+    if lab.backend.name == "nft":  # iptables has lost the last nat rule of the host, and with it all translation
+        assert all(open_.works() for open_ in opened)
+
+
+def test_without_it_they_would_have_passed(lab: Lab, sides: Sides) -> None:
+    lab.install()
+    lose_the_redirects(lab)
+
+    sides.call_in(sides.application)
+    sides.call_out(sides.server)
+
+
+def test_what_comes_from_behind_a_bridge_is_refused_too(lab: Lab, family: str) -> None:
+    far, behind = route_through(lab, family)
+    lab.install(strict=True, reroute_interfaces=["eth0"])
+    lose_the_redirects(lab)
+
+    with listening(far, family, APP_PORT), pytest.raises(ConnectionRefusedError):
+        lab.peer.connect(behind, APP_PORT)
+
+
+def test_open_connections_live_through_its_coming_and_going(lab: Lab, sides: Sides) -> None:
+    opened = [connect(lab.peer, sides.app, APP_PORT, sides.application)]
+    opened.append(connect(lab.app, sides.peer, APP_PORT, sides.server))
+    lab.install(strict=True, quic="reject", udp="reject")
+    opened += [sides.call_in(sides.inbound), sides.call_out(sides.outbound)]
+    lab.install()
+    lab.install(strict=True)
+    assert all(it.works() for it in opened)
+    for it in opened[:2]:
+        it.close()
+
+
+def test_ipv6_can_be_refused_so_that_nothing_leaks(lab: Lab, sides: Sides) -> None:
+    lab.install(ipv6="reject", exclude_inbound_ports=["9000"])
+
+    if sides.family == "ipv4":
+        sides.call_in(sides.inbound)
+        sides.call_out(sides.outbound)
+        return
+    for source, target in ((lab.peer, sides.app), (lab.app, sides.peer)):
+        with pytest.raises(ConnectionRefusedError):
+            source.connect(target, APP_PORT)
+    with listening(lab.app, "ipv6", 9000) as excluded:
+        sides.call_in(excluded, 9000)
+    connect(lab.app, "::1", APP_PORT, sides.application).close()
+
+
+@contextmanager
+def datagram(lab: Lab, family: str, port: int, mark: int = 0) -> Iterator[socket.socket]:
+    """Sent to `peer`. Raises what the kernel says of it."""
+    with closing(udp_socket(lab.app, family)) as client:
+        if mark:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        client.connect((address_of(lab.peer, family), port))
+        client.send(b"are you there?")
+        yield client
+
+
+def answered(lab: Lab, family: str, port: int, mark: int = 0) -> bool:
+    with closing(udp_socket(lab.peer, family)) as server:
+        server.bind(("::" if family == "ipv6" else "0.0.0.0", port))
+        with datagram(lab, family, port, mark) as client:
+            _, source = server.recvfrom(64)
+            server.sendto(b"yes", source)
+            return client.recv(64) == b"yes"
+
+
+def udp_socket(host: Host, family: str) -> socket.socket:
+    made = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET, socket.SOCK_DGRAM)
+    made.settimeout(TIMEOUT)
+    return made
+
+
+REFUSED = (errno.EPERM, errno.ECONNREFUSED)
+
+
+def test_a_quic_client_learns_at_once_that_it_must_fall_back_istio1430(lab: Lab, family: str) -> None:
+    lab.install(quic="reject")
+
+    with pytest.raises(OSError) as caught, datagram(lab, family, 443) as client:
+        client.recv(1)
+    assert caught.value.errno in REFUSED
+    assert answered(lab, family, 4433)
+    assert answered(lab, family, 443, mark=0x1000), "the proxy's own"
+
+
+def test_other_udp_can_be_refused_but_for_what_the_host_cannot_do_without(lab: Lab, family: str) -> None:
+    lab.install(udp="reject", quic="allow")
+
+    with pytest.raises(OSError) as caught, datagram(lab, family, 4433) as client:
+        client.recv(1)
+    assert caught.value.errno in REFUSED
+    assert answered(lab, family, 53)
+    assert answered(lab, family, 443)
+
+
+def test_udp_that_passes_can_be_counted(lab: Lab, family: str) -> None:
+    lab.install(quic="count", udp="count")
+
+    assert answered(lab, family, 443)
+    assert answered(lab, family, 4433)
+
+    def hits(port: int | None) -> int:
+        with lab.app.entered():
+            installed = lab.backend.installed()
+        assert installed is not None
+        return sum(it.packets for it in installed.rules if counts(it, port))
+
+    def counts(it: Counted, port: int | None) -> bool:
+        return it.rule.udp and (it.rule.ports.first if it.rule.ports else None) == port
+
+    assert (hits(443), hits(None)) == (1, 1)
+
+
+def test_a_guard_that_is_taken_out_leaves_no_trace(lab: Lab) -> None:
+    before = lab.rules_text()
+    lab.install(strict=True, quic="reject", inbound_mode="tproxy")
+    lab.install()
+    assert "MESHNET_GUARD" not in lab.rules_text()
+    assert "MESHNET_MARK" not in lab.rules_text()
+    with lab.app.entered():
+        remove(0.0)
+    assert lab.rules_text() == before
