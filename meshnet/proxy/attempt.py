@@ -81,14 +81,18 @@ async def reach_endpoint(
 
 
 async def reach_address(
-    address: Address, record: Record, state: ProxyState, timeout: float, *, local: bool = False
+    address: Address, record: Record, state: ProxyState, timeout: float, *, local: bool = False, source: str = ""
 ) -> EndpointLeg:
-    """A plain leg to an address that is not, or need not be, an endpoint: pass-through and the application itself."""
+    """A plain leg to an address that is not, or need not be, an endpoint: pass-through and the application itself.
+
+    An application sees the address `source` if there is one.
+    """
     record.endpoint = str(address)
     record.phase = Phase.CONNECT
     started = time.monotonic()
+    mark = state.mark | (state.settings.proxy.local_mark if source else 0)
     try:
-        sock = await sockets.connect(address, mark=state.mark, timeout=timeout, local=local)
+        sock = await sockets.connect(address, mark=mark, timeout=timeout, local=local, source=source)
     except ConnectionFailed as failure:
         _note(record, record.endpoint, started, failure)
         raise

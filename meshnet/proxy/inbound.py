@@ -14,6 +14,7 @@ from meshnet.net.original import original_destination
 from meshnet.proxy.admission import admit
 from meshnet.proxy.attempt import reach_address
 from meshnet.proxy.carry import relay
+from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
 from meshnet.relay import PlainLeg, Target, TunnelLeg
 from meshnet.tunnel.protocol import Role, Tunnel
@@ -29,8 +30,9 @@ async def carry_plain(client: socket.socket, source: Address, state: ProxyState)
         target = record.original = original_destination(client)
         decided = state.orders.generation
         admit("", target, record, state, tunnelled=False)
-        leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True)
-        state.orders.offer(record, Target(target, state.mark, True, _APP_CONNECT_TIMEOUT), decided)
+        seen = state.speaks_as(source)
+        leg = await reach_address(target, record, state, _APP_CONNECT_TIMEOUT, local=True, source=seen)
+        _offer(record, target, _APP_CONNECT_TIMEOUT, decided, state)
         await relay(PlainLeg(client), leg, record, state)
 
 
@@ -68,7 +70,8 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
             decided = state.orders.generation
             admit(tunnel.identity, target, record, state, tunnelled=True)
             timeout = min(_APP_CONNECT_TIMEOUT, request.deadline / 1000 or _APP_CONNECT_TIMEOUT)
-            leg = await reach_address(target, record, state, timeout, local=True)
+            seen = state.speaks_as(tunnel.source)
+            leg = await reach_address(target, record, state, timeout, local=True, source=seen)
             if record.abort_reason is not None:
                 leg.abandon()
                 record.go_on()
@@ -76,7 +79,7 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
             tunnel.reusable = await tunnel.refuse(failure)
             raise
         record.security = Security.MTLS
-        state.orders.offer(record, Target(target, state.mark, True, _SERVED_CONNECT_TIMEOUT), decided)
+        _offer(record, target, _SERVED_CONNECT_TIMEOUT, decided, state)
         try:
             early = await tunnel.opened()
         except BaseException as error:
@@ -87,6 +90,12 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
         outcome = await relay(TunnelLeg(tunnel.channel, tunnel.wire), leg, record, state, early)
         tunnel.reusable = outcome.reusable
         tunnel.late = outcome.late
+
+
+def _offer(record: Record, target: Address, timeout: float, decided: int, state: ProxyState) -> None:
+    """The core may dial for the next one by itself, unless the application is to see who its client is."""
+    if not state.settings.capture.original_source:
+        state.orders.offer(record, Target(target, state.mark, True, timeout), decided)
 
 
 class ServedTunnel:

@@ -14,7 +14,7 @@ import trio
 from msgspec import structs
 
 from meshnet.decide.share import share_of_mesh
-from meshnet.errors import ConfigError, EndedBy, Reason
+from meshnet.errors import CommandError, ConfigError, EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.model.duration import parse_duration
@@ -67,6 +67,13 @@ async def a_sidecar(
     mark = settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
     if not mark:
         _log.warning("SO_MARK is not permitted: only the group %d keeps our traffic out", settings.capture.gid)
+    if settings.capture.original_source and not (mark and sockets.can_be_transparent()):
+        raise CommandError(
+            "cannot speak to applications in their clients' names",
+            why="capture.original_source needs the capability NET_ADMIN or NET_RAW",
+            fix="give it, or set capture.original_source = false",
+            code=5,
+        )
     with ExitStack() as stack:
         log = stack.enter_context(AccessLog(form, lock=log_lock)) if form != "off" else None
         async with best_relay(settings.proxy.relay, settings.proxy.relay_threads, ticket_secret) as relays:

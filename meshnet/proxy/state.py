@@ -97,6 +97,11 @@ class ProxyState:
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 
+    def speaks_as(self, client: Address) -> str:
+        """The address that an application sees of `client`; empty for our own, by which a client of this host comes."""
+        asked = self.settings.capture.original_source and client.host not in self.addresses
+        return client.host if asked else ""
+
     async def apply(self, snapshot: Snapshot) -> None:
         """Puts a new snapshot in force, all of it at once. Nothing that is open ends, but for what access now denies.
 
