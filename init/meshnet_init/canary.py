@@ -19,19 +19,17 @@ from pyroute2.iproute.linux import IPRoute
 
 from meshnet.errors import ConnectionFailed
 from meshnet.model.address import Address
-from meshnet.model.canary import CANARY_GREETING, CANARY_PORT, CANARY_V4, CANARY_V6
+from meshnet.model.canary import CANARY, CANARY_PORT, IpFamily, greeting
 from meshnet.net.original import original_destination
-from meshnet_init.rule import Plan, captures
+from meshnet_init.rule import Plan, captures, is_for_canary
 from meshnet_init.values import Ports
 
-Family = Literal["ipv4", "ipv6"]
 Status = Literal["captured", "not captured", "no route", "not in the plan", "not tried"]
 
 _SECONDS = 3.0  # for one family
 _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EACCES, errno.ENETDOWN})
 _ADDRESS_FAMILY = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 _LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
-_CANARY = {"ipv4": CANARY_V4, "ipv6": CANARY_V6}
 
 
 class Canary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -40,7 +38,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     `by_us`: captured, and we were there in the place of a proxy that is not.
     """
 
-    family: Family
+    family: IpFamily
     status: Status
     destination: str = ""
     detail: str = ""
@@ -51,7 +49,7 @@ class _NoRoute(Exception):
     """The kernel has no way to the destination, so there was no packet for a rule to match."""
 
 
-def fly(plan: Plan, family: Family, outbound_port: int, gid: int, *, proxy_runs: bool = False) -> Canary:
+def fly(plan: Plan, family: IpFamily, outbound_port: int, gid: int, *, proxy_runs: bool = False) -> Canary:
     """Sends one family's canary through the rules in this namespace. `proxy_runs`: then nobody may take its place."""
     if family == "ipv6" and not plan.ipv6:
         return Canary(family=family, status="not in the plan", detail="IPv6 is not captured here")
@@ -70,11 +68,11 @@ def fly(plan: Plan, family: Family, outbound_port: int, gid: int, *, proxy_runs:
         return _ask_the_kernel(plan, family, listener)
 
 
-def _ask_the_proxy(plan: Plan, family: Family) -> Canary:
-    target = Address(_CANARY[family], CANARY_PORT)
+def _ask_the_proxy(plan: Plan, family: IpFamily) -> Canary:
+    target = Address(CANARY[family], CANARY_PORT)
     if not captures(plan.rules, target.host, target.port):
         return Canary(family=family, status="not in the plan", detail=f"the plan leaves {target} alone")
-    expected = CANARY_GREETING + str(target).encode() + b"\n"
+    expected = greeting(target)
     deadline = time.monotonic() + _SECONDS
     try:
         with _connect(family, target, deadline) as client:
@@ -96,7 +94,7 @@ def _ask_the_proxy(plan: Plan, family: Family) -> Canary:
     return Canary(family=family, status="captured", destination=str(target), detail="the proxy answered")
 
 
-def _ask_the_kernel(plan: Plan, family: Family, listener: socket.socket) -> Canary:
+def _ask_the_kernel(plan: Plan, family: IpFamily, listener: socket.socket) -> Canary:
     targets = list(dict.fromkeys(_targets(plan, family)))
     if not targets:
         return Canary(family=family, status="not in the plan", detail="the plan captures nothing of this family")
@@ -145,7 +143,7 @@ def _wait(listener: socket.socket, client: socket.socket, deadline: float) -> No
         connecting = []
 
 
-def _connect(family: Family, target: Address, deadline: float) -> socket.socket:
+def _connect(family: IpFamily, target: Address, deadline: float) -> socket.socket:
     """A socket that has begun to connect. Raises _NoRoute."""
     client = socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_STREAM)
     client.setblocking(False)
@@ -170,7 +168,7 @@ def _finish_connect(client: socket.socket, deadline: float) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def _listen(family: Family, port: int) -> socket.socket | None:
+def _listen(family: IpFamily, port: int) -> socket.socket | None:
     """A listener in the proxy's place, or None where the proxy has it. Raises OSError without a loopback address."""
     listener = socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_STREAM)
     try:
@@ -187,19 +185,21 @@ def _listen(family: Family, port: int) -> socket.socket | None:
     return listener
 
 
-def _targets(plan: Plan, family: Family) -> Iterator[Address]:
+def _targets(plan: Plan, family: IpFamily) -> Iterator[Address]:
     """Destinations the plan captures, best first: nobody's address, what lies on a link, what is included."""
-    included = [rule for rule in plan.rules if rule.redirect and rule.chain == "MESHNET_OUT"]
+    included = [
+        rule for rule in plan.rules if rule.redirect and rule.chain == "MESHNET_OUT" and not is_for_canary(rule)
+    ]
     ports = [CANARY_PORT, *(rule.ports.first for rule in included if isinstance(rule.ports, Ports))]
     inside = (ipaddress.ip_network(rule.destination) for rule in included if rule.destination)
     named = [str(network[min(1, network.num_addresses - 1)]) for network in inside if f"ipv{network.version}" == family]
-    for host in (_CANARY[family], *_on_link(family), *named):
+    for host in (CANARY[family], *_on_link(family), *named):
         for port in ports:
             if captures(plan.rules, host, port):
                 yield Address(host, port)
 
 
-def _on_link(family: Family) -> Iterator[str]:
+def _on_link(family: IpFamily) -> Iterator[str]:
     """One address that is not ours in each interface's prefix: those have a route where there is no default route."""
     with IPRoute() as netlink:  # type: ignore[no-untyped-call]  # pyroute2 has types in part
         messages = list(netlink.get_addr(family=_ADDRESS_FAMILY[family]))

@@ -6,12 +6,14 @@ MESHNET_MARK_IN gives arriving connections to a transparent listener, and carrie
 MESHNET_GUARD_IN, _OUT and _FWD refuse what should have been redirected and was not, and UDP where it is not wanted.
 """
 
+import ipaddress
 from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
 from meshnet.errors import ConfigError
 from meshnet.model.address import Network
+from meshnet.model.canary import FAMILIES, OWN_CANARY, PROOF_PORT
 from meshnet.model.settings import Settings
 from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, CHAINS, NAT_CHAINS, Chain, Family, Plan, Routing, Rule
 from meshnet_init.values import (
@@ -149,6 +151,16 @@ def _rerouted(settings: Settings) -> Iterator[Rule]:
 
 def _outbound(settings: Settings, host: Host) -> Iterator[Rule]:
     proxy, capture = settings.proxy, settings.capture
+    # Ahead of all that lets the sidecar's connections pass: so it can prove by one of its own that rules are in force.
+    for family in FAMILIES:
+        yield Rule(
+            chain=CHAIN_OUT,
+            family=family,
+            destination=str(ipaddress.ip_network(OWN_CANARY[family])),
+            ports=Ports(PROOF_PORT, PROOF_PORT),
+            redirect=proxy.outbound_port,
+            why="the sidecar's own canary",
+        )
     yield Rule(chain=CHAIN_OUT, mark=proxy.mark, why="made by the proxy")
     if _is_mapped(capture.gid, host.gids):
         yield Rule(chain=CHAIN_OUT, gid=capture.gid, why="made by the proxy's group")

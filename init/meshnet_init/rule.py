@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from meshnet.model.canary import OWN_CANARY
 from meshnet_init.values import ALL_PORTS, Ports
 
 Chain = Literal[
@@ -59,6 +60,9 @@ _ARRIVING: tuple[Hook, ...] = ("PREROUTING", "INPUT", "FORWARD")
 def arriving(chain: Chain) -> bool:
     """Whether `interface` and `loopback` are where a packet came from there, not by which it leaves."""
     return PLACES[chain].hook in _ARRIVING
+
+
+_OWN_CANARIES = frozenset(str(ipaddress.ip_network(host)) for host in OWN_CANARY.values())
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -163,6 +167,11 @@ def captures(rules: Iterable[Rule], host: str, port: int) -> bool:
             continue
         return bool(rule.redirect)
     return False
+
+
+def is_for_canary(rule: Rule) -> bool:
+    """Whether it is there to prove that the rules are in force, and redirects nobody's traffic."""
+    return rule.chain == CHAIN_OUT and rule.destination in _OWN_CANARIES
 
 
 def _depends_on_who(rule: Rule) -> bool:

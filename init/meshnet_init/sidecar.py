@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 
 from meshnet.model.admin import Status
-from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule, is_for_canary
 
 
 def misfits(rules: Collection[Rule], sidecar: Status) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def _own_ports(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
 def _own_connections(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
     """A sidecar that the rules do not know captures each connection it makes, which makes it connect again."""
     outbound = [rule for rule in rules if rule.chain == CHAIN_OUT]
-    if sidecar.mark is None or not any(rule.redirect for rule in outbound):
+    if sidecar.mark is None or not any(rule.redirect for rule in outbound if not is_for_canary(rule)):
         return
     marks = {rule.mark for rule in outbound if rule.mark}
     by_group = sidecar.gid is not None and sidecar.gid in {rule.gid for rule in outbound}

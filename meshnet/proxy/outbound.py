@@ -7,7 +7,7 @@ from meshnet.decide.route import Passthrough, Refuse, ToService, route
 from meshnet.decide.standing import endpoint_for_all
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
-from meshnet.model.canary import CANARY_GREETING, is_canary
+from meshnet.model.canary import greeting, is_canary, is_proof
 from meshnet.model.connection import Direction
 from meshnet.model.service import Endpoint, ServicePort
 from meshnet.net import sockets
@@ -27,9 +27,10 @@ async def carry(client: socket.socket, source: Address, state: ProxyState) -> No
     """Owns `client` from here on. Whatever happens in here, one record comes out."""
     with state.registry.life(Direction.OUTBOUND, source, client) as record:
         destination = record.original = original_destination(client)
-        if is_canary(destination):
+        if is_canary(destination) or is_proof(destination):
             _answer_canary(client, destination)
             record.end(Reason.OK, EndedBy.PROXY, "capture canary")
+            record.hidden = is_proof(destination)
             return
         await _carry(client, destination, record, state, Before())
 
@@ -117,5 +118,5 @@ def _offer_order(
 
 
 def _answer_canary(client: socket.socket, destination: Address) -> None:
-    client.send(CANARY_GREETING + f"{destination}\n".encode())
+    client.send(greeting(destination))
     client.close()

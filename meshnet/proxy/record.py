@@ -73,6 +73,7 @@ class Record:
         "flushed_received",
         "flushed_sent",
         "handshake_ms",
+        "hidden",
         "id",
         "link",
         "opened",
@@ -134,6 +135,7 @@ class Record:
         self.connected: float | None = None
         self.ended: float | None = None
         self.phase = Phase.ACCEPT
+        self.hidden = False  # nobody's traffic: it leaves no trace when it has ended
         self.reason: Reason | None = None
         self.ended_by: EndedBy | None = None
         self.detail = ""

@@ -93,6 +93,11 @@ class Registry:
             self.opened_total += 1  # it came and went under an order
         # What only a living connection needs is let go, for a thousand of these are kept.
         record.client = record.link = None
+        if not self.open:
+            self.empty.set()
+        if record.hidden:
+            self.opened_total -= 1
+            return
         self.recent.append(record)
         self.failed_total += record.failed
         self._observer.ended(record)
@@ -100,8 +105,6 @@ class Registry:
             self._log(record)
         if self._followers:
             self._tell(_EVENTS.get(record.state, "fail"), record)
-        if not self.open:
-            self.empty.set()
 
     def passed(self, passed: Passed) -> None:
         """As `began` and `ended` of a connection that ended well."""

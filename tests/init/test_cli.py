@@ -57,7 +57,7 @@ def test_init_verify_show_and_remove(host: Host, backend: str) -> None:
     assert verified.endswith("fix: sudo meshnet up\n")
     shown = run(host, "rules", "show").stdout
     assert f"backend {backend}" in shown
-    redirects = [line.split() for line in shown.splitlines() if "redirect to :15101" in line]
+    redirects = [line.split() for line in shown.splitlines() if "to the outbound proxy" in line]
     hits = [int(words[words.index(":15101") + 1]) for words in redirects]
     assert hits == ([4] if backend == "nft" else [2, 2])  # two canaries, sent twice
 

@@ -9,17 +9,21 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from meshnet.errors import ConfigError
+from meshnet.model.canary import OWN_CANARY, PROOF_PORT
 from meshnet.model.settings import CaptureSection, ProxySection, Settings
 from meshnet_init.plan import Host, make_plan
-from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule, captures, drain_set
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule, captures, drain_set, is_for_canary
 from meshnet_init.values import ALL_PORTS, Ports
 
 ODD_PORTS = tuple(str(port) for port in range(1, 4001, 2))
 
 
 def plan_rules(chain: str, host: Host | None = None, **capture: object) -> list[Rule]:
+    """Those that are there for traffic."""
     settings = Settings(capture=msgspec.convert(capture, CaptureSection))
-    return [rule for rule in make_plan(settings, host or Host()).rules if rule.chain == chain]
+    return [
+        rule for rule in make_plan(settings, host or Host()).rules if rule.chain == chain and not is_for_canary(rule)
+    ]
 
 
 def ports_left_alone(rules: list[Rule]) -> list[str]:
@@ -41,6 +45,19 @@ def test_by_default_everything_is_captured_but_the_sidecar_ssh_and_the_host_itse
         True,
     ]
     assert outbound[-1] == Rule(chain=CHAIN_OUT, redirect=15101, why="to the outbound proxy")
+
+
+@pytest.mark.parametrize("ipv6", ["on", "off"])
+def test_the_sidecars_own_canary_is_caught_ahead_of_what_lets_the_sidecar_pass(ipv6: str) -> None:
+    settings = Settings(capture=CaptureSection(ipv6=ipv6, outbound_ports=(), exclude_outbound_cidrs=("192.0.2.0/24",)))  # type: ignore[arg-type]  # a parameter of the test
+    rules = [rule for rule in make_plan(settings, Host()).rules if rule.chain == CHAIN_OUT]
+    first = [rule for rule in rules if rule.why != "IPv6 is not captured here"]
+    wanted = [("ipv4", "192.0.2.3/32"), ("ipv6", "2001:db8::3/128")][: 2 if ipv6 == "on" else 1]
+    assert [(rule.family, rule.destination) for rule in first[: len(wanted)]] == wanted
+    assert {(str(rule.ports), rule.redirect) for rule in first[: len(wanted)]} == {("15123", 15101)}
+    assert captures(rules, OWN_CANARY["ipv4"], PROOF_PORT)
+    assert captures(rules, OWN_CANARY["ipv6"], PROOF_PORT) == (ipv6 == "on")
+    assert not captures(rules, OWN_CANARY["ipv4"], 80)
 
 
 def test_every_rule_has_a_reason_that_no_syntax_can_take_apart() -> None:

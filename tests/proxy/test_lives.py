@@ -12,6 +12,7 @@ from meshnet.model.service import TunnelKind
 from meshnet.relay.native import MISSING
 from tests.proxy.conftest import API, API6, PAIR, PLAIN, Hosts
 from tests.proxy.programs import Records, accept, converse, is_reset, listen, nobody_came, reason
+from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -146,6 +147,17 @@ def test_the_canary_is_answered_by_the_outbound_side_itself(hosts: Hosts) -> Non
             host = f"[{address}]" if ":" in address else address
             assert client.makefile().read() == f"meshnet-canary {host}:15122\n"
     assert {reason(record) for record in out.ended(2)} == {"ok by proxy in accept"}
+
+
+def test_a_proof_that_comes_time_and_again_leaves_no_record(hosts: Hosts) -> None:
+    out, before = Records(hosts.sidecar(hosts.web)), hosts.sidecar(hosts.web).status().opened_total
+    for address in ("192.0.2.2", "2001:db8::2", "192.0.2.3", "2001:db8::3"):
+        with hosts.web.connect(address, 15123) as client:
+            host = f"[{address}]" if ":" in address else address
+            assert client.makefile().read() == f"meshnet-canary {host}:15123\n"
+    wait_for(lambda: hosts.sidecar(hosts.web).status().open_connections == 0)
+    assert out.now() == []
+    assert hosts.sidecar(hosts.web).status().opened_total == before
 
 
 def test_a_great_deal_of_data_arrives_whole_in_both_directions(hosts: Hosts) -> None:
