@@ -30,13 +30,8 @@ def test_every_command_is_told(command: str) -> None:
 def test_every_setting_is_told_with_its_default(name: str, default: object) -> None:
     row = re.search(rf"^\| `{re.escape(name)}` \|([^|]*)\|", README, re.MULTILINE)
     assert row, f"{name} is not in the README"
-    shown = (
-        ", ".join(default)
-        if isinstance(default, tuple)
-        else str(default).lower()
-        if isinstance(default, bool)
-        else str(default)
-    )
+    shown = ", ".join(default) if isinstance(default, tuple) else str(default)
+    shown = shown.lower() if isinstance(default, bool) else shown
     assert row[1].strip().partition(" (")[0] == shown
 
 

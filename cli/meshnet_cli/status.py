@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status, WorkerStatus
+from meshnet.model.capture import CaptureStatus
 from meshnet_cli import lock
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.output import age, output_options, print_as, printable
@@ -51,6 +52,8 @@ def _rows(status: Status) -> Iterator[tuple[str, str]]:
     )
     for at, worker in enumerate(status.workers):
         yield "" if at else "workers", _worker(worker)
+    if status.capture is not None:
+        yield from _capture(status.capture)
     yield from _certificate(status.certificate)
     yield from _config(status.config)
     yield "relay", ", ".join(status.relay.in_use) or "none"
@@ -73,6 +76,30 @@ def _worker(worker: WorkerStatus) -> str:
             deaths,
         ]
     return f"{worker.number}: " + ", ".join(filter(None, parts))
+
+
+def _capture(capture: CaptureStatus) -> Iterator[tuple[str, str]]:
+    place = {True: "in place", False: "NOT in place", None: "not proved"}[capture.in_place]
+    proofs = ", ".join(f"{proof.direction} {proof.family} {proof.result}" for proof in capture.proofs)
+    yield "capture", ": ".join(filter(None, (place, proofs)))
+    past = [f"{_count(count, 'connection')} {name}" for name, count in capture.uncaptured.items() if count]
+    if past:
+        yield "problem", f"{' and '.join(past)} got past the sidecar: {', '.join(capture.examples)}"
+    for name, why in capture.not_judged.items():
+        yield "", f"what gets past it {name} is not counted: {why}"
+    keeper = capture.keeper
+    if keeper is None:
+        yield "", "nobody keeps the rules (meshnet rules keep)"
+        return
+    yield (
+        "",
+        f"keeper: {keeper.state}, pid {keeper.pid}, {_count(keeper.repairs, 'repair')}, looked at {keeper.looked_at}",
+    )
+    if keeper.last_repair is not None:
+        last = keeper.last_repair
+        yield "", f"last repair {last.at}, after {last.by or 'somebody'}: {'; '.join(last.differences)}"
+    if keeper.problem:
+        yield "problem", f"keeper: {keeper.problem}"
 
 
 def _certificate(certificate: CertificateStatus) -> Iterator[tuple[str, str]]:

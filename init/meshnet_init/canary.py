@@ -20,6 +20,7 @@ from pyroute2.iproute.linux import IPRoute
 from meshnet.errors import ConnectionFailed
 from meshnet.model.address import Address
 from meshnet.model.canary import CANARY, CANARY_PORT, IpFamily, greeting
+from meshnet.net.canary import begin_connect
 from meshnet.net.original import original_destination
 from meshnet_init.rule import Plan, captures, is_for_canary
 from meshnet_init.values import Ports
@@ -27,7 +28,6 @@ from meshnet_init.values import Ports
 Status = Literal["captured", "not captured", "no route", "not in the plan", "not tried"]
 
 _SECONDS = 3.0  # for one family
-_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EACCES, errno.ENETDOWN})
 _ADDRESS_FAMILY = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 _LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
 
@@ -75,7 +75,7 @@ def _ask_the_proxy(plan: Plan, family: IpFamily) -> Canary:
     expected = greeting(target)
     deadline = time.monotonic() + _SECONDS
     try:
-        with _connect(family, target, deadline) as client:
+        with _connect(target, deadline) as client:
             _finish_connect(client, deadline)
             answer = b""
             while len(answer) < len(expected):
@@ -101,7 +101,7 @@ def _ask_the_kernel(plan: Plan, family: IpFamily, listener: socket.socket) -> Ca
     for target in targets:
         deadline = time.monotonic() + _SECONDS
         try:
-            with _connect(family, target, deadline) as client:
+            with _connect(target, deadline) as client:
                 _receive(listener, client, target, deadline)
         except _NoRoute:
             continue
@@ -143,18 +143,13 @@ def _wait(listener: socket.socket, client: socket.socket, deadline: float) -> No
         connecting = []
 
 
-def _connect(family: IpFamily, target: Address, deadline: float) -> socket.socket:
+def _connect(target: Address, deadline: float) -> socket.socket:
     """A socket that has begun to connect. Raises _NoRoute."""
-    client = socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_STREAM)
-    client.setblocking(False)
-    code = client.connect_ex((target.host, target.port))
-    if code in (0, errno.EINPROGRESS):
-        client.settimeout(_left(deadline))
-        return client
-    client.close()
-    if code in _NO_ROUTE:
+    client = begin_connect(target)
+    if client is None:
         raise _NoRoute
-    raise OSError(code, os.strerror(code))
+    client.settimeout(_left(deadline))
+    return client
 
 
 def _finish_connect(client: socket.socket, deadline: float) -> None:

@@ -161,6 +161,8 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.duration(("pool", "idle_timeout"), settings.pool.idle_timeout, zero=True)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
+    if capture.proof_interval != "off":
+        fields.duration(("capture", "proof_interval"), capture.proof_interval)
     for key in _OF_PORTS:
         for index, text in enumerate(getattr(capture, key)):
             if not (text == "*" and key in ("inbound_ports", "outbound_ports")):

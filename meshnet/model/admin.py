@@ -2,6 +2,7 @@
 
 import msgspec
 
+from meshnet.model.capture import CaptureStatus
 from meshnet.model.connection import Connection, Shape
 
 GROUP = "meshnet"  # the group whose members may ask a sidecar how it is, and nothing else
@@ -134,6 +135,7 @@ class Status(Shape, frozen=True):
     # What keeps its own connections out of the rules; None where a sidecar does not say, mark 0 where it may not mark.
     mark: int | None = None
     gid: int | None = None
+    capture: CaptureStatus | None = None  # None where capture.proof_interval is off
     workers: tuple[WorkerStatus, ...] = ()  # of the parent of several; then the rest is of all of them together
     api_version: str = "meshnet.dev/v1"
     kind: str = "Status"

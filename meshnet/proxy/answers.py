@@ -25,14 +25,20 @@ from meshnet.model.admin import (
 )
 from meshnet.model.connection import Connection, Security, Shape
 from meshnet.proxy import status
+from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.explain import trace
 from meshnet.proxy.sidecar import Sidecar
 from meshnet.proxy.slices import slices
 
 
 class OwnAnswers:
-    def __init__(self, sidecar: Sidecar, listeners: Mapping[str, str]) -> None:
+    """Without `capture`, somebody else proves it for this process."""
+
+    def __init__(self, sidecar: Sidecar, listeners: Mapping[str, str], capture: CaptureProof | None = None) -> None:
         self._sidecar = sidecar
+        self._capture = capture
+        if capture is not None:
+            sidecar.state.metrics.more = capture.families
         self._state = sidecar.state
         self._listeners = listeners
 
@@ -43,7 +49,7 @@ class OwnAnswers:
             case ExplainConnection(id=connection_id):
                 return self._explain(connection_id)
             case GetStatus():
-                return status.status(self._state, self._listeners)
+                return status.status(self._state, self._listeners, self._capture)
             case ListEndpoints(service=service):
                 return status.endpoints(self._state, service)
             case Drain(timeout=timeout):
@@ -65,7 +71,7 @@ class OwnAnswers:
             registry.unfollow(follower)
 
     async def not_ready_because(self) -> tuple[str, ...]:
-        return status.not_ready_because(self._state)
+        return status.not_ready_because(self._state, self._capture)
 
     async def scrape(self) -> bytes:
         return await self._state.metrics.scrape()

@@ -1,9 +1,11 @@
 """The sidecar as a program: one process, or a parent with workers."""
 
+import os
 from contextlib import ExitStack
 
 from meshnet.model.settings import Settings
 from meshnet.proxy.answers import OwnAnswers
+from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.front import front
 from meshnet.proxy.listen import addresses_of, open_listeners
 from meshnet.proxy.sidecar import a_sidecar
@@ -18,8 +20,8 @@ async def run(settings: Settings) -> None:
             await parent.run(settings, listeners)
             return
         told = addresses_of(listeners) | {"admin": settings.admin.socket}
-        async with (
-            a_sidecar(settings, listeners) as sidecar,
-            front(settings, told, listeners["health"], OwnAnswers(sidecar, told)),
-        ):
-            await sidecar.serve()
+        capture = CaptureProof(settings, lambda: [os.getpid()])
+        async with a_sidecar(settings, listeners) as sidecar:
+            answers = OwnAnswers(sidecar, told, capture)
+            async with front(settings, told, listeners["health"], answers, capture):
+                await sidecar.serve()

@@ -14,6 +14,7 @@ from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.proxy import notify
 from meshnet.proxy.admin import AdminServer, Answers, admin_listener
+from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.health import HealthServer
 
 _log = logging.getLogger("meshnet.proxy")
@@ -21,11 +22,15 @@ _log = logging.getLogger("meshnet.proxy")
 
 @asynccontextmanager
 async def front(
-    settings: Settings, listeners: Mapping[str, str], health: Sequence[socket.socket], answers: Answers
+    settings: Settings,
+    listeners: Mapping[str, str],
+    health: Sequence[socket.socket],
+    answers: Answers,
+    capture: CaptureProof,
 ) -> AsyncIterator[None]:
-    """Within it questions are answered and signals obeyed. Raises CommandError if the admin socket cannot be had.
+    """Within it questions are answered, signals obeyed, and capture is proved. `listeners` are told in the log.
 
-    `listeners` are told in the log.
+    Raises CommandError if the admin socket cannot be had.
     """
     admin = settings.admin
     async with AsyncExitStack() as stack:
@@ -50,6 +55,7 @@ async def front(
         sockets = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in health]
         nursery.start_soon(trio.serve_listeners, guarded(HealthServer(answers).handle), sockets)
         nursery.start_soon(notify.keep_told, answers)
+        nursery.start_soon(capture.run)
         _log.info("listening: %s", ", ".join(listeners.values()))
         yield
         nursery.cancel_scope.cancel()

@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,6 +95,8 @@ class Metrics:
         self.config_refused = 0
         self.renewals = 0
         self.lag = Histogram(_LAGS)
+        self.more: Callable[[], Iterable[Family]] = tuple
+        """Of what does not belong to the connections of this process."""
 
     def ended(self, record: Record) -> None:
         cell = self._flush(record)
@@ -183,6 +185,7 @@ class Metrics:
         yield build
         if self.state is not None:
             yield from _mesh(self.state)
+        yield from map(_metric, self.more())
 
     def _connections(self, opened_before: dict[Key, int], open_now: dict[Key, int]) -> Iterator[Metric]:
         labels = list(_LABELS)

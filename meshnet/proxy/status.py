@@ -9,6 +9,7 @@ from meshnet import __version__
 from meshnet.model.admin import ConfigStatus, EndpointList, EndpointView, RelayStatus, Status, TunnelStatus
 from meshnet.model.service import Endpoint, ServicePort, TunnelKind
 from meshnet.model.snapshot import Snapshot
+from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.state import ProxyState
 
 _STARTED = time.monotonic()
@@ -18,11 +19,13 @@ def node_name() -> str:
     return os.environ.get("MESHNET_NODE") or socket.gethostname()
 
 
-def not_ready_because(state: ProxyState) -> tuple[str, ...]:
+def not_ready_because(state: ProxyState, capture: CaptureProof | None = None) -> tuple[str, ...]:
     """Empty when this sidecar can do its work."""
     problems = []
     if state.draining:
         problems.append("draining")
+    elif capture is not None:  # whoever drains may be about to lose its rules
+        problems += capture.problems()
     if state.snapshot.version == 0:
         problems.append(state.config_problem or "no mesh configuration yet")
     certificate = state.identity.status()
@@ -31,9 +34,9 @@ def not_ready_because(state: ProxyState) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
+def status(state: ProxyState, listeners: Mapping[str, str], capture: CaptureProof | None = None) -> Status:
     state.registry.catch_up()
-    problems = not_ready_because(state)
+    problems = not_ready_because(state, capture)
     return Status(
         node=node_name(),
         version=__version__,
@@ -64,6 +67,7 @@ def status(state: ProxyState, listeners: Mapping[str, str]) -> Status:
         ),
         mark=state.mark,
         gid=os.getegid(),
+        capture=capture.status() if capture is not None else None,
     )
 
 

@@ -63,6 +63,7 @@ def test_a_whole_conns_imports_only_the_floors_it_stands_on(sidecar: Sidecar) ->
         "meshnet.model.address",
         "meshnet.model.admin",
         "meshnet.model.canary",
+        "meshnet.model.capture",
         "meshnet.model.connection",
         "meshnet.model.duration",
         "meshnet.model.identity",

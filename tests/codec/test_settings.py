@@ -39,6 +39,27 @@ def test_a_variable_says_how_many_workers() -> None:
     )
 
 
+def test_what_is_true_or_false_is_said_in_those_words() -> None:
+    assert load_settings("[capture]\nrequired = true\n", {}).capture.required
+    assert load_settings("", {"MESHNET_CAPTURE__REQUIRED": "True"}).capture.required
+    assert not load_settings("[capture]\nrequired = true\n", {"MESHNET_CAPTURE__REQUIRED": "false"}).capture.required
+    assert refusal("", {"MESHNET_CAPTURE__REQUIRED": "yes"}).startswith(
+        'MESHNET_CAPTURE__REQUIRED: capture.required: expected true or false, got "yes"'
+    )
+    assert refusal("[capture]\nrequired = 1\n").startswith(
+        "meshnet.toml:2: capture.required: expected true or false, got 1"
+    )
+
+
+def test_the_time_between_proofs_is_one_or_off() -> None:
+    assert load_settings("", {"MESHNET_CAPTURE__PROOF_INTERVAL": "off"}).capture.proof_interval == "off"
+    assert refusal("[capture]\nproof_interval = '0s'\n").startswith(
+        'meshnet.toml:2: capture.proof_interval: "0s" is no time at all'
+    )
+    assert "is not a duration" in refusal("[capture]\nproof_interval = 'never'\n")
+    assert 'not one of "closed", "open"' in refusal("[capture]\nfail = 'maybe'\n")
+
+
 def test_an_empty_variable_is_an_empty_list() -> None:
     assert load_settings("", {"MESHNET_CAPTURE__INBOUND_PORTS": ""}).capture.inbound_ports == ()
     assert load_settings("", {"MESHNET_CAPTURE__STRICT": "true"}).capture.strict

@@ -122,9 +122,9 @@ class Sidecar:
         self.spawn()
         self.wait_until_ready()
 
-    def spawn(self, **environment: str) -> None:
-        """Start it. Several that start at once are ready sooner than one after the other."""
-        self.process = self.host.spawn(*self._proxy, name="sidecar", **_PYTHONPATH, **environment)
+    def spawn(self, *, by: tuple[str, ...] = (), **environment: str) -> None:
+        """Start it, through the command `by`. Several that start at once are ready sooner than one after the other."""
+        self.process = self.host.spawn(*by, *self._proxy, name="sidecar", **_PYTHONPATH, **environment)
 
     def wait_until_ready(self, timeout: float = READY_TIMEOUT) -> None:
         """Raises ProgramFailed with its log when it ends instead, or TimeoutError."""

@@ -37,6 +37,7 @@ from meshnet.model.connection import Connection, Shape
 from meshnet.model.settings import Settings
 from meshnet.net import sockets
 from meshnet.proxy.answers import connection_list, draining
+from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.metrics import exposition
 from meshnet.proxy.status import node_name
 from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
@@ -56,7 +57,9 @@ class JointAnswers:
         settings: Settings,
         listeners: Mapping[str, str],
         stop_listening: Callable[[], None],
+        capture: CaptureProof,
     ) -> None:
+        self._capture = capture
         self._workers = workers
         self._stop_listening = stop_listening
         self._totals = totals
@@ -145,7 +148,7 @@ class JointAnswers:
             pid=os.getpid(),
             uptime_seconds=round(time.monotonic() - self._started, 1),
             ready=False,
-            not_ready_because=(),
+            not_ready_because=() if self._draining else self._capture.problems(),
             draining=self._draining,
             listeners=dict(self._listeners),
             open_connections=0,
@@ -158,6 +161,7 @@ class JointAnswers:
             relay=RelayStatus(in_use=()),
             mark=self._mark,
             gid=os.getegid(),
+            capture=self._capture.status(),
         )
         rows = [_row(worker, answers.get(worker)) for worker in self._workers]
         return merge_status(own, rows, list(answers.values()))
@@ -180,6 +184,7 @@ class JointAnswers:
             *await trio.to_thread.run_sync(add_up, self._totals.parts()),
             _family("meshnet_workers", "gauge", "Workers that run.", "meshnet_workers", alive),
             _family("meshnet_worker_deaths", "counter", "Workers that died.", "meshnet_worker_deaths_total", deaths),
+            *self._capture.families(),
         )
 
 

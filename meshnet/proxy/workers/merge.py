@@ -54,11 +54,11 @@ def _endpoint(views: Sequence[EndpointView]) -> EndpointView:
 
 
 def merge_status(parent: Status, workers: Sequence[WorkerStatus], answers: Sequence[Status]) -> Status:
-    """`parent`: what is of the parent alone, such as pid, listeners and whether it drains.
+    """`parent`: what is of the parent alone, such as pid, listeners, whether it drains and what it knows of capture.
 
     Totals are of the processes that run; metrics remember those that have died.
     """
-    problems = [problem for answer in answers for problem in answer.not_ready_because]
+    problems = [*parent.not_ready_because, *(problem for answer in answers for problem in answer.not_ready_because)]
     if parent.draining:
         problems = ["draining", *problems]
     else:

@@ -7,6 +7,7 @@ from itertools import chain
 import trio
 
 from meshnet.model.settings import Settings
+from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.front import front
 from meshnet.proxy.listen import Listeners, addresses_of
 from meshnet.proxy.workers.answers import JointAnswers
@@ -32,7 +33,8 @@ async def run(settings: Settings, listeners: Listeners) -> None:
             for sock in chain(*shared.values()):
                 sock.close()
 
-        answers = JointAnswers(workers, totals, settings, told, stop_listening)
-        async with front(settings, told, listeners["health"], answers), trio.open_nursery() as nursery:
+        capture = CaptureProof(settings, lambda: [os.getpid(), *(worker.pid for worker in workers if worker.pid)])
+        answers = JointAnswers(workers, totals, settings, told, stop_listening, capture)
+        async with front(settings, told, listeners["health"], answers, capture), trio.open_nursery() as nursery:
             for worker in workers:
                 nursery.start_soon(worker.run)
