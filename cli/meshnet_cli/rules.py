@@ -9,6 +9,7 @@ import msgspec
 from meshnet.errors import ConfigError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
+from meshnet_cli import keep
 from meshnet_cli.configuration import config_option, read_settings
 from meshnet_cli.output import output_options, print_json, print_json_line, printable
 from meshnet_cli.table import print_table
@@ -47,7 +48,7 @@ class RulesList(msgspec.Struct, frozen=True, rename="camel"):
     kind: str = "RulesList"
 
 
-@click.group("rules", short_help="The kernel's redirect rules: plan, show and verify.")
+@click.group("rules", short_help="The kernel's redirect rules: plan, show, verify and keep.")
 def command() -> None:
     """The kernel's redirect rules. `meshnet init` puts them in."""
 
@@ -136,6 +137,9 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
             click.echo(f"fix: {result.fix}")
     if not result.ok:
         ctx.exit(1)
+
+
+command.add_command(keep.command)
 
 
 def unproved(result: "Verification") -> str:

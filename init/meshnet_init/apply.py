@@ -3,7 +3,9 @@
 import msgspec
 
 from meshnet.errors import CommandError
+from meshnet.model.capture import StandDown, TakeUp
 from meshnet.model.settings import Settings
+from meshnet.net.keeper import tell_keeper
 from meshnet_init.backends import Backend, Installed, differences
 from meshnet_init.backends.cgroups import cgroup_id
 from meshnet_init.backends.iptables import IptablesBackend
@@ -13,7 +15,7 @@ from meshnet_init.backends.python_iptables import by_python_iptables
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, open_connections
 from meshnet_init.plan import make_plan
-from meshnet_init.routing import installed_routing, route
+from meshnet_init.routing import installed_routing, route, routing_differences
 from meshnet_init.rule import Plan, drain_set
 
 BACKENDS = ("auto", "nft", "iptables", "legacy")
@@ -40,9 +42,15 @@ def apply(settings: Settings, backend: str = "") -> Applied:
     """Applies the plan of `settings` in this network namespace, with `backend` or the one the settings name.
 
     Open connections live on. Raises ConfigError for settings that make no plan and CommandError when the kernel
-    refuses; then what was in force still is.
+    refuses; then what was in force still is. A keeper waits meanwhile, and reads its settings again.
     """
-    return apply_plan(make_plan(settings, host_facts()), choose(backend or settings.capture.backend))
+    plan, chosen = make_plan(settings, host_facts()), choose(backend or settings.capture.backend)
+    is_kept = tell_keeper(StandDown())
+    try:
+        return apply_plan(plan, chosen)
+    finally:
+        if is_kept:
+            tell_keeper(TakeUp())
 
 
 def apply_plan(plan: Plan, chosen: Backend) -> Applied:
@@ -84,6 +92,15 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         replaced=tuple(replaced),
         kept=tuple(kept),
     )
+
+
+def drift(plan: Plan, chosen: Backend) -> list[str]:
+    """How what is in the kernel of ours differs from `plan` by `chosen` alone, in words; empty when it does not."""
+    lines = [*differences(chosen.expected(plan), chosen.installed()), *routing_differences(plan.routing)]
+    for other in every_backend():
+        if other.name != chosen.name and (older := other.installed()) is not None and not older.draining():
+            lines.append(f"older rules of backend {other.name} are in force beside those of {chosen.name}")
+    return lines
 
 
 def choose(name: str) -> Backend:

@@ -60,7 +60,7 @@ def fly(plan: Plan, family: IpFamily, outbound_port: int, gid: int, *, proxy_run
     except OSError as error:
         return Canary(family=family, status="no route", detail=f"no loopback address: {error.strerror}")
     if listener is None:
-        return _ask_the_proxy(plan, family)
+        return ask_the_proxy(plan, family)
     with listener:
         if proxy_runs and any(_targets(plan, family)):
             detail = f"nobody listens on port {outbound_port}, where the rules lead"
@@ -68,8 +68,11 @@ def fly(plan: Plan, family: IpFamily, outbound_port: int, gid: int, *, proxy_run
         return _ask_the_kernel(plan, family, listener)
 
 
-def _ask_the_proxy(plan: Plan, family: IpFamily) -> Canary:
-    target = Address(CANARY[family], CANARY_PORT)
+def ask_the_proxy(plan: Plan, family: IpFamily, port: int = CANARY_PORT) -> Canary:
+    """One family's canary to the proxy that runs here: at PROOF_PORT it leaves no record."""
+    if family == "ipv6" and not plan.ipv6:
+        return Canary(family=family, status="not in the plan", detail="IPv6 is not captured here")
+    target = Address(CANARY[family], port)
     if not captures(plan.rules, target.host, target.port):
         return Canary(family=family, status="not in the plan", detail=f"the plan leaves {target} alone")
     expected = greeting(target)

@@ -1,5 +1,7 @@
 """Takes the rules out without cutting what they redirected. Needs no knowledge of what put them there.
 
+A keeper is told to stand down, or it would put them in again. Then
+
 1. A drain set takes the rules' place: nothing new is captured, address translation goes on for what was.
 2. Wait until no connection on the redirect ports is left.
 3. Cut those that are: a reset reaches its client only as long as it is translated.
@@ -11,6 +13,8 @@ from collections.abc import Callable
 
 import msgspec
 
+from meshnet.model.capture import StandDown
+from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import every_backend
 from meshnet_init.backends import need_right_to_change
 from meshnet_init.host import open_connections
@@ -40,6 +44,7 @@ def remove(
     before it sends something. Safe to run again after a crash at any point. Raises CommandError.
     """
     need_right_to_change()
+    tell_keeper(StandDown())
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
     ports: set[int] = set()
     for backend, installed in found:

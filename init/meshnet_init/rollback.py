@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+from meshnet.model.capture import StandDown
+from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import apply_plan, every_backend
 from meshnet_init.backends import Installed
 from meshnet_init.remove import remove
@@ -17,5 +19,6 @@ def put_back(before: tuple[Installed, ...], drain: float = 5.0, cut: Callable[[]
     if in_force is None:
         remove(drain, cut=cut)
         return
+    tell_keeper(StandDown())  # these are not what its settings ask for
     plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6, routing=in_force.routing)
     apply_plan(plan, next(backend for backend in every_backend() if backend.name == in_force.backend))

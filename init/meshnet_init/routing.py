@@ -42,9 +42,20 @@ def installed_routing() -> Routing | None:
     return Routing(mark=rules[0].get_attr("FRA_FWMARK"), accepts=accepts)
 
 
+def routing_differences(wanted: Routing | None) -> list[str]:
+    """How this host differs from it, in words; empty when it does not."""
+    if installed_routing() == wanted and (wanted is not None or not _left()):
+        return []
+    return [
+        f"routes for answers in a client's name are left over (ip rule; ip route show table {TABLE})"
+        if wanted is None
+        else f"answers in a client's name do not find back: rule {PRIORITY} or table {TABLE} is not as planned"
+    ]
+
+
 def route(wanted: Routing | None) -> bool:
     """Makes this host have what is wanted. Whether anything was changed. Raises CommandError."""
-    if installed_routing() == wanted and (wanted is not None or not _left()):
+    if not routing_differences(wanted):
         return False
     try:
         with IPRoute() as netlink:  # type: ignore[no-untyped-call]  # pyroute2 has types in part

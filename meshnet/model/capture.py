@@ -56,8 +56,15 @@ class KeeperReport(Shape, frozen=True):
     kind: str = "KeeperReport"
 
 
-class StandDown(Shape, frozen=True):
-    """The rules are to be taken out: the keeper leaves them alone until somebody has put them in again."""
+class StandDown(Shape, frozen=True, tag="stand-down"):
+    """The keeper leaves the rules alone from now on: somebody is about to take them out, or to change them."""
+
+
+class TakeUp(Shape, frozen=True, tag="take-up"):
+    """The keeper reads its settings again, and keeps the rules that they ask for."""
+
+
+KeeperRequest = StandDown | TakeUp
 
 
 class CaptureStatus(Shape, frozen=True):
@@ -75,4 +82,5 @@ class CaptureStatus(Shape, frozen=True):
     uncaptured: dict[str, int] = {}
     not_judged: dict[str, str] = {}
     examples: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()  # those that make the sidecar not ready
     keeper: KeeperReport | None = None

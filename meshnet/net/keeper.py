@@ -6,13 +6,14 @@ import struct
 
 import msgspec
 
-from meshnet.model.capture import KEEPER, KeeperReport, StandDown
+from meshnet.model.capture import KEEPER, KeeperReport, KeeperRequest
 
 _MOST = 1 << 20
+_PATIENCE = 15.0  # seconds until it has done what it was told: it may be amid a look
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 
 
-def ask_keeper(question: StandDown | None = None, timeout: float = 1.0) -> KeeperReport | None:
+def ask_keeper(request: KeeperRequest | None = None, timeout: float = 1.0) -> KeeperReport | None:
     """How it is, after it has done what it was told to; None if there is none, or none that can be believed."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout)
@@ -20,13 +21,18 @@ def ask_keeper(question: StandDown | None = None, timeout: float = 1.0) -> Keepe
             sock.connect(KEEPER)
             if peer_user(sock) not in (0, os.geteuid()):  # any program may take a name
                 return None
-            sock.sendall((b"" if question is None else msgspec.json.encode(question)) + b"\n")
+            sock.sendall((b"" if request is None else msgspec.json.encode(request)) + b"\n")
             answer = b""
             while len(answer) < _MOST and (data := sock.recv(1 << 16)):
                 answer += data
             return msgspec.json.decode(answer, type=KeeperReport)
         except (OSError, msgspec.DecodeError):
             return None
+
+
+def tell_keeper(request: KeeperRequest) -> bool:
+    """Whether there is a keeper, which then has done it."""
+    return ask_keeper(request, _PATIENCE) is not None
 
 
 def peer_user(sock: socket.socket) -> int:

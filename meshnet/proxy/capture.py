@@ -111,6 +111,7 @@ class CaptureProof:
             uncaptured={str(it): sum(direction is it for direction, _ in self._past) for it in judged},
             not_judged={str(direction): why for direction, why in self._not_judged.items()},
             examples=tuple(islice(map(_told, sorted(self._past)), _EXAMPLES)),
+            problems=self.problems(),
             keeper=self._keeper,
         )
 

@@ -7,6 +7,7 @@ in STATUS. WATCHDOG is said from trio's own loop, so that a loop that stands sti
 import logging
 import os
 import socket
+from typing import Self
 
 import trio
 
@@ -18,43 +19,70 @@ _log = logging.getLogger("meshnet.proxy")
 _EVERY = 5.0  # seconds, where no watchdog asks for more
 
 
+class Notifier:
+    """A context manager. `every`: how often it wants to hear that we are alive, in seconds."""
+
+    def __init__(self, address: str, every: float) -> None:
+        self._address = address
+        self.every = every
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+
+    @classmethod
+    def from_environment(cls) -> "Notifier | None":
+        """None where nobody wants to hear. What we start does not see the variables."""
+        address = os.environ.pop("NOTIFY_SOCKET", "")
+        microseconds = os.environ.pop("WATCHDOG_USEC", "")
+        if not address:
+            return None
+        every = int(microseconds) / 2e6 if microseconds.isdecimal() and int(microseconds) else _EVERY
+        return cls("\0" + address[1:] if address.startswith("@") else address, min(_EVERY, every))
+
+    def connect(self) -> bool:
+        """Whether somebody hears."""
+        self._sock.setblocking(False)
+        try:
+            self._sock.connect(self._address)
+        except OSError as error:
+            _log.warning("cannot tell %s how we are: %s", self._address.replace("\0", "@"), error.strerror)
+            return False
+        return True
+
+    def tell(self, *lines: str) -> None:
+        """Assignments as sd_notify(3) has them, and that we are alive."""
+        text = "".join(line.replace("\n", " ") + "\n" for line in ("WATCHDOG=1", *lines))
+        try:
+            self._sock.send(text.encode())
+        except OSError as error:  # it is restarted, or has more to read than it can
+            _log.debug("systemd did not hear us: %s", error.strerror)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._sock.close()
+
+
 async def keep_told(answers: Answers) -> None:
     """Until it is cancelled; returns at once where nobody wants to hear."""
-    address = os.environ.pop("NOTIFY_SOCKET", "")  # not for what we start
-    microseconds = os.environ.pop("WATCHDOG_USEC", "")
-    if not address:
+    notifier = Notifier.from_environment()
+    if notifier is None:
         return
-    every = min(_EVERY, int(microseconds) / 2e6) if microseconds.isdecimal() and int(microseconds) else _EVERY
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        sock.setblocking(False)
-        try:
-            sock.connect("\0" + address[1:] if address.startswith("@") else address)
-        except OSError as error:
-            _log.warning("cannot tell %s how we are: %s", address, error.strerror)
+    with notifier:
+        if not notifier.connect():
             return
-        said = b"READY=1\n"
+        said = ["READY=1"]
         while True:
-            _tell(sock, said + b"WATCHDOG=1\nSTATUS=" + await _status(answers))
-            said = b""
-            await trio.sleep(every)
+            notifier.tell(*said, *await _status(answers))
+            said = []
+            await trio.sleep(notifier.every)
 
 
-async def _status(answers: Answers) -> bytes:
+async def _status(answers: Answers) -> list[str]:
     """One line, as `systemctl status` shows it."""
     status = await answers.answer(GetStatus())
     assert isinstance(status, Status)  # nothing else answers that
     if status.draining:
-        text = f"draining, {status.open_connections} connections"
-    elif status.ready:
-        text = f"{status.config.services} services, {status.open_connections} connections"
-    else:
-        text = "not ready: " + "; ".join(status.not_ready_because)
-    stopping = "STOPPING=1\n" if status.draining else ""
-    return (text.replace("\n", " ") + "\n" + stopping).encode()
-
-
-def _tell(sock: socket.socket, message: bytes) -> None:
-    try:
-        sock.send(message)
-    except OSError as error:  # it is restarted, or has more to read than it can
-        _log.debug("systemd did not hear us: %s", error.strerror)
+        return [f"STATUS=draining, {status.open_connections} connections", "STOPPING=1"]
+    if status.ready:
+        return [f"STATUS={status.config.services} services, {status.open_connections} connections"]
+    return ["STATUS=not ready: " + "; ".join(status.not_ready_because)]

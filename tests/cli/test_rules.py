@@ -14,7 +14,7 @@ pytestmark = pytest.mark.netns
 
 def test_the_list_of_commands_names_each_part_of_this_one() -> None:
     assert isinstance(command, click.Group)
-    assert set(command.commands) == {"plan", "show", "verify"}
+    assert set(command.commands) == {"plan", "show", "verify", "keep"}
     for name in command.commands:
         assert name in ENTRIES["rules"].help
 

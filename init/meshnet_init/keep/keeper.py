@@ -1,0 +1,338 @@
+"""One keeper's life: it puts the rules in, looks whether they are as planned, and repairs what others have changed.
+
+Rules vanish when another program flushes the tables, and others come in their way (istio#61182, istio#56729, kuma PR
+16766). A repair is `apply`: one step, and open connections live on. When the sidecar dies, `capture.fail` decides.
+"""
+
+import logging
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from typing import Literal
+
+from meshnet.decide.repairs import RepairPace
+from meshnet.errors import CommandError, ConfigError
+from meshnet.model.admin import Status
+from meshnet.model.canary import FAMILIES, PROOF_PORT, IpFamily
+from meshnet.model.capture import KeeperReport, Proof, Repair, StandDown, TakeUp
+from meshnet.model.duration import parse_duration
+from meshnet.model.settings import Settings
+from meshnet.proxy.notify import Notifier
+from meshnet_init.apply import apply_plan, choose, drift, every_backend
+from meshnet_init.canary import ask_the_proxy
+from meshnet_init.host import host_facts
+from meshnet_init.keep.door import Door
+from meshnet_init.keep.line import SidecarLine
+from meshnet_init.keep.news import RulesNews
+from meshnet_init.plan import make_plan
+from meshnet_init.rule import drain_set
+
+_log = logging.getLogger("meshnet.keeper")
+
+_NO_INTERVAL = 30.0  # seconds between looks where the settings want no proof
+_SETTLE, _SETTLED_BY = 0.2, 2.0  # seconds of quiet after a change of the rules, and how long that is waited for
+_GAP = 1.0  # seconds between looks, however often others change their own rules
+_KNOCK = 0.2  # seconds between tries to reach a sidecar that is gone
+
+
+class Keeper:
+    """Used from the main thread. `read_settings` raises ConfigError; then what was read before stays in force."""
+
+    def __init__(self, read_settings: Callable[[], Settings]) -> None:
+        self._read_settings = read_settings
+        self._settings = read_settings()
+        self._backend = choose(self._settings.capture.backend)
+        self._plan = make_plan(self._settings, host_facts())
+        self._line: SidecarLine | None = None
+        self._pace = RepairPace()
+        self._since = _now()
+        self._looked_at = ""
+        self._has_held = False  # they have been as planned since we began, or were taken up
+        self._is_open = False  # connections go direct, for want of a sidecar
+        self._stood_down = False
+        self._differences: Sequence[str] = ()
+        self._proofs: dict[IpFamily, Proof] = {}
+        self._repairs = 0
+        self._last_repair: Repair | None = None
+        self._problem = ""
+        self._last_look = self._next_look = 0.0
+        self._ending = False
+        self._reread = False
+        self._woken, self._wake = socket.socketpair()
+        for sock in (self._woken, self._wake):
+            sock.setblocking(False)
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT; the rules stay. SIGHUP reads the settings again. Raises CommandError."""
+        with ExitStack() as stack:
+            self._door = stack.enter_context(Door(self._wake_up))
+            self._news = _news(stack)
+            notifier = Notifier.from_environment()
+            if notifier is not None and not stack.enter_context(notifier).connect():
+                notifier = None
+            signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, self._on_signal)
+            ready = ["READY=1"]
+            by: list[str] = []
+            while not self._ending:
+                self._obey()
+                self._mind_the_sidecar()
+                if time.monotonic() >= self._next_look:
+                    self._look(by)
+                    by = []
+                self._door.report = self._report()
+                if notifier is not None:
+                    rules = f"{len(self._plan.rules)} rules by {self._backend.name}"
+                    notifier.tell(*ready, f"STATUS={self._state()}, {rules}, {self._repairs} repairs")
+                    ready = []
+                by += [name for name in self._wait(notifier) if name not in by]
+            _log.info("the keeper ends; the rules stay as they are")
+
+    def _look(self, by: Sequence[str]) -> None:
+        """`by`: the programs that have changed rules since the last look, as far as they are known."""
+        self._last_look = time.monotonic()
+        self._next_look = self._last_look + self._interval()
+        self._looked_at = _now()
+        if self._stood_down:
+            self._proofs = {}
+            return
+        try:
+            self._plan = make_plan(self._settings, host_facts())
+            if not self._is_open:
+                self._hold(by)
+            self._problem = ""
+        except (CommandError, ConfigError, OSError) as error:
+            self._fail(error)
+        self._prove()
+
+    def _hold(self, by: Sequence[str]) -> None:
+        lines = drift(self._plan, self._backend)
+        now = time.monotonic()
+        if not lines:
+            self._has_held, self._differences = True, ()
+        elif not self._has_held:
+            applied = apply_plan(self._plan, self._backend)
+            self._has_held, self._differences = True, ()
+            self._heard()
+            _log.info("%d rules put in by %s", applied.rules, applied.backend)
+        elif wait := self._pace.wait(now):
+            self._differences = lines
+            self._next_look = min(self._next_look, now + wait)
+        else:
+            self._repair(lines, by)
+
+    def _repair(self, lines: Sequence[str], by: Sequence[str]) -> None:
+        self._differences = lines
+        by = [*by, *(name for name in self._heard() if name not in by)]
+        apply_plan(self._plan, self._backend)
+        self._heard()  # of what we have just done
+        now, whom = time.monotonic(), ", ".join(by) or "somebody the kernel does not name"
+        self._pace.repaired(now)
+        self._differences = ()
+        self._repairs += 1
+        self._last_repair = Repair(at=_now(), differences=tuple(lines), by=", ".join(by))
+        _log.warning("rules repaired, %s had changed them: %s", whom, "; ".join(lines))
+        if self._pace.is_fight(now):
+            wait = self._pace.wait(now)
+            _log.error("%s changes the rules again and again; the next repair is made in %.0f s", whom, wait)
+        self._next_look = now + _GAP  # whoever does it again does it soon
+
+    def _fail(self, error: CommandError | ConfigError | OSError) -> None:
+        text = "; ".join(filter(None, (error.what, error.why))) if isinstance(error, CommandError) else str(error)
+        if text != self._problem:
+            _log.error("the rules cannot be kept: %s", text)
+        self._problem = text
+        self._pace.repaired(time.monotonic())
+        self._next_look = time.monotonic() + max(_GAP, self._pace.wait(time.monotonic()))
+
+    def _prove(self) -> None:
+        """By canaries that take the way of any application: others' rules may be ahead of ours."""
+        for family in FAMILIES:
+            proof = self._canary(family)
+            before = self._proofs.get(family)
+            self._proofs[family] = proof
+            lost = proof.result == "not captured"
+            if lost != (before is not None and before.result == "not captured"):
+                say = _log.error if lost else _log.info
+                say("outbound %s: %s: %s", family, proof.result, proof.detail)
+
+    def _canary(self, family: IpFamily) -> Proof:
+        def proof(result: Literal["not tried"], detail: str) -> Proof:
+            return Proof(direction="outbound", family=family, result=result, detail=detail)
+
+        if self._is_open or self._problem or self._differences:
+            return proof("not tried", "the rules are not in force")
+        if self._line is None:
+            return proof("not tried", "no sidecar runs that could answer")
+        canary = ask_the_proxy(self._plan, family, PROOF_PORT)
+        if canary.status == "not captured" and not self._line.is_up():
+            return proof("not tried", "the sidecar has just died")
+        return Proof(direction="outbound", family=family, result=canary.status, detail=canary.detail)
+
+    def _mind_the_sidecar(self) -> None:
+        if self._line is not None and not self._line.is_up():
+            self._hang_up()
+            opens = self._settings.capture.fail == "open" and not self._stood_down
+            _log.warning("the sidecar is gone: new connections %s", "go direct" if opens else "are refused")
+        if self._line is None:
+            try:
+                self._line = SidecarLine(self._settings.admin.socket)
+            except OSError:
+                if self._settings.capture.fail == "open" and not (self._is_open or self._stood_down):
+                    self._open()
+                return
+            _log.info("the sidecar is there")
+            self._next_look = 0.0
+        if self._is_open and (status := self._line.status()) is not None and _can_work(status):
+            self._is_open = self._has_held = False
+            self._look([])
+            if not (self._problem or self._is_open):
+                _log.info("the sidecar is ready: connections are captured again")
+
+    def _open(self) -> None:
+        """New connections go direct; those that were captured keep their translation, and learn of their end."""
+        self._is_open = True
+        try:
+            for backend in (self._backend, *(each for each in every_backend() if each.name != self._backend.name)):
+                installed = backend.installed()
+                if installed is not None and not installed.draining():
+                    rules = (counted.rule for counted in installed.rules)
+                    backend.apply(drain_set(installed.redirect_ports(), rules, ipv6=installed.ipv6))
+        except (CommandError, OSError) as error:
+            self._is_open = False
+            self._fail(error)
+        self._heard()
+
+    def _obey(self) -> None:
+        request = self._door.take()
+        if isinstance(request, StandDown) and not self._stood_down:
+            _log.warning("told to stand down: the rules are left alone until `meshnet up`, `meshnet init` or SIGHUP")
+            self._stood_down, self._differences, self._problem = True, (), ""
+        elif isinstance(request, TakeUp):
+            self._reread = True
+        if self._reread:
+            self._reread = False
+            self._take_up()
+        if request is not None:
+            self._door.report = self._report()
+            self._door.done()
+
+    def _take_up(self) -> None:
+        try:
+            settings = self._read_settings()
+            make_plan(settings, host_facts())
+            self._backend = choose(settings.capture.backend)
+        except (ConfigError, CommandError) as error:
+            _log.error("the settings stay as they were: %s", error)
+        else:
+            if settings.admin.socket != self._settings.admin.socket and self._line is not None:
+                self._hang_up()
+            self._settings = settings
+        self._stood_down = self._is_open = self._has_held = False
+        self._pace = RepairPace()
+        self._next_look = 0.0
+
+    def _wait(self, notifier: Notifier | None) -> list[str]:
+        """Until it is time to look, somebody wakes us, or the rules change: then by whom."""
+        until = self._next_look - time.monotonic()
+        if self._line is None or self._is_open:
+            until = min(until, _KNOCK)
+        if notifier is not None:
+            until = min(until, notifier.every)
+        poll = select.poll()
+        for source in (self._woken, self._line, self._news):
+            if source is not None:
+                poll.register(source.fileno(), select.POLLIN)
+        happened = {descriptor for descriptor, _ in poll.poll(max(0.0, until) * 1000)}
+        if self._woken.fileno() in happened:
+            self._woken.recv(4096)
+        if self._news is None or self._news.fileno() not in happened:
+            return []
+        self._next_look = min(self._next_look, self._last_look + _GAP)
+        return self._settled()
+
+    def _settled(self) -> list[str]:
+        """Who has changed rules, once they are done: a reload of a firewall is many transactions."""
+        assert self._news is not None
+        started = time.monotonic()
+        programs = self._news.read()
+        while time.monotonic() < started + _SETTLED_BY and select.select([self._news], [], [], _SETTLE)[0]:
+            programs += [name for name in self._news.read() if name not in programs]
+        return programs
+
+    def _heard(self) -> list[str]:
+        """Who has changed rules of late; the next call does not say so again."""
+        return self._news.read() if self._news is not None else []
+
+    def _hang_up(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+    def _interval(self) -> float:
+        interval = self._settings.capture.proof_interval
+        return _NO_INTERVAL if interval == "off" else parse_duration(interval)
+
+    def _state(self) -> Literal["keeping", "open", "stood down", "failing", "fighting"]:
+        if self._stood_down:
+            return "stood down"
+        if self._problem:
+            return "failing"
+        if self._is_open:
+            return "open"
+        return "fighting" if self._pace.is_fight(time.monotonic()) else "keeping"
+
+    def _report(self) -> KeeperReport:
+        state, proofs = self._state(), tuple(self._proofs.values())
+        lost = any(proof.result == "not captured" for proof in proofs)
+        return KeeperReport(
+            pid=os.getpid(),
+            since=self._since,
+            state=state,
+            looked_at=self._looked_at,
+            interval_seconds=self._interval(),
+            backend=self._backend.name,
+            fail=self._settings.capture.fail,
+            sidecar="gone" if self._line is None else "alive",
+            in_place=self._has_held and state in ("keeping", "fighting") and not (lost or self._differences),
+            proofs=proofs,
+            repairs=self._repairs,
+            last_repair=self._last_repair,
+            problem=self._problem or "; ".join(self._differences),
+        )
+
+    def _wake_up(self) -> None:
+        try:
+            self._wake.send(b"!")
+        except BlockingIOError:
+            pass  # it is awake
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number == signal.SIGHUP:
+            self._reread = True
+        else:
+            self._ending = True
+
+
+def _news(stack: ExitStack) -> RulesNews | None:
+    try:
+        return stack.enter_context(RulesNews())
+    except OSError as error:
+        _log.warning("the kernel does not tell of changes of the rules (%s): they are looked at by the clock", error)
+        return None
+
+
+def _can_work(status: Status) -> bool:
+    """Ready, or it would be with the rules that are about to come."""
+    capture = status.capture.problems if status.capture is not None else ()
+    return not status.draining and set(status.not_ready_because) <= set(capture)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

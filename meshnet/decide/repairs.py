@@ -1,0 +1,27 @@
+"""How soon rules may be repaired again. Two programs that undo each other's work at once do nothing else. Pure."""
+
+
+class RepairPace:
+    """The first few repairs are made at once; then each after a pause twice as long. Times are monotonic seconds."""
+
+    AT_ONCE, CALM = 5, 60.0  # so many within so many seconds are a fight, until it has been calm for as long
+    FIRST, LONGEST = 1.0, 30.0
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def repaired(self, now: float) -> None:
+        if not self.is_fight(now):
+            self._times = [time for time in self._times if now - time < self.CALM]
+        self._times.append(now)
+
+    def is_fight(self, now: float) -> bool:
+        """Whether somebody undoes what is repaired, again and again."""
+        return len(self._times) >= self.AT_ONCE and now - self._times[-1] < self.CALM
+
+    def wait(self, now: float) -> float:
+        """Seconds until the next repair may be made."""
+        if not self.is_fight(now):
+            return 0.0
+        pause = min(self.FIRST * 2.0 ** (len(self._times) - self.AT_ONCE), self.LONGEST)
+        return max(0.0, self._times[-1] + pause - now)

@@ -1,0 +1,126 @@
+"""A sidecar is killed: new connections are refused, or go direct where that was asked for by name."""
+
+import os
+import signal
+import socket
+
+import pytest
+
+from meshnet.errors import CommandError
+from tests.init.kernel import APP_PORT, listening
+from tests.proxy.metrics import value
+from tests.world import Mesh, Sidecar, World, wait_for
+
+pytestmark = pytest.mark.netns
+
+BACKENDS = ("nft", "iptables", "legacy")
+
+
+class Site:
+    """`web` has a sidecar and a keeper; `peer` has neither, and a server."""
+
+    def __init__(self, world: World, mesh: Mesh, **capture: object) -> None:
+        self.web, self.peer = world.host("web"), world.host("peer")
+        mesh.write()
+        self.sidecar: Sidecar = mesh.sidecar(self.web, start=False, capture={"proof_interval": "300ms", **capture})
+        self.sidecar.spawn()
+        self.keeper = self.web.spawn("meshnet", "rules", "keep", "--config", self.sidecar.config, name="keeper")
+        self.until_captured()
+
+    def until_captured(self) -> None:
+        def captured() -> bool:
+            try:
+                status = self.sidecar.status().capture
+            except CommandError:  # it has not come up yet
+                return False
+            keeper = status.keeper if status is not None and status.in_place else None
+            return keeper is not None and keeper.in_place and keeper.sidecar == "alive"
+
+        wait_for(captured, what="captured and kept")
+
+    def kill(self) -> None:
+        assert self.sidecar.process is not None
+        os.kill(self.sidecar.process.pid, signal.SIGKILL)
+        self.sidecar.process.popen.wait()
+
+    def reaches_peer(self) -> bool:
+        try:
+            with self.web.connect(self.peer.address, APP_PORT, timeout=2.0):
+                return True
+        except ConnectionRefusedError:
+            return False
+
+
+def has_ended(client: socket.socket) -> bool:
+    try:
+        return client.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_by_default_new_connections_are_refused_until_a_sidecar_is_back(world: World, mesh: Mesh) -> None:
+    site = Site(world, mesh)
+    with listening(site.peer, "ipv4", APP_PORT):
+        with site.web.connect(site.peer.address, APP_PORT) as captured:
+            site.kill()
+            assert has_ended(captured)
+            wait_for(lambda: "the sidecar is gone: new connections are refused" in site.keeper.output)
+            assert not site.reaches_peer()
+        site.sidecar.start()
+        site.until_captured()
+        assert site.reaches_peer()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fail_open_by_name_lets_them_go_direct_until_a_sidecar_is_ready(world: World, mesh: Mesh, backend: str) -> None:
+    site = Site(world, mesh, fail="open", required=True, backend=backend)
+    with listening(site.peer, "ipv4", APP_PORT) as server:
+        with site.web.connect(site.peer.address, APP_PORT) as captured:
+            seen_by_peer = server.accept()[0]
+            assert seen_by_peer.getpeername()[:2] != captured.getsockname()
+            seen_by_peer.close()
+            site.kill()
+            wait_for(site.reaches_peer, what="new connections go direct")
+            server.accept()[0].close()
+            assert has_ended(captured)
+        with site.web.connect(site.peer.address, APP_PORT) as direct:
+            direct_end = server.accept()[0]
+            assert direct_end.getpeername() == direct.getsockname()
+            site.sidecar.start()
+            site.until_captured()
+            direct.sendall(b"lives on")
+            assert direct_end.recv(8) == b"lives on"
+            direct_end.close()
+        with site.web.connect(site.peer.address, APP_PORT) as captured, server.accept()[0] as end:
+            assert end.getpeername() != captured.getsockname()
+    assert value(site.web, "meshnet_rules_keeper") == 1
+
+
+def test_a_keeper_that_begins_before_a_sidecar_puts_nothing_in_where_it_is_to_fail_open(
+    world: World, mesh: Mesh
+) -> None:
+    web, peer = world.host("web"), world.host("peer")
+    mesh.write()
+    sidecar = mesh.sidecar(web, start=False, capture={"proof_interval": "300ms", "fail": "open"})
+    keeper = web.spawn("meshnet", "rules", "keep", "--config", sidecar.config, name="keeper")
+    wait_for(lambda: "meshnet/keeper" in web.run("cat", "/proc/net/unix").stdout)
+    with listening(peer, "ipv4", APP_PORT) as server:
+        with web.connect(peer.address, APP_PORT) as direct, server.accept()[0] as end:
+            assert end.getpeername() == direct.getsockname()
+        sidecar.start()
+        wait_for(lambda: "captured again" in keeper.output)
+        with web.connect(peer.address, APP_PORT) as captured, server.accept()[0] as end:
+            assert end.getpeername() != captured.getsockname()
+
+
+def test_the_sidecar_tells_of_the_keepers_repairs(world: World, mesh: Mesh) -> None:
+    site = Site(world, mesh)
+    site.web.run("nft", "flush", "ruleset")
+    wait_for(lambda: value(site.web, "meshnet_rules_repairs_total") >= 1)
+    shown = site.sidecar.meshnet("status", check=False)
+    assert "keeper: keeping, pid " in shown
+    assert "after nft (pid " in shown
+    assert site.sidecar.process is not None
+    assert "the keeper has repaired the rules (changed by nft (pid " in site.sidecar.process.output
+    assert site.keeper.terminate() == 0
+    wait_for(lambda: "nobody keeps the rules" in site.sidecar.meshnet("status", check=False))

@@ -1,0 +1,208 @@
+"""The keeper: rules that others change come back, by name of who changed them; what is open lives on."""
+
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+
+from meshnet.model.capture import KeeperReport
+from meshnet.net.keeper import ask_keeper
+from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, Lab, backend_named, connect, listening
+from tests.world import Process, ProgramFailed, World, wait_for
+
+pytestmark = pytest.mark.netns
+
+
+class Kept:
+    """A keeper on the lab's host, with settings in a file."""
+
+    def __init__(self, lab: Lab) -> None:
+        self.host, self.lab = lab.app, lab
+        self.config = lab.app.directory / "meshnet.toml"
+        self.configure()
+        self.process: Process | None = None
+
+    def configure(self, more: str = "") -> None:
+        self.config.write_text(
+            f"[admin]\nsocket = '{self.host.directory}/admin.sock'\n[capture]\nbackend = '{self.lab.backend.name}'\n"
+            f"exclude_inbound_ports = []\nproof_interval = '500ms'\n{more}"
+        )
+
+    def start(self, **environment: str) -> KeeperReport:
+        self.process = self.host.spawn(
+            "meshnet", "rules", "keep", "--config", self.config, name="keeper", **environment
+        )
+        return wait_for(lambda: self.now() if self.is_captured() else None, what="the rules are in")
+
+    def ask(self) -> KeeperReport | None:
+        with self.host.entered():
+            return ask_keeper()
+
+    def now(self) -> KeeperReport:
+        report = self.ask()
+        if report is None:
+            raise ConnectionError("no keeper answers")
+        return report
+
+    def is_captured(self) -> bool:
+        with self.host.entered():
+            installed = self.lab.backend.installed()
+        return installed is not None and not installed.draining() and bool(installed.redirect_ports())
+
+    def repaired(self, times: int = 1) -> KeeperReport:
+        return wait_for(lambda: report if (report := self.now()).repairs >= times else None, what="a repair")
+
+    def flush(self) -> None:
+        """What another program does that takes all tables for its own."""
+        if self.lab.backend.name == "nft":
+            self.host.run("nft", "flush", "ruleset")
+        else:
+            suffix = "-legacy" if self.lab.backend.name == "legacy" else ""
+            for command in ("iptables", "ip6tables"):
+                self.host.run(f"{command}{suffix}", "-t", "nat", "-F")
+
+    @property
+    def log(self) -> str:
+        assert self.process is not None
+        return self.process.output
+
+
+@pytest.fixture
+def kept(lab: Lab) -> Kept:
+    return Kept(lab)
+
+
+@pytest.fixture
+def by_nft(world: World) -> Kept:
+    """For what has nothing to do with the backend."""
+    return Kept(Lab(world, backend_named("nft")))
+
+
+def test_rules_that_another_program_flushes_come_back_and_nothing_is_cut(kept: Kept) -> None:
+    """istio#61182, kuma PR 16766: rules vanish later."""
+    host, peer = kept.host, kept.lab.peer
+    with listening(peer, "ipv4", APP_PORT) as direct:
+        older = connect(host, peer.address, APP_PORT, direct)
+    assert kept.start().repairs == 0
+    with listening(host, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(host, "ipv4", INBOUND) as inbound:
+        captured = [
+            connect(host, peer.address, APP_PORT, outbound),
+            connect(peer, host.address, APP_PORT, inbound),
+        ]
+        kept.flush()
+        report = kept.repaired()
+        captured.append(connect(host, peer.address, APP_PORT, outbound))
+    assert all(each.works() for each in (older, *captured))
+    assert (report.state, report.in_place) == ("keeping", True)
+    assert report.last_repair is not None
+    assert report.last_repair.differences
+    by = {"nft": "nft (pid ", "iptables": "tables (pid ", "legacy": ""}[kept.lab.backend.name]
+    assert by in report.last_repair.by
+    assert "rules repaired" in kept.log
+    for each in (older, *captured):
+        each.close()
+
+
+def test_one_rule_that_is_slipped_in_is_taken_out(kept: Kept) -> None:
+    kept.start()
+    if kept.lab.backend.name == "nft":
+        kept.host.run("nft", "insert", "rule", "inet", "meshnet", "MESHNET_OUT", "tcp", "dport", "5432", "return")
+    else:
+        command = "iptables-legacy" if kept.lab.backend.name == "legacy" else "iptables"
+        kept.host.run(command, "-t", "nat", "-I", "MESHNET_OUT", "-p", "tcp", "--dport", "5432", "-j", "RETURN")
+    report = kept.repaired()
+    assert report.last_repair is not None
+    assert "5432" in "".join(report.last_repair.differences)
+    with kept.host.entered():
+        assert "5432" not in kept.lab.rules_text()
+
+
+def test_who_fights_is_named_and_it_goes_on_with_pauses(by_nft: Kept) -> None:
+    by_nft.start()
+    other = by_nft.host.spawn("sh", "-c", "while :; do nft flush ruleset; sleep 0.3; done", name="other")
+    report = wait_for(lambda: r if (r := by_nft.now()).state == "fighting" else None, timeout=40.0)
+    assert report.last_repair is not None
+    assert report.last_repair.by.startswith("nft (pid ")
+    assert "changes the rules again and again" in by_nft.log
+    other.kill()
+    wait_for(lambda: by_nft.now().in_place, timeout=40.0)
+    assert by_nft.is_captured()
+
+
+def test_sigterm_leaves_the_rules_and_sighup_reads_the_settings_again(by_nft: Kept) -> None:
+    by_nft.start()
+    assert by_nft.process is not None
+    by_nft.configure("exclude_outbound_ports = ['5432']\n")
+    by_nft.process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "dport 5432" in by_nft.lab.rules_text())
+    by_nft.config.write_text("[capture]\nexclude_outbound_ports = ['many']\n")
+    by_nft.process.popen.send_signal(signal.SIGHUP)
+    wait_for(lambda: "the settings stay as they were" in by_nft.log)
+    by_nft.flush()
+    by_nft.repaired()
+    assert "dport 5432" in by_nft.lab.rules_text()
+    rules = by_nft.lab.rules_text()
+    assert by_nft.process.terminate() == 0
+    assert by_nft.lab.rules_text() == rules
+    assert by_nft.ask() is None
+
+
+def test_rules_that_are_taken_out_on_purpose_stay_out_until_they_are_put_in(by_nft: Kept) -> None:
+    by_nft.start()
+    assert "rules removed (nft)" in by_nft.host.run("meshnet", "init", "remove").stdout
+    assert by_nft.now().state == "stood down"
+    assert "stand down" in by_nft.log
+    by_nft.host.run("nft", "add", "table", "inet", "others")  # makes it look
+    looked = by_nft.now().looked_at
+    wait_for(lambda: by_nft.now().looked_at > looked)
+    assert not by_nft.is_captured()
+    by_nft.configure("exclude_outbound_ports = ['5432']\n")
+    by_nft.host.run("meshnet", "init", "--config", by_nft.config)
+    wait_for(lambda: by_nft.now().in_place)
+    by_nft.flush()
+    by_nft.repaired()
+    assert "dport 5432" in by_nft.lab.rules_text()
+
+
+def test_there_is_one_keeper_for_a_network_namespace(by_nft: Kept) -> None:
+    pid = by_nft.start().pid
+    with pytest.raises(ProgramFailed, match=f"another keeper .*\nwhy: process {pid} of user 0 .*\nfix: ") as failed:
+        by_nft.host.run("meshnet", "rules", "keep", "--config", by_nft.config)
+    assert failed.value.status == 1
+    assert by_nft.now().pid == pid
+
+
+def test_without_the_right_to_it_says_what_to_type(by_nft: Kept) -> None:
+    command = ("setpriv", "--bounding-set=-net_admin", "--", "meshnet", "rules", "keep", "--config", by_nft.config)
+    done = by_nft.host.run(*command, check=False)
+    assert done.returncode == 5
+    assert done.stderr.endswith("fix: sudo meshnet rules keep\n")
+
+
+def test_a_program_without_rights_is_no_keeper_and_stands_nobody_down(by_nft: Kept, real_root: bool) -> None:
+    if not real_root:  # then there is no other user here
+        return
+    nobody = ("setpriv", "--reuid=65534", "--clear-groups", "python3", "-c")
+    squat = "import socket; s = socket.socket(1); s.bind(chr(0) + 'meshnet/keeper'); s.listen(); s.accept()[0].recv(9)"
+    squatter = by_nft.host.spawn(*nobody, squat, name="squatter")
+    wait_for(lambda: "meshnet/keeper" in by_nft.host.run("cat", "/proc/net/unix").stdout)
+    assert by_nft.ask() is None
+    squatter.kill()
+    by_nft.start()
+    words = "import socket; s = socket.socket(1); s.connect(chr(0) + 'meshnet/keeper'); "
+    words += """s.send(b'{"type":"stand-down"}\\n'); print(s.recv(9))"""
+    assert by_nft.host.run(*nobody, words).stdout == "b''\n"
+    assert by_nft.now().state == "keeping"
+
+
+def test_systemd_hears_of_it(by_nft: Kept, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ear:
+        ear.bind(str(tmp_path / "notify"))
+        ear.settimeout(10)
+        by_nft.start(NOTIFY_SOCKET=str(tmp_path / "notify"), WATCHDOG_USEC="200000")
+        first = ear.recv(4096).decode()
+        assert "READY=1\n" in first
+        assert "WATCHDOG=1\n" in first
+        assert "STATUS=keeping, " in first
+        assert "READY=1" not in ear.recv(4096).decode()
