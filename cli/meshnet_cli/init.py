@@ -225,8 +225,8 @@ def command(
     if view.verification is not None:
         for line in sidecar_lines(settings, sidecar, view.verification):
             click.echo(line)
-        for canary in view.verification.canaries:
-            click.echo(printable(f"{canary.family}: {canary.status}: {canary.detail}"))
+        for canary in (*view.verification.canaries, *view.verification.inbound):
+            click.echo(printable(f"{canary.direction} {canary.family}: {canary.status}: {canary.detail}"))
         if unproved(view.verification):
             click.echo(f"! {unproved(view.verification)}")
 
@@ -274,7 +274,8 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
     result = verify(settings, sidecar)
     if result.ok:
         return InitView(applied, result), sidecar
-    lost = [f"{canary.family}: {canary.detail}" for canary in result.canaries if canary.status == "not captured"]
+    canaries = (*result.canaries, *result.inbound)
+    lost = [f"{it.direction} {it.family}: {it.detail}" for it in canaries if it.status == "not captured"]
     why = "; ".join([*result.differences, *result.misfits, *lost])
     if not applied.changed:
         raise CommandError("the rules do not capture", why=why, fix="meshnet rules show; are older rules in the way?")

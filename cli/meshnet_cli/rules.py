@@ -77,7 +77,7 @@ def show_command(config: str | None, output: str) -> None:
     """The rules in the kernel, read back from it, and how many connections each has matched."""
     from meshnet_init.apply import installed_rules
 
-    reasons = _reasons(config)
+    reasons = reasons_of(config)
     items = tuple(
         RulesView(
             backend=installed.backend,
@@ -108,8 +108,10 @@ def show_command(config: str | None, output: str) -> None:
 def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
     """Whether the kernel holds the plan, whether it fits the sidecar that runs, and whether connections are captured.
 
-    A canary is sent in each family; where no sidecar answers at admin.socket, this command catches it in its place.
-    Exit code 1 if anything is amiss with the rules; that no sidecar runs yet is not.
+    A canary is sent in each family and direction. What comes in is sent by a network namespace made for it, so it
+    takes CAP_SYS_ADMIN; where a host firewall drops it nothing is claimed. Where no sidecar answers at admin.socket,
+    this command catches canaries in its place. Exit code 1 if anything is amiss with the rules; that no sidecar runs
+    yet is not.
     """
     from meshnet_cli import supervise
     from meshnet_init.verify import verify
@@ -127,8 +129,11 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
             click.echo(f"! {printable(line)}")
         if result.canaries:
             print_table(
-                ("FAMILY", "STATUS", "CANARY", "WHY"),
-                [(c.family, c.status, c.destination or "-", c.detail) for c in result.canaries],
+                ("DIRECTION", "FAMILY", "STATUS", "CANARY", "WHY"),
+                [
+                    (c.direction, c.family, c.status, c.destination or "-", c.detail)
+                    for c in (*result.canaries, *result.inbound)
+                ],
                 colors=_COLORS,
             )
         if unproved(result):
@@ -175,7 +180,7 @@ def _counted_view(counted: "Counted", reasons: "dict[Rule, str]") -> RuleView:
     return _rule_view(counted.rule, reasons.get(plain(counted.rule), ""), counted.packets)
 
 
-def _reasons(config: str | None) -> "dict[Rule, str]":
+def reasons_of(config: str | None) -> "dict[Rule, str]":
     """iptables rules carry no reason: take it from the plan where it has the same rule."""
     from meshnet_init.backends import plain
     from meshnet_init.host import host_facts

@@ -164,7 +164,7 @@ def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
     with _phase("verify") as say:
         result = verify(settings, status)
-        found = [f"{canary.family}: {canary.status}" for canary in result.canaries]
+        found = [f"{it.direction} {it.family}: {it.status}" for it in (*result.canaries, *result.inbound)]
         if not result.ok:
             why = "; ".join([*result.differences, *result.misfits, *found])
             raise CommandError("the rules do not do what they should", why=why, fix=result.fix)

@@ -97,10 +97,9 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
 def drift(plan: Plan, chosen: Backend) -> list[str]:
     """How what is in the kernel of ours differs from `plan` by `chosen` alone, in words; empty when it does not."""
     lines = [*differences(chosen.expected(plan), chosen.installed()), *routing_differences(plan.routing)]
-    for other in every_backend():
-        if other.name != chosen.name and (older := other.installed()) is not None and not older.draining():
-            lines.append(f"older rules of backend {other.name} are in force beside those of {chosen.name}")
-    return lines
+    others = (other for other in every_backend() if other.name != chosen.name)
+    older = (other.name for other in others if (found := other.installed()) is not None and not found.draining())
+    return [*lines, *(f"older rules of backend {name} are in force beside those of {chosen.name}" for name in older)]
 
 
 def choose(name: str) -> Backend:

@@ -22,14 +22,16 @@ from meshnet.model.address import Address
 from meshnet.model.canary import CANARY, CANARY_PORT, IpFamily, greeting
 from meshnet.net.canary import begin_connect
 from meshnet.net.original import original_destination
+from meshnet.net.sockets import make_transparent
 from meshnet_init.rule import Plan, captures, is_for_canary
 from meshnet_init.values import Ports
 
 Status = Literal["captured", "not captured", "no route", "not in the plan", "not tried"]
 
-_SECONDS = 3.0  # for one family
+PATIENCE = 3.0  # for one family
 _ADDRESS_FAMILY = {"ipv4": socket.AF_INET, "ipv6": socket.AF_INET6}
 _LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
+_ANY = {"ipv4": "0.0.0.0", "ipv6": "::"}
 
 
 class Canary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -38,6 +40,7 @@ class Canary(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     `by_us`: captured, and we were there in the place of a proxy that is not.
     """
 
+    direction: Literal["outbound", "inbound"] = "outbound"
     family: IpFamily
     status: Status
     destination: str = ""
@@ -56,7 +59,7 @@ def fly(plan: Plan, family: IpFamily, outbound_port: int, gid: int, *, proxy_run
     if os.getegid() == gid and any(rule.gid == gid for rule in plan.rules):
         return Canary(family=family, status="not tried", detail=f"this process runs as the proxy's group {gid}")
     try:
-        listener = _listen(family, outbound_port)
+        listener = listen(family, outbound_port)
     except OSError as error:
         return Canary(family=family, status="no route", detail=f"no loopback address: {error.strerror}")
     if listener is None:
@@ -76,17 +79,11 @@ def ask_the_proxy(plan: Plan, family: IpFamily, port: int = CANARY_PORT) -> Cana
     if not captures(plan.rules, target.host, target.port):
         return Canary(family=family, status="not in the plan", detail=f"the plan leaves {target} alone")
     expected = greeting(target)
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + PATIENCE
     try:
         with _connect(target, deadline) as client:
-            _finish_connect(client, deadline)
-            answer = b""
-            while len(answer) < len(expected):
-                client.settimeout(_left(deadline))
-                chunk = client.recv(len(expected) - len(answer))
-                if not chunk:
-                    break
-                answer += chunk
+            finish_connect(client, deadline)
+            answer = read_all(client, len(expected), deadline)
     except _NoRoute:
         return Canary(family=family, status="no route", destination=str(target), detail="nothing can leave")
     except OSError as error:
@@ -102,10 +99,10 @@ def _ask_the_kernel(plan: Plan, family: IpFamily, listener: socket.socket) -> Ca
     if not targets:
         return Canary(family=family, status="not in the plan", detail="the plan captures nothing of this family")
     for target in targets:
-        deadline = time.monotonic() + _SECONDS
+        deadline = time.monotonic() + PATIENCE
         try:
             with _connect(target, deadline) as client:
-                _receive(listener, client, target, deadline)
+                receive_own(listener, client, target, deadline)
         except _NoRoute:
             continue
         except OSError as error:
@@ -116,7 +113,7 @@ def _ask_the_kernel(plan: Plan, family: IpFamily, listener: socket.socket) -> Ca
     return Canary(family=family, status="no route", destination=str(targets[0]), detail="nothing can leave")
 
 
-def _receive(listener: socket.socket, client: socket.socket, target: Address, deadline: float) -> None:
+def receive_own(listener: socket.socket, client: socket.socket, target: Address, deadline: float) -> None:
     """Waits until the client's own connection, and no other's, comes out at the listener. Raises OSError."""
     token = secrets.token_bytes(16)
     while True:
@@ -129,7 +126,7 @@ def _receive(listener: socket.socket, client: socket.socket, target: Address, de
                 continue
             if not mine:
                 continue
-            _finish_connect(client, deadline)
+            finish_connect(client, deadline)
             client.sendall(token)
             accepted.settimeout(_left(deadline))
             if accepted.recv(len(token), socket.MSG_WAITALL) == token:
@@ -155,7 +152,7 @@ def _connect(target: Address, deadline: float) -> socket.socket:
     return client
 
 
-def _finish_connect(client: socket.socket, deadline: float) -> None:
+def finish_connect(client: socket.socket, deadline: float) -> None:
     """Waits until the handshake is over. Raises OSError with what ended it."""
     client.settimeout(_left(deadline))
     try:
@@ -166,14 +163,28 @@ def _finish_connect(client: socket.socket, deadline: float) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def _listen(family: IpFamily, port: int) -> socket.socket | None:
+def read_all(client: socket.socket, size: int, deadline: float) -> bytes:
+    """So many bytes, or what there was until the end. Raises OSError."""
+    answer = b""
+    while len(answer) < size:
+        client.settimeout(_left(deadline))
+        chunk = client.recv(size - len(answer))
+        if not chunk:
+            break
+        answer += chunk
+    return answer
+
+
+def listen(family: IpFamily, port: int, *, everywhere: bool = False, transparent: bool = False) -> socket.socket | None:
     """A listener in the proxy's place, or None where the proxy has it. Raises OSError without a loopback address."""
     listener = socket.socket(_ADDRESS_FAMILY[family], socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == "ipv6":
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        listener.bind((_LOOPBACK[family], port))
+        if transparent:
+            make_transparent(listener)
+        listener.bind(((_ANY if everywhere else _LOOPBACK)[family], port))
         listener.listen()
     except OSError as error:
         listener.close()
@@ -221,5 +232,5 @@ def _left(deadline: float) -> float:
 
 def _why(error: OSError) -> str:
     if isinstance(error, TimeoutError):
-        return f"nothing came back within {_SECONDS:g} s"
+        return f"nothing came back within {PATIENCE:g} s"
     return f"{error.strerror or error}: the connection left by its own way"

@@ -1,9 +1,14 @@
 """Whether rules and the sidecar that runs fit together: settings may have changed under one of them. Pure."""
 
+import ipaddress
 from collections.abc import Collection, Iterator
 
 from meshnet.model.admin import Status
-from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule, is_for_canary
+from meshnet.model.canary import INBOUND_CANARY
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Chain, Rule, is_for_canary
+
+ARRIVING: tuple[Chain, ...] = ("MESHNET_MARK_IN", CHAIN_IN)
+"""Where a connection from elsewhere is turned to the inbound proxy."""
 
 
 def misfits(rules: Collection[Rule], sidecar: Status) -> tuple[str, ...]:
@@ -50,16 +55,30 @@ def _own_connections(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
 
 def _captured_inbound(rules: Collection[Rule], port: int) -> bool:
     """Whether a connection from elsewhere to this host's `port` would be redirected, in either family."""
-    for family in ("ipv4", "ipv6"):
-        for rule in rules:
-            if rule.chain not in (CHAIN_IN, "MESHNET_MARK_IN") or rule.family not in ("any", family):
-                continue
-            if rule.loopback or rule.mark or rule.source or rule.local is False or rule.established:
-                continue
-            if rule.ports is None or port in rule.ports:
-                if rule.redirect or rule.tproxy:
-                    return True
-                break
+    return any(captured_inbound(rules, port, host) for host in INBOUND_CANARY.values())
+
+
+def captured_inbound(rules: Collection[Rule], port: int, source: str) -> bool:
+    """Whether one from the IP address `source` to this host's `port` would be, by an interface that no rule names."""
+    return any(_taken([rule for rule in rules if rule.chain == chain], port, source) for chain in ARRIVING)
+
+
+def turns_inbound(rule: Rule) -> int:
+    """The port of the inbound proxy, where the rule turns arriving connections to it; else 0."""
+    return (rule.redirect or rule.tproxy) if rule.chain in ARRIVING and rule.local is not False else 0
+
+
+def _taken(chain: Collection[Rule], port: int, source: str) -> bool:
+    address = ipaddress.ip_address(source)
+    for rule in chain:
+        if rule.family not in ("any", f"ipv{address.version}"):
+            continue
+        if rule.loopback or rule.interface or rule.mark or rule.local is False or rule.established or rule.invalid:
+            continue
+        if rule.source and address not in ipaddress.ip_network(rule.source):
+            continue
+        if rule.ports is None or port in rule.ports:
+            return bool(rule.redirect or rule.tproxy)
     return False
 
 

@@ -11,17 +11,19 @@ from meshnet_init.apply import every_backend
 from meshnet_init.backends import differences
 from meshnet_init.canary import Canary, fly
 from meshnet_init.host import host_facts
+from meshnet_init.inbound_canary import fly_in, inbound_hits
 from meshnet_init.plan import make_plan
+from meshnet_init.routing import routing_differences
 from meshnet_init.rule import CHAIN_OUT, Plan
-from meshnet_init.sidecar import misfits
+from meshnet_init.sidecar import misfits, turns_inbound
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`backend` is empty when nothing is installed. `ok`: nothing differs, all fits, and no canary went astray.
 
     `differences` are those of the kernel from the plan; `misfits` those of the kernel from the sidecar that runs.
-    `fix` is what to type, empty when all is well. Rules that capture for nobody are `ok`: a pod's init container puts
-    them in before its sidecar starts.
+    `canaries` went out, `inbound` ones came in. `fix` is what to type, empty when all is well. Rules that capture for
+    nobody are `ok`: a pod's init container puts them in before its sidecar starts.
     """
 
     ok: bool
@@ -30,6 +32,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     sidecar: Literal["none", "fits", "differs"] = "none"
     misfits: tuple[str, ...] = ()
     canaries: tuple[Canary, ...] = ()
+    inbound: tuple[Canary, ...] = ()
     fix: str = ""
     api_version: str = "meshnet.dev/v1"
     kind: str = "Verification"
@@ -43,8 +46,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
     """Compares the rules in this network namespace with the plan of `settings`, and sends a canary in each family.
 
     `sidecar` is the answer of the one that runs here; without one, the canary is caught in its place. Takes a few
-    seconds at most. Inbound capture is compared only: what this host sends to itself is never captured. Raises
-    ConfigError and CommandError.
+    seconds at most. For what comes in it makes a visitor, where it may. Raises ConfigError and CommandError.
     """
     plan = make_plan(settings, host_facts())
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
@@ -52,7 +54,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         lines: list[str] = ["no rules are installed"]
         return Verification(ok=False, backend="", differences=tuple(lines), fix=_fix(lines, (), plan, sidecar))
     backend, installed = found[0]
-    lines = differences(backend.expected(plan), installed)
+    lines = [*differences(backend.expected(plan), installed), *routing_differences(plan.routing)]
     for other, leftover in found[1:]:
         if not leftover.draining():
             lines.append(f"older rules of backend {other.name} are in force beside those of {backend.name}")
@@ -64,7 +66,9 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
     canaries = tuple(
         fly(plan, family, port, settings.capture.gid, proxy_runs=sidecar is not None) for family in ("ipv4", "ipv6")
     )
-    ok = not lines and not unfit and all(canary.status != "not captured" for canary in canaries)
+    port = min(filter(None, map(turns_inbound, rules)), default=settings.proxy.inbound_port)
+    inbound = fly_in(plan, port, lambda: inbound_hits(backend), proxy_runs=sidecar is not None)
+    ok = not lines and not unfit and all(canary.status != "not captured" for canary in (*canaries, *inbound))
     result = Verification(
         ok=ok,
         backend=backend.name,
@@ -72,6 +76,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         sidecar="none" if sidecar is None else "differs" if unfit else "fits",
         misfits=unfit,
         canaries=canaries,
+        inbound=inbound,
         fix="" if ok else _fix(lines, unfit, plan, sidecar),
     )
     return msgspec.structs.replace(result, fix="sudo meshnet up") if ok and result.for_nobody() else result

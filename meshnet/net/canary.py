@@ -11,13 +11,13 @@ _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAI
 _NO_FAMILY = errno.EAFNOSUPPORT
 
 
-def begin_connect(target: Address, mark: int = 0) -> socket.socket | None:
+def begin_connect(target: Address, mark: int = 0, sock: socket.socket | None = None) -> socket.socket | None:
     """A non-blocking socket that has begun to connect; None where this host has no way there. Raises OSError.
 
-    `mark` is that of its packets, if this process may set one.
+    `mark` is that of its packets, if this process may set one. `sock` is to be used, if it is given.
     """
     try:
-        sock = socket.socket(socket.AF_INET6 if target.is_v6 else socket.AF_INET, socket.SOCK_STREAM)
+        sock = sock or socket.socket(socket.AF_INET6 if target.is_v6 else socket.AF_INET, socket.SOCK_STREAM)
     except OSError as error:
         if error.errno == _NO_FAMILY:
             return None

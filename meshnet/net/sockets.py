@@ -62,7 +62,7 @@ def listen(host: str, port: int, *, transparent: bool = False) -> socket.socket 
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if transparent:
-            _make_transparent(sock)
+            make_transparent(sock)
         _tune(sock, _CLIENT_KEEPALIVE)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
@@ -175,7 +175,7 @@ def can_be_transparent() -> bool:
     """Whether this process may set IP_TRANSPARENT: CAP_NET_ADMIN or CAP_NET_RAW."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         try:
-            _make_transparent(probe)
+            make_transparent(probe)
         except PermissionError:
             return False
     return True
@@ -226,7 +226,8 @@ def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Addres
     return True
 
 
-def _make_transparent(sock: socket.socket) -> None:
+def make_transparent(sock: socket.socket) -> None:
+    """IP_TRANSPARENT of ip(7). Raises PermissionError."""
     sock.setsockopt(*_TRANSPARENT[sock.family], 1)
 
 
@@ -258,7 +259,7 @@ def _dial_as(source: str, address: Address, family: int, mark: int) -> tuple[soc
     for attempt in range(_SOURCE_PORT_TRIES):
         sock = _socket(family, mark)
         try:
-            _make_transparent(sock)
+            make_transparent(sock)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port serves one connection to each address
             sock.bind((source, random.choice(_SOURCE_PORTS)))
             code = _begin(sock, address)

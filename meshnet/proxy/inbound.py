@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from meshnet.codec.frames import Frame, GoAway, Open, Ping, Refused
 from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
 from meshnet.model.address import Address
+from meshnet.model.canary import is_inbound_canary
 from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import trust_domain
 from meshnet.net import tls
 from meshnet.net.original import original_destination
 from meshnet.proxy.admission import admit
 from meshnet.proxy.attempt import reach_address
+from meshnet.proxy.canary import answer_canary
 from meshnet.proxy.carry import relay
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
@@ -28,6 +30,9 @@ async def carry_plain(client: socket.socket, source: Address, state: ProxyState)
     """A connection that came in plain text. Owns `client` from here on; one record comes out."""
     with state.registry.life(Direction.INBOUND, source, client) as record:
         target = record.original = original_destination(client)
+        if is_inbound_canary(target):
+            answer_canary(client, target, record)
+            return
         decided = state.orders.generation
         admit("", target, record, state, tunnelled=False)
         seen = state.speaks_as(source)

@@ -7,12 +7,13 @@ from meshnet.decide.route import Passthrough, Refuse, ToService, route
 from meshnet.decide.standing import endpoint_for_all
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
-from meshnet.model.canary import greeting, is_canary, is_proof
+from meshnet.model.canary import is_canary, is_proof
 from meshnet.model.connection import Direction
 from meshnet.model.service import Endpoint, ServicePort
 from meshnet.net import sockets
 from meshnet.net.original import original_destination
 from meshnet.proxy.attempt import EndpointLeg, reach_address, standing_request
+from meshnet.proxy.canary import answer_canary
 from meshnet.proxy.carry import relay
 from meshnet.proxy.dial import dial_service
 from meshnet.proxy.record import Record
@@ -28,9 +29,7 @@ async def carry(client: socket.socket, source: Address, state: ProxyState) -> No
     with state.registry.life(Direction.OUTBOUND, source, client) as record:
         destination = record.original = original_destination(client)
         if is_canary(destination) or is_proof(destination):
-            _answer_canary(client, destination)
-            record.end(Reason.OK, EndedBy.PROXY, "capture canary")
-            record.hidden = is_proof(destination)
+            answer_canary(client, destination, record)
             return
         await _carry(client, destination, record, state, Before())
 
@@ -115,8 +114,3 @@ def _offer_order(
         opening = partial(standing_request, endpoint, service, record.source.host, patience)
         asking = Asking(leg.tunnel.key, opening)
     state.orders.offer(record, target, decided, held, known, asking)
-
-
-def _answer_canary(client: socket.socket, destination: Address) -> None:
-    client.send(greeting(destination))
-    client.close()

@@ -68,7 +68,9 @@ def test_up_makes_what_is_missing_and_a_second_up_changes_nothing(machine: Machi
     assert done.returncode == 0, done.stderr
     phases = re.findall(r"^✓ (\w+) +[\d.]+s  (.+)$", done.stdout, re.MULTILINE)
     assert [name for name, _ in phases] == ["preflight", "discover", "identity", "proxy", "rules", "verify"]
-    assert dict(phases)["verify"] == "ipv4: captured, ipv6: captured"
+    assert dict(phases)["verify"] == (
+        "outbound ipv4: captured, outbound ipv6: captured, inbound ipv4: captured, inbound ipv6: captured"
+    )
     assert "by a new authority in" in dict(phases)["identity"]
 
     status = machine.status()

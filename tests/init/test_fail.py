@@ -115,6 +115,9 @@ def test_a_keeper_that_begins_before_a_sidecar_puts_nothing_in_where_it_is_to_fa
 
 def test_the_sidecar_tells_of_the_keepers_repairs(world: World, mesh: Mesh) -> None:
     site = Site(world, mesh)
+    for family in ("ipv4", "ipv6"):  # which the sidecar cannot see by itself
+        wait_for(lambda family=family: value(site.web, "meshnet_rules_in_place", direction="inbound", family=family))
+    assert site.sidecar.connections() == ()
     site.web.run("nft", "flush", "ruleset")
     wait_for(lambda: value(site.web, "meshnet_rules_repairs_total") >= 1)
     shown = site.sidecar.meshnet("status", check=False)

@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import pytest
@@ -18,8 +18,8 @@ from meshnet_init.apply import installed_rules
 from meshnet_init.rollback import put_back
 from meshnet_init.rule import drain_set
 from meshnet_init.verify import Verification, verify
-from tests.init.kernel import COMMANDS, OUTBOUND, Lab, capture, listening
-from tests.world import Host, World
+from tests.init.kernel import COMMANDS, INBOUND, OUTBOUND, Lab, backend_named, capture, listening
+from tests.world import Host, World, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -254,16 +254,15 @@ def test_what_was_in_force_can_be_put_back(lab: Lab, before: dict[str, object] |
 @contextmanager
 def answering(host: Host, greeting: bytes) -> Iterator[None]:
     """A proxy, as far as a canary sees it: tells every client where it wanted to go."""
-    with listening(host, "ipv4", OUTBOUND, "127.0.0.1") as four, listening(host, "ipv6", OUTBOUND, "::1") as six:
-        threads = [threading.Thread(target=answer, args=(listener, greeting)) for listener in (four, six)]
-        for thread in threads:
-            thread.start()
-        try:
-            yield
-        finally:
-            for listener, thread in zip((four, six), threads, strict=True):
-                listener.shutdown(socket.SHUT_RDWR)
-                thread.join()
+    with ExitStack() as stack:
+        for family, loopback in (("ipv4", "127.0.0.1"), ("ipv6", "::1")):
+            for port, address in ((OUTBOUND, loopback), (INBOUND, "")):
+                listener = stack.enter_context(listening(host, family, port, address))
+                thread = threading.Thread(target=answer, args=(listener, greeting))
+                thread.start()
+                stack.callback(thread.join)
+                stack.callback(listener.shutdown, socket.SHUT_RDWR)
+        yield
 
 
 def answer(listener: socket.socket, greeting: bytes) -> None:
@@ -278,3 +277,110 @@ def answer(listener: socket.socket, greeting: bytes) -> None:
                 client.sendall(greeting + f"{original_destination(client)}\n".encode())
             except ConnectionFailed:
                 pass
+
+
+def inbound(result: Verification) -> list[str]:
+    return [canary.status for canary in result.inbound]
+
+
+def interfaces(host: Host) -> set[str]:
+    return {line.split(": ")[1].partition("@")[0] for line in host.run("ip", "-o", "link").stdout.splitlines()}
+
+
+def test_a_visitor_proves_that_what_comes_in_is_captured_and_leaves_nothing_behind(lab: Lab) -> None:
+    lab.install()
+    before = interfaces(lab.app)
+
+    result = verified(lab.app, capture())
+
+    assert inbound(result) == ["captured", "captured"]
+    assert [canary.destination for canary in result.inbound] == ["192.0.2.9:15122", "[2001:db8::9]:15122"]
+    assert interfaces(lab.app) == before
+
+
+def test_rules_for_what_comes_in_that_are_lost_lose_the_visitor(lab: Lab) -> None:
+    lab.install()
+    if lab.backend.name == "nft":
+        lab.app.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
+    else:
+        for family in ("iptables", "ip6tables"):
+            lab.app.run(COMMANDS[lab.backend.name].replace("iptables", family), "-t", "nat", "-F", "MESHNET_IN")
+
+    result = verified(lab.app, capture())
+
+    assert not result.ok
+    assert statuses(result) == ["captured", "captured"]
+    assert inbound(result) == ["not captured", "not captured"]
+
+
+@pytest.fixture
+def by_nft(world: World) -> Lab:
+    """For what has nothing to do with the backend."""
+    return Lab(world, backend_named("nft"))
+
+
+def test_somebody_elses_rules_ahead_of_ours_take_the_visitor_away(by_nft: Lab) -> None:
+    """istio#56414: rules placed after others."""
+    by_nft.install()
+    ahead = "table inet ahead { chain c { type nat hook prerouting priority -150; tcp dport 15122 redirect to :9; }; }"
+    by_nft.app.run("nft", "-f", "-", stdin=ahead)
+
+    result = verified(by_nft.app, capture())
+
+    assert result.differences == ()
+    assert not result.ok
+    assert inbound(result) == ["not captured", "not captured"]
+
+
+@pytest.mark.parametrize("verdict", ["drop", "reject with tcp reset"])
+def test_a_firewall_that_refuses_a_new_interface_proves_nothing_and_fails_nothing(by_nft: Lab, verdict: str) -> None:
+    by_nft.install()
+    match = f'iifname "mnproof*" tcp flags syn {verdict}'
+    wall = f"table inet wall {{ chain c {{ type filter hook input priority 0; {match}; }}; }}"
+    by_nft.app.run("nft", "-f", "-", stdin=wall)
+
+    result = verified(by_nft.app, capture())
+
+    assert result.ok
+    assert inbound(result) == ["not tried", "not tried"]
+    assert "firewall" in result.inbound[0].detail
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"inbound_ports": []}, ["not in the plan", "not in the plan"]),
+        ({"inbound_ports": ["7000-7001"], "exclude_inbound_ports": ["7000"]}, ["captured", "captured"]),
+        ({"exclude_inbound_cidrs": ["192.0.2.0/24"]}, ["not in the plan", "captured"]),
+        ({"ipv6": "off"}, ["captured", "not in the plan"]),
+    ],
+)
+def test_the_visitor_calls_where_the_plan_captures(
+    by_nft: Lab, settings: dict[str, object], expected: list[str]
+) -> None:
+    by_nft.install(**settings)
+
+    result = verified(by_nft.app, capture(**settings))
+
+    assert result.ok
+    assert inbound(result) == expected
+    if settings.get("inbound_ports"):
+        assert result.inbound[0].destination == "192.0.2.9:7001"
+
+
+def test_whoever_may_make_no_namespace_tries_nothing(by_nft: Lab) -> None:
+    """A pod's init container has NET_ADMIN only."""
+    by_nft.install()
+    limited = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all", "--", "meshnet", "rules", "verify")
+    done = by_nft.app.run(*limited, MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="")
+    assert "it takes CAP_SYS_ADMIN" in done.stdout
+
+
+def test_a_prover_that_is_killed_leaves_nothing_behind(by_nft: Lab) -> None:
+    by_nft.install()
+    wall = 'table inet wall { chain c { type filter hook input priority 0; iifname "mnproof*" drop; }; }'
+    by_nft.app.run("nft", "-f", "-", stdin=wall)
+    prover = by_nft.app.spawn("meshnet", "rules", "verify", name="prover", MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="")
+    wait_for(lambda: "mnproof0" in interfaces(by_nft.app))
+    prover.kill()
+    wait_for(lambda: "mnproof0" not in interfaces(by_nft.app))

@@ -26,6 +26,7 @@ from meshnet.proxy.notify import Notifier
 from meshnet_init.apply import apply_plan, choose, drift, every_backend
 from meshnet_init.canary import ask_the_proxy
 from meshnet_init.host import host_facts
+from meshnet_init.inbound_canary import fly_in, inbound_hits
 from meshnet_init.keep.door import Door
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
@@ -57,6 +58,8 @@ class Keeper:
         self._stood_down = False
         self._differences: Sequence[str] = ()
         self._proofs: dict[IpFamily, Proof] = {}
+        self._inbound: tuple[Proof, ...] = ()
+        self._inbound_due = True
         self._repairs = 0
         self._last_repair: Repair | None = None
         self._problem = ""
@@ -100,7 +103,7 @@ class Keeper:
         self._next_look = self._last_look + self._interval()
         self._looked_at = _now()
         if self._stood_down:
-            self._proofs = {}
+            self._proofs, self._inbound = {}, ()
             return
         try:
             self._plan = make_plan(self._settings, host_facts())
@@ -110,6 +113,7 @@ class Keeper:
         except (CommandError, ConfigError, OSError) as error:
             self._fail(error)
         self._prove()
+        self._prove_inbound()
 
     def _hold(self, by: Sequence[str]) -> None:
         lines = drift(self._plan, self._backend)
@@ -136,6 +140,7 @@ class Keeper:
         self._pace.repaired(now)
         self._differences = ()
         self._repairs += 1
+        self._inbound_due = not self._pace.is_fight(now)
         self._last_repair = Repair(at=_now(), differences=tuple(lines), by=", ".join(by))
         _log.warning("rules repaired, %s had changed them: %s", whom, "; ".join(lines))
         if self._pace.is_fight(now):
@@ -161,6 +166,24 @@ class Keeper:
             if lost != (before is not None and before.result == "not captured"):
                 say = _log.error if lost else _log.info
                 say("outbound %s: %s: %s", family, proof.result, proof.detail)
+
+    def _prove_inbound(self) -> None:
+        """At the beginning, after a repair and until it is well: the interface it takes disturbs others."""
+        if self._line is None or self._is_open or self._problem or self._differences:
+            return
+        if not self._inbound_due and all(proof.result != "not captured" for proof in self._inbound):
+            return
+        self._inbound_due = False
+        port = self._settings.proxy.inbound_port
+        canaries = fly_in(self._plan, port, lambda: inbound_hits(self._backend), proxy_runs=True)
+        found = tuple(
+            Proof(direction="inbound", family=it.family, result=it.status, detail=it.detail) for it in canaries
+        )
+        if [proof.result for proof in found] != [proof.result for proof in self._inbound]:
+            for proof in found:
+                say = _log.error if proof.result == "not captured" else _log.info
+                say("inbound %s: %s: %s", proof.family, proof.result, proof.detail)
+        self._inbound = found
 
     def _canary(self, family: IpFamily) -> Proof:
         def proof(result: Literal["not tried"], detail: str) -> Proof:
@@ -188,6 +211,7 @@ class Keeper:
                     self._open()
                 return
             _log.info("the sidecar is there")
+            self._inbound_due = True
             self._next_look = 0.0
         if self._is_open and (status := self._line.status()) is not None and _can_work(status):
             self._is_open = self._has_held = False
@@ -236,6 +260,7 @@ class Keeper:
             self._settings = settings
         self._stood_down = self._is_open = self._has_held = False
         self._pace = RepairPace()
+        self._inbound_due = True
         self._next_look = 0.0
 
     def _wait(self, notifier: Notifier | None) -> list[str]:
@@ -289,7 +314,7 @@ class Keeper:
         return "fighting" if self._pace.is_fight(time.monotonic()) else "keeping"
 
     def _report(self) -> KeeperReport:
-        state, proofs = self._state(), tuple(self._proofs.values())
+        state, proofs = self._state(), (*self._proofs.values(), *self._inbound)
         lost = any(proof.result == "not captured" for proof in proofs)
         return KeeperReport(
             pid=os.getpid(),
