@@ -12,6 +12,7 @@ from meshnet.model.admin import ConnectionList, ExplainConnection, ListConnectio
 from meshnet.model.connection import Connection
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
+from meshnet_cli.explain_capture import explain_capture
 from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
 
@@ -31,16 +32,27 @@ class Explanation(Connection, frozen=True, kw_only=True):
 
 
 @click.command(
-    epilog="\b\nExamples:\n  meshnet explain k802\n  meshnet explain $(meshnet conns --failed --top 1 -o name)",
+    epilog="\b\nExamples:\n  meshnet explain k802\n  meshnet explain $(meshnet conns --failed --top 1 -o name)\n"
+    "  sudo meshnet explain 10.96.0.10:8080\n  sudo meshnet explain 10.0.0.7 10.0.0.1:5432",
 )
-@click.argument("id")
+@click.argument("what", nargs=-1, required=True, metavar="ID | [FROM] HOST:PORT")
 @output_options
 @admin_options
-def command(*, id: str, output: str, socket_path: str, timeout: float) -> None:
+def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: float) -> None:
     """One connection step by step, and what to do about it.
 
     ID is as `meshnet conns` shows it; it is the same on both hosts.
+
+    With HOST:PORT instead: whether a connection to there would be captured, by which rule, or why not. It comes FROM
+    this host unless you say so, or it goes to this host. The kernel's rules are read for that, ours and those of other
+    programs, which takes the right to.
     """
+    id, *more = what
+    if more or ":" in id:
+        if len(what) > 2:
+            raise click.UsageError("at most FROM and HOST:PORT")
+        explain_capture("" if not more else id, what[-1], output)
+        return
     try:
         connection = ask(socket_path, ExplainConnection(id=id), Connection, timeout=timeout)
     except CommandError as error:

@@ -1,0 +1,200 @@
+"""Rules of Docker, kube-proxy and ufw beside ours: untouched, and still doing what they are there for."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import pytest
+from pyroute2.iproute.linux import IPRoute
+
+from meshnet.model.address import Address
+from meshnet.net.sockets import peer_address
+from meshnet_init.remove import remove
+from tests.init.kernel import APP_PORT, INBOUND, OTHER_PORT, OUTBOUND, Lab, connect, listening
+from tests.init.sides import marked
+from tests.init.test_tproxy import transparent
+from tests.world import Host
+
+pytestmark = pytest.mark.netns
+
+CONTAINER, BRIDGE = "172.17.0.2", "172.17.0.1"
+CLUSTER_IP = "10.96.0.77"
+
+# As Docker 24 writes them for one container that publishes its port 80 as 8081.
+DOCKER = f"""*nat
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
+-A DOCKER -i docker0 -j RETURN
+-A DOCKER ! -i docker0 -p tcp -m tcp --dport {OTHER_PORT} -j DNAT --to-destination {CONTAINER}:80
+COMMIT
+*filter
+:FORWARD DROP [0:0]
+:DOCKER - [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o docker0 -j DOCKER
+-A FORWARD -i docker0 ! -o docker0 -j ACCEPT
+-A DOCKER -d {CONTAINER}/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
+-A DOCKER-USER -j RETURN
+COMMIT
+"""
+
+# As kube-proxy writes them for a Service with one endpoint.
+KUBE_PROXY = f"""*nat
+:KUBE-SERVICES - [0:0]
+:KUBE-SVC-API - [0:0]
+:KUBE-SEP-API - [0:0]
+:KUBE-MARK-MASQ - [0:0]
+:KUBE-POSTROUTING - [0:0]
+-A PREROUTING -j KUBE-SERVICES
+-A OUTPUT -j KUBE-SERVICES
+-A POSTROUTING -j KUBE-POSTROUTING
+-A KUBE-SERVICES -d {CLUSTER_IP}/32 -p tcp -m tcp --dport 443 -j KUBE-SVC-API
+-A KUBE-SVC-API ! -s 10.244.0.0/16 -j KUBE-MARK-MASQ
+-A KUBE-SVC-API -j KUBE-SEP-API
+-A KUBE-SEP-API -p tcp -m tcp -j DNAT --to-destination ENDPOINT
+-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
+-A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
+-A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
+-A KUBE-POSTROUTING -j MASQUERADE --random-fully
+COMMIT
+"""
+
+# As ufw writes them after `ufw default reject incoming` and an `ufw allow` for each of ALLOWED.
+UFW = """*filter
+:INPUT ACCEPT [0:0]
+:ufw-before-input - [0:0]
+:ufw-user-input - [0:0]
+:ufw-reject-input - [0:0]
+-A INPUT -j ufw-before-input
+-A INPUT -j ufw-reject-input
+-A ufw-before-input -i lo -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-input -j ufw-user-input
+ALLOWED
+-A ufw-reject-input -p tcp -j REJECT --reject-with tcp-reset
+COMMIT
+"""
+
+
+@pytest.fixture
+def beside(lab: Lab) -> Iterator[Callable[[str], None]]:
+    """Puts in somebody's rules, with none of ours there: with ours they are as they were, and without ours again."""
+    before = ""
+
+    def put_in(rules: str) -> None:
+        nonlocal before
+        command = "iptables-legacy" if lab.backend.name == "legacy" else "iptables"
+        lab.app.run(f"{command}-restore", "--noflush", stdin=rules)
+        before = lab.rules_text()
+
+    yield put_in
+    assert lines(before) <= lines(lab.rules_text())
+    with lab.app.entered():
+        remove(0.0)
+    assert lab.rules_text() == before
+
+
+def lines(text: str) -> set[str]:
+    return {line.strip() for line in text.splitlines()}
+
+
+@pytest.fixture
+def container(lab: Lab) -> Host:
+    """Behind the bridge docker0 of `app`, and nowhere else."""
+    made = lab.world.host("container")
+    made.configure("link set eth0 down")
+    for command in ("link add docker0 type bridge", "link set docker0 up", f"address add {BRIDGE}/16 dev docker0"):
+        lab.app.configure(command)
+    with lab.app.entered(), IPRoute() as netlink:  # type: ignore[no-untyped-call] # pyroute2 has types in part
+        netlink.link("add", ifname="veth1", kind="veth", peer={"ifname": "eth1", "net_ns_fd": made.namespace})
+    for command in ("link set veth1 master docker0", "link set veth1 up"):
+        lab.app.configure(command)
+    for command in (f"address add {CONTAINER}/16 dev eth1", "link set eth1 up", f"route add default via {BRIDGE}"):
+        made.configure(command)
+    lab.app.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
+    return made
+
+
+def test_containers_go_out_and_their_published_ports_are_reached_istio27728(
+    lab: Lab, container: Host, beside: Callable[[str], None]
+) -> None:
+    beside(DOCKER)
+    lab.install(exclude_inbound_ports=[str(OTHER_PORT)])
+
+    with ExitStack() as stack:
+        inbound = stack.enter_context(listening(lab.app, "ipv4", INBOUND))
+        outbound = stack.enter_context(listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1"))
+        server = stack.enter_context(listening(lab.peer, "ipv4", APP_PORT))
+        out = connect(container, lab.peer.address, APP_PORT, server, inbound, outbound)
+        assert peer_address(out.server.getpeername()).host == lab.app.address
+        published = stack.enter_context(listening(container, "ipv4", 80))
+        connect(lab.peer, lab.app.address, OTHER_PORT, published, inbound, outbound).close()
+        lab.install()
+        captured = connect(lab.peer, lab.app.address, OTHER_PORT, inbound, published)
+        assert captured.captured_from() == Address(lab.app.address, OTHER_PORT)
+        assert out.works()
+        for opened in (captured, out):
+            opened.close()
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_containers_are_captured_where_that_is_asked_for_istio44996(
+    lab: Lab, container: Host, beside: Callable[[str], None], guarded: bool
+) -> None:
+    beside(DOCKER)
+    lab.install(reroute_interfaces=["docker0"], strict=guarded)
+
+    with listening(lab.app, "ipv4", OUTBOUND) as outbound, listening(lab.peer, "ipv4", APP_PORT) as server:
+        captured = connect(container, lab.peer.address, APP_PORT, outbound, server)
+        assert captured.captured_from() == Address(lab.peer.address, APP_PORT)
+        assert peer_address(captured.server.getpeername()).host == CONTAINER
+        captured.close()
+
+
+def test_a_service_of_kube_proxy_is_captured_as_dialled_and_the_proxy_gets_its_endpoint(
+    lab: Lab, beside: Callable[[str], None]
+) -> None:
+    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    beside(KUBE_PROXY.replace("ENDPOINT", f"{lab.peer.address}:{APP_PORT}"))
+    lab.install(strict=True)
+
+    with ExitStack() as stack:
+        outbound = stack.enter_context(listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1"))
+        server = stack.enter_context(listening(lab.peer, "ipv4", APP_PORT))
+        captured = connect(lab.app, CLUSTER_IP, 443, outbound, server)
+        assert captured.captured_from() == Address(CLUSTER_IP, 443)
+        captured.close()
+        own = marked(lab.app, "ipv4", 0x1000)
+        connect(lab.app, CLUSTER_IP, 443, server, outbound, client=own).close()
+
+
+def allowed(*ports: int) -> str:
+    rules = (f"-A ufw-user-input -p tcp -m tcp --dport {port} -j ACCEPT" for port in ports)
+    return UFW.replace("ALLOWED", "\n".join(rules))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_host_firewall_sees_the_sidecars_port_behind_a_redirect(
+    lab: Lab, beside: Callable[[str], None], own: bool
+) -> None:
+    beside(allowed(22, APP_PORT, *([INBOUND] if own else [])))
+    lab.install()
+    with listening(lab.app, "ipv4", INBOUND) as inbound:
+        if own:
+            connect(lab.peer, lab.app.address, APP_PORT, inbound).close()
+        else:
+            with pytest.raises(ConnectionRefusedError):
+                lab.peer.connect(lab.app.address, APP_PORT)
+
+
+def test_a_host_firewall_sees_the_port_that_was_dialled_behind_tproxy(lab: Lab, beside: Callable[[str], None]) -> None:
+    beside(allowed(22, APP_PORT))
+    lab.install(inbound_mode="tproxy", strict=True)
+
+    with transparent(lab.app, "ipv4") as inbound:
+        connect(lab.peer, lab.app.address, APP_PORT, inbound).close()
+        with pytest.raises(ConnectionRefusedError):
+            lab.peer.connect(lab.app.address, 9999)
