@@ -28,7 +28,7 @@ def _redirects(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
 
 
 def _own_ports(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
-    for name in ("tunnel", "health"):
+    for name in ("tunnel", "health", "probes"):
         for port in sorted(_ports(sidecar.listeners.get(name, ""))):
             if _captured_inbound(rules, port):
                 yield f"the rules capture what comes in for port {port}, which is the sidecar's own ({name})"

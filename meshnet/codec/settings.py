@@ -12,6 +12,7 @@ import msgspec
 from msgspec import inspect
 
 from meshnet.codec.fields import Fields
+from meshnet.codec.probes import read_checks
 from meshnet.codec.problem import Path, Problem, did_you_mean, in_one, in_words, mismatches, quoted
 from meshnet.errors import ConfigError
 from meshnet.model.address import CGROUPS, INTERFACES
@@ -137,6 +138,13 @@ def _value_problems(settings: Settings) -> list[Problem]:
         ("proxy", "tunnel_port"): proxy.tunnel_port,
         ("admin", "health_port"): admin.health_port,
     }
+    if settings.probes.checks:
+        ports["probes", "port"] = settings.probes.port
+        try:
+            read_checks(settings.probes.checks)
+        except ValueError as error:
+            fields.wrong(("probes", "checks"), str(error))
+    fields.port(("probes", "port"), settings.probes.port)
     for path, port in ports.items():
         fields.port(path, port)
         if port in taken:

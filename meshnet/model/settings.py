@@ -48,6 +48,13 @@ class PoolSection(Section, frozen=True):
     max_idle: int = 64  # idle tunnels kept per peer
 
 
+class ProbesSection(Section, frozen=True):
+    """The probe relay of a pod. `meshnet inject` writes it; without checks nothing listens."""
+
+    port: int = 15121
+    checks: str = ""  # JSON; see meshnet.codec.probes
+
+
 class LogSection(Section, frozen=True):
     access: Literal["auto", "json", "text", "off"] = "auto"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -96,9 +103,11 @@ class Settings(Section, frozen=True):
     identity: IdentitySection = IdentitySection()
     pool: PoolSection = PoolSection()
     log: LogSection = LogSection()
+    probes: ProbesSection = ProbesSection()
     capture: CaptureSection = CaptureSection()
 
     def own_ports(self) -> frozenset[int]:
         """The ports that are the sidecar itself: never captured, never dialled on a local address."""
         proxy = self.proxy
-        return frozenset({proxy.outbound_port, proxy.inbound_port, proxy.tunnel_port, self.admin.health_port})
+        own = {proxy.outbound_port, proxy.inbound_port, proxy.tunnel_port, self.admin.health_port}
+        return frozenset(own | {self.probes.port} if self.probes.checks else own)

@@ -23,5 +23,5 @@ async def run(settings: Settings) -> None:
         capture = CaptureProof(settings, lambda: [os.getpid()])
         async with a_sidecar(settings, listeners) as sidecar:
             answers = OwnAnswers(sidecar, told, capture)
-            async with front(settings, told, listeners["health"], answers, capture):
+            async with front(settings, told, listeners, answers, capture):
                 await sidecar.serve()

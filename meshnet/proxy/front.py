@@ -8,14 +8,18 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
+from meshnet.codec.probes import read_checks
 from meshnet.errors import CommandError
 from meshnet.model.admin import Drain, Reload
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
+from meshnet.net import sockets
 from meshnet.proxy import notify
 from meshnet.proxy.admin import AdminServer, Answers, admin_listener
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.health import HealthServer
+from meshnet.proxy.listen import Listeners
+from meshnet.proxy.probes import ProbeRelay
 
 _log = logging.getLogger("meshnet.proxy")
 
@@ -23,14 +27,14 @@ _log = logging.getLogger("meshnet.proxy")
 @asynccontextmanager
 async def front(
     settings: Settings,
-    listeners: Mapping[str, str],
-    health: Sequence[socket.socket],
+    told: Mapping[str, str],
+    listeners: Listeners,
     answers: Answers,
     capture: CaptureProof,
 ) -> AsyncIterator[None]:
-    """Within it questions are answered, signals obeyed, and capture is proved. `listeners` are told in the log.
+    """Within it questions are answered, signals obeyed, and capture is proved.
 
-    Raises CommandError if the admin socket cannot be had.
+    `told` is what the log says of where it listens. Raises CommandError if the admin socket cannot be had.
     """
     admin = settings.admin
     async with AsyncExitStack() as stack:
@@ -52,11 +56,13 @@ async def front(
         nursery = await stack.enter_async_context(trio.open_nursery())
         nursery.start_soon(_obey_signals, answers, parse_duration(settings.proxy.drain_timeout), nursery)
         nursery.start_soon(trio.serve_listeners, guarded(AdminServer(answers).handle), [admin_socket])
-        sockets = [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in health]
-        nursery.start_soon(trio.serve_listeners, guarded(HealthServer(answers).handle), sockets)
+        nursery.start_soon(trio.serve_listeners, guarded(HealthServer(answers).handle), _streams(listeners["health"]))
+        if "probes" in listeners:
+            relay = ProbeRelay(read_checks(settings.probes.checks), _mark(settings))
+            nursery.start_soon(trio.serve_listeners, guarded(relay.handle), _streams(listeners["probes"]))
         nursery.start_soon(notify.keep_told, answers)
         nursery.start_soon(capture.run)
-        _log.info("listening: %s", ", ".join(listeners.values()))
+        _log.info("listening: %s", ", ".join(told.values()))
         yield
         nursery.cancel_scope.cancel()
 
@@ -71,6 +77,14 @@ def guarded(handle: Callable[[trio.SocketStream], Awaitable[None]]) -> Callable[
             _log.exception("a request to the sidecar itself failed")
 
     return answer
+
+
+def _streams(listeners: Sequence[socket.socket]) -> list[trio.SocketListener]:
+    return [trio.SocketListener(trio.socket.from_stdlib_socket(sock)) for sock in listeners]
+
+
+def _mark(settings: Settings) -> int:
+    return settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
 
 
 async def _obey_signals(answers: Answers, drain_timeout: float, nursery: trio.Nursery) -> None:

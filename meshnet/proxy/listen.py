@@ -12,7 +12,10 @@ _LOOPBACK = ("127.0.0.1", "::1")  # redirected output arrives there (man iptable
 _ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the interface it came in by
 
 Listeners = Mapping[str, Sequence[socket.socket]]
-"""By what they take: outbound, inbound, tunnel, health."""
+"""By what they take: outbound, inbound, tunnel, health, and probes where there are any to relay."""
+
+OWN = frozenset({"health", "probes"})
+"""Those whose connections are for the sidecar itself."""
 
 
 def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socket.socket]]:
@@ -26,6 +29,8 @@ def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socke
         "tunnel": (proxy.tunnel_port, _ANY),
         "health": (admin.health_port, (admin.health_address,)),
     }
+    if settings.probes.checks:
+        wanted["probes"] = (settings.probes.port, _ANY)
     transparent = {"inbound"} if settings.capture.inbound_mode == "tproxy" else set()
     return {name: _listen(name, port, hosts, stack, name in transparent) for name, (port, hosts) in wanted.items()}
 

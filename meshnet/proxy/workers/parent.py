@@ -9,7 +9,7 @@ import trio
 from meshnet.model.settings import Settings
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.front import front
-from meshnet.proxy.listen import Listeners, addresses_of
+from meshnet.proxy.listen import OWN, Listeners, addresses_of
 from meshnet.proxy.workers.answers import JointAnswers
 from meshnet.proxy.workers.sums import Totals
 from meshnet.proxy.workers.worker import Worker
@@ -18,7 +18,7 @@ from meshnet.proxy.workers.worker import Worker
 async def run(settings: Settings, listeners: Listeners) -> None:
     """Until every worker has drained and ended. Raises CommandError if it cannot start."""
     told = addresses_of(listeners) | {"admin": settings.admin.socket}
-    shared = {name: found for name, found in listeners.items() if name != "health"}
+    shared = {name: found for name, found in listeners.items() if name not in OWN}
     totals = Totals()
     with ExitStack() as stack:
         log_lock = os.memfd_create("access-log")
@@ -35,6 +35,6 @@ async def run(settings: Settings, listeners: Listeners) -> None:
 
         capture = CaptureProof(settings, lambda: [os.getpid(), *(worker.pid for worker in workers if worker.pid)])
         answers = JointAnswers(workers, totals, settings, told, stop_listening, capture)
-        async with front(settings, told, listeners["health"], answers, capture), trio.open_nursery() as nursery:
+        async with front(settings, told, listeners, answers, capture), trio.open_nursery() as nursery:
             for worker in workers:
                 nursery.start_soon(worker.run)
