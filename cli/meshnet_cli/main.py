@@ -43,6 +43,11 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "rules": Entry("meshnet_cli.rules", "The kernel's redirect rules: plan, show, verify and keep."),
         "init": Entry("meshnet_cli.init", "Put the redirect rules into the kernel, or take them out."),
     },
+    "Kubernetes": {
+        "inject": Entry("meshnet_cli.inject", "Put the sidecar into the pods of manifests."),
+        "uninject": Entry("meshnet_cli.uninject", "Take it out again."),
+        "install": Entry("meshnet_cli.install", "Print what a namespace needs for pods in the mesh."),
+    },
     "Admin": {
         "proxy": Entry("meshnet_cli.proxy", "Run the sidecar in the foreground."),
         "ca": Entry("meshnet_cli.ca", "The certificate authority: create it, issue identities."),

@@ -100,7 +100,7 @@ def test_the_help_of_a_command_begins_as_the_list_of_commands_says(name: str) ->
 def test_the_help_lists_the_commands_in_groups() -> None:
     output = CliRunner().invoke(main, ["-h"], prog_name="meshnet").output
     titles = [line for line in output.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert titles == ["Options:", "Start here:", "See:", "Fix and look:", "Admin:"]
+    assert titles == ["Options:", "Start here:", "See:", "Fix and look:", "Kubernetes:", "Admin:"]
     assert all(f"\n  {name} " in output for name in ENTRIES)
 
 
