@@ -12,21 +12,26 @@ from meshnet_cli import preflight, supervise
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_settings
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import DURATION, warn
+from meshnet_cli.vm import systemd
+from meshnet_cli.vm.ledger import Ledger
 
 
 @click.command(
     "down",
     short_help="Take this host out of the mesh; open connections live on.",
-    epilog="\b\nExamples:\n  sudo meshnet down\n  sudo meshnet down --drain 5m",
+    epilog="\b\nExamples:\n  sudo meshnet down\n  sudo meshnet down --drain 5m\n  sudo meshnet down --purge",
 )
 @config_option
 @click.option("--drain", type=DURATION, default="30s", show_default=True, help="How long to wait for open connections.")
-def command(config: str | None, drain: float) -> None:
+@click.option("--purge", is_flag=True, help="Then take away all that meshnet made here: units, user, groups, files.")
+def command(config: str | None, drain: float, purge: bool) -> None:
     """Take this host out of the mesh, in three phases.
 
     New connections go direct at once; those that went through the sidecar are waited for; then the rules are deleted
-    and the sidecar ends. Nothing is cut unless it outlives --drain: such connections are reset. When nothing is up,
-    nothing is done. It works with a meshnet.toml that is wrong, too.
+    and the sidecar ends, and is not there after a reboot. Nothing is cut unless it outlives --drain: such connections
+    are reset. When nothing is up, nothing is done. It works with a meshnet.toml that is wrong, too.
+
+    --purge takes away what `meshnet up` and `meshnet set` have made, an authority among it, and nothing else.
     """
     mistake: ConfigError | None = None
     try:
@@ -38,17 +43,26 @@ def command(config: str | None, drain: float) -> None:
     from meshnet_init.remove import remove
 
     preflight.need_right("down")
+    service = systemd.Service(settings, config) if systemd.is_here() and systemd.is_installed() else None
+    keeper = service or supervise.Supervised(settings, config)
     stopped = False
 
     def cut() -> None:
         nonlocal stopped
-        stopped = supervise.cut(settings)
+        try:
+            stopped = keeper.stop(0.0)
+        except CommandError:
+            pass  # that keeps no rules in: it is stopped again below, which says why not
 
+    if service is not None:
+        service.leave_rules()
     removed = remove(drain=drain, waiting=lambda left: click.echo(f"  waiting for {left} open connections"), cut=cut)
     click.echo(f"✓ rules      {'removed' if removed.backends else 'there were none'}")
     if removed.cut:
         click.echo(f"! {removed.cut} connections were still open after {drain:g} s and are cut", err=True)
-    stopped = supervise.stop(settings, drain=0.0 if removed.cut else drain) or stopped
+    if service is not None:
+        service.disable()
+    stopped = keeper.stop(0.0 if removed.cut else drain) or stopped
     click.echo(f"✓ proxy      {'stopped' if stopped else 'there was none'}")
     if mistake is not None and not stopped:
         raise CommandError(
@@ -57,6 +71,23 @@ def command(config: str | None, drain: float) -> None:
             fix="mend them, then again: sudo meshnet down",
             code=EXIT_CONFIG,
         )
+    if purge:
+        _purge(settings, service)
+
+
+def _purge(settings: Settings, service: systemd.Service | None) -> None:
+    if service is not None:
+        service.clean()
+    else:
+        supervise.remove_output(settings)
+    ledger = Ledger(Path(settings.mesh.last_good).parent)
+    made = len(ledger.entries)
+    stayed = ledger.undo()
+    if service is not None:
+        systemd.systemctl("daemon-reload")
+    click.echo(f"✓ purge      {made - len(stayed)} things taken away" if made else "✓ purge      there was nothing")
+    for line in stayed:
+        click.echo(f"! it stays: {line}", err=True)
 
 
 def _admin_socket(config: str | None) -> str:

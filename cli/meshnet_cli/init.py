@@ -10,8 +10,9 @@ from meshnet.errors import CommandError, ConfigError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli.configuration import config_option, read_settings
-from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable
+from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable, with_sudo
 from meshnet_cli.rules import sidecar_lines, unproved
+from meshnet_cli.vm import ssh
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.apply import Applied
@@ -192,10 +193,19 @@ def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
     help="How --dry-run prints; without it as --backend iptables would take it, else as nft would.",
 )
 @click.option("--verify", "prove", is_flag=True, help="Prove that the rules capture, or put the old state back.")
+@ssh.risk_option
 @output_options
 @click.pass_context
 def command(
-    ctx: click.Context, /, config: str | None, dry_run: bool, form: str | None, prove: bool, output: str, **flags: Any
+    ctx: click.Context,
+    /,
+    config: str | None,
+    dry_run: bool,
+    form: str | None,
+    prove: bool,
+    accept_risk: tuple[str, ...],
+    output: str,
+    **flags: Any,
 ) -> None:
     """Put the rules that capture TCP into the kernel of this network namespace.
 
@@ -208,6 +218,7 @@ def command(
     if dry_run:
         print_plan(settings, form)
         return
+    ssh.need_safe(settings, accept_risk, with_sudo())
     view, sidecar = _put_in(settings, prove)
     if output in {"json", "jsonl"}:
         (print_json if output == "json" else print_json_line)(view)
@@ -233,14 +244,24 @@ def command(
 
 @command.command("remove")
 @click.option("--drain", type=DURATION, default="30s", show_default=True, help="How long to wait for open connections.")
+@click.option(
+    "--if-stopping",
+    metavar="UNIT",
+    help="Only if systemd stops this unit for good: not if it starts it again, nor when the machine goes down.",
+)
 @output_options
-def remove_command(drain: float, output: str) -> None:
+def remove_command(drain: float, if_stopping: str | None, output: str) -> None:
     """Take the rules out, whatever put them in.
 
     New connections go direct at once. Those that were captured are waited for, and cut only if they outlive --drain.
     When nothing is installed, nothing is done.
     """
     from meshnet_cli import preflight
+    from meshnet_cli.vm import systemd
+
+    if if_stopping and not systemd.is_ending(if_stopping):
+        click.echo(f"{if_stopping} is to be there again: the rules stay", err=True)
+        return
     from meshnet_init.remove import remove
 
     preflight.need_right("init remove")

@@ -51,7 +51,7 @@ def need_free_group(settings: Settings) -> None:
         raise CommandError(
             f"process {pid} ({name}) runs with the group {settings.capture.gid}",
             why="traffic of that group is taken for the sidecar's own and passes the rules",
-            fix="choose another group: MESHNET_CAPTURE__GID=15138 meshnet up, or capture.gid in meshnet.toml",
+            fix="choose another group: sudo meshnet set capture.gid=15138",
         )
 
 
@@ -133,10 +133,6 @@ def processes_in_group(gid: int) -> Iterator[tuple[int, str]]:
 
 def listeners(settings: Settings) -> list[Listener]:
     """Who listens here, and which of them meshnet will take connections for."""
-    from meshnet_init.values import parse_ports
-
-    excluded = parse_ports(settings.capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
-    included = parse_ports(settings.capture.inbound_ports, "capture.inbound_ports")
     reachable: dict[int, bool] = {}
     for name in ("tcp", "tcp6"):
         table = Path("/proc/thread-self/net") / name
@@ -149,11 +145,20 @@ def listeners(settings: Settings) -> list[Listener]:
     for number in sorted(reachable.keys() - settings.own_ports()):
         if not reachable[number]:
             found.append(Listener(number, "loopback only"))
-        elif any(number in run for run in excluded) or not any(number in run for run in included):
+        elif not captures_inbound(settings, number):
             found.append(Listener(number, "excluded"))
         else:
             found.append(Listener(number, ""))
     return found
+
+
+def captures_inbound(settings: Settings, port: int) -> bool:
+    """Whether these settings capture what comes in for `port`, if it is not the sidecar's own."""
+    from meshnet_init.values import parse_ports
+
+    excluded = parse_ports(settings.capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
+    included = parse_ports(settings.capture.inbound_ports, "capture.inbound_ports")
+    return not any(port in run for run in excluded) and any(port in run for run in included)
 
 
 def _is_loopback(address: str) -> bool:

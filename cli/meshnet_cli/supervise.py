@@ -93,6 +93,31 @@ def try_again(settings: Settings) -> None:
     _signal_supervisor(settings, signal.SIGUSR1)
 
 
+class Supervised:
+    """A sidecar that is looked after by this module's own process, where no systemd is."""
+
+    def __init__(self, settings: Settings, config: str | None) -> None:
+        self._settings, self._config = settings, config
+
+    def is_kept(self) -> bool:
+        return is_supervised(self._settings)
+
+    def start(self) -> None:
+        start(self._settings, self._config)
+
+    def try_again(self) -> None:
+        try_again(self._settings)
+
+    def stop(self, drain: float) -> bool:
+        return stop(self._settings, drain=drain)
+
+    def output(self) -> "Output":
+        return Output(self._settings)
+
+    def log(self) -> str:
+        return f"less {log_file(self._settings)}"
+
+
 class Output:
     """What the sidecars of one supervisor have said since this was made, and how they ended."""
 
@@ -193,6 +218,17 @@ def _remove_what_is_left(settings: Settings) -> None:
             (path.parent / lock.NAME).unlink()
     except OSError:
         pass  # it is in nobody's way: a new sidecar takes both over
+
+
+def remove_output(settings: Settings) -> None:
+    """The logs of sidecars that have ended, and their folder if nothing else is in it."""
+    log = log_file(settings)
+    for file in (log, *(log.with_name(f"{log.name}.{number}") for number in range(1, LOG_FILES + 1))):
+        file.unlink(missing_ok=True)
+    try:
+        log.parent.rmdir()
+    except OSError:
+        pass  # others use it
 
 
 def _is_dead(path: Path) -> bool:

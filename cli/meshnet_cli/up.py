@@ -1,25 +1,30 @@
 """`meshnet up`: brings this host into the mesh, in phases, or leaves it as it was."""
 
+import os
 import re
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import click
 
+from meshnet import __version__
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli import lock, preflight, supervise
 from meshnet_cli.configuration import config_option, read_settings
-from meshnet_cli.init import EXIT_ROLLED_BACK, print_plan
+from meshnet_cli.init import print_plan
 from meshnet_cli.main import EXIT_CONFIG
-from meshnet_cli.output import warn
+from meshnet_cli.output import DURATION, warn, with_sudo
+from meshnet_cli.phases import phase
 from meshnet_cli.rules import unproved
+from meshnet_cli.vm import account, deadman, ssh, systemd
+from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch, Unfinished
+from meshnet_cli.vm.identity import make_identity
+from meshnet_cli.vm.ledger import Ledger
 
 if TYPE_CHECKING:
     from meshnet.model.snapshot import Snapshot
@@ -27,36 +32,51 @@ if TYPE_CHECKING:
 _READY_TIMEOUT = 20.0
 _DEATHS = 3  # after so many of the sidecar's it is not waited for any longer,
 _FOR_GOOD = frozenset({EXIT_CONFIG, 126, 127})  # after one of these at once: nothing changes by itself
-_ROLLBACK_DRAIN = 5.0  # seconds that what was captured meanwhile gets to end
 
-Undo = Callable[[], object]
-
-
-class Say(Protocol):
-    def __call__(self, text: str, mark: str = "✓") -> None: ...
+Keeper = systemd.Service | supervise.Supervised
 
 
 @click.command(
     "up",
     short_help="Bring this host into the mesh.",
-    epilog="\b\nExamples:\n  sudo meshnet up\n  sudo meshnet up --dry-run",
+    epilog="\b\nExamples:\n  sudo meshnet up\n  sudo meshnet up --dry-run\n  sudo meshnet up --rollback-after 2m",
 )
 @config_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("--trust-domain", default="local", show_default=True, help="For the authority made when there is none.")
-def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
+@click.option(
+    "--rollback-after",
+    type=DURATION,
+    default="30s",
+    show_default=True,
+    help="How long after the rules went in all is put back, unless this command has reached its end.",
+)
+@ssh.risk_option
+def command(
+    config: str | None, dry_run: bool, trust_domain: str, rollback_after: float, accept_risk: tuple[str, ...]
+) -> None:
     """Bring this host into the mesh: check it, start the sidecar, put in the rules, and prove that they work.
 
     Connections that are open stay open, SSH is left alone (capture.exclude_inbound_ports), and a failed proof puts
-    everything back. A second run changes nothing. Undo it with `meshnet down`.
+    everything back; so does another process if this one is killed or cut off. Where systemd runs the host the sidecar
+    is a service of its, and both are there again after a reboot. A second run changes nothing. Undo it with `meshnet
+    down`; settings are changed by `meshnet set`.
     """
     settings = read_settings(config)
     config = config and str(Path(config).resolve())
-    with _phase("preflight") as say:
+    with phase("preflight") as say:
         preflight.need_right("up")
+        ssh.need_safe(settings, accept_risk, with_sudo())
         status = supervise.running(settings)
+        keeper = _keeper(settings, config, status)
         # It dies again and again, or waits for meshnet.toml to be mended.
-        kept = status is None and supervise.is_supervised(settings)
+        kept = status is None and keeper.is_kept()
+        if isinstance(keeper, systemd.Service):
+            _need_environment_kept()
+        if not dry_run and (unfinished := deadman.left_over(settings)) is not None:
+            deadman.put_back(unfinished)
+            warn("the last `meshnet up` was stopped in its middle: what it had done is put back first")
+            status, kept = supervise.running(settings), False
         backend = preflight.check(settings, running=kept or status is not None)
         if status is not None:
             preflight.need_fit(settings, status)  # it may have been started with others
@@ -65,34 +85,88 @@ def command(config: str | None, dry_run: bool, trust_domain: str) -> None:
         say(f"rules by {backend}, {there or 'ports and group are free'}")
     if status is not None and lock.is_orphaned(Path(settings.admin.socket).parent):
         warn(f"nobody looks after the sidecar (pid {status.pid}): {lock.ORPHANED}")
-    with _phase("discover") as say:
+    with phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
         print_plan(settings)
         return
-    undo: list[Undo] = []
+    _bring_up(_Wanted(settings, config, keeper, trust_domain, snapshot), status, kept, rollback_after)
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    settings: Settings
+    config: str | None
+    keeper: Keeper
+    trust_domain: str
+    snapshot: "Snapshot | None"
+
+
+def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after: float) -> None:
+    settings, keeper = wanted.settings, wanted.keeper
+    ledger = Ledger(Path(settings.mesh.last_good).parent)
+    unfinished = Unfinished(
+        pid=os.getpid(),
+        boot=deadman.boot_id(),
+        settings=settings,
+        config=wanted.config,
+        by_systemd=isinstance(keeper, systemd.Service),
+        keep=len(ledger.entries),
+    )
+    switch = Switch(unfinished, rollback_after)
+    switch.arm(ledger)
     try:
+        changed = status is None
         if status is None:
-            _prepare(settings, trust_domain, snapshot)
-            with _phase("proxy") as say:
-                output = supervise.Output(settings)
-                if kept:
-                    supervise.try_again(settings)
-                else:
-                    supervise.start(settings, config)
-                    undo.append(lambda: supervise.stop(settings, drain=0.0))
-                status = _wait_until_ready(settings, output, deaths=1 if kept else _DEATHS)
-                preflight.need_fit(settings, status)
-                say(f"ready (pid {status.pid}), {status.certificate.identity or 'no identity'}")
-        _capture(settings, status, undo)
+            status = _start(wanted, kept, ledger, switch)
+        changed |= _capture(settings, status, switch)
+        if isinstance(keeper, systemd.Service):
+            changed |= _serve(keeper, ledger)
+        switch.disarm()
     except (CommandError, KeyboardInterrupt) as error:
-        for step in reversed(undo):
-            step()
-        if undo and isinstance(error, CommandError):
+        begun = switch.unfinished.started or switch.unfinished.captures
+        switch.put_back()
+        if begun and isinstance(error, CommandError):
             click.echo("✗ put back: the host is as it was before", err=True)
             raise CommandError(error.what, why=error.why, fix=error.fix, code=EXIT_ROLLED_BACK) from error
         raise
-    click.echo(f"{status.node} is in the mesh.   See: meshnet conns   Undo: sudo meshnet down")
+    if status.version != __version__:
+        again = "systemctl restart meshnet" if unfinished.by_systemd else "meshnet down && sudo meshnet up"
+        warn(f"the sidecar that runs is meshnet {status.version}, this is {__version__}: sudo {again}")
+    what = "is in the mesh." if changed else "is in the mesh already: nothing changed."
+    click.echo(f"{status.node} {what}   See: meshnet conns   Change: meshnet set   Undo: sudo meshnet down")
+
+
+def _serve(service: systemd.Service, ledger: Ledger) -> bool:
+    """Has systemd look after both, at boot too. Whether that is new."""
+    with phase("service") as say:
+        written = service.install(ledger)
+        service.start_rules()
+        enabled = service.enable()
+        note = f"{', '.join(written)} written again; " if written else ""
+        say(f"{note}enabled: it is there after a reboot" if enabled else f"{note}nothing changed")
+    return enabled or bool(written)
+
+
+def _keeper(settings: Settings, config: str | None, status: Status | None) -> Keeper:
+    """systemd where there is one, unless the sidecar that runs is another's."""
+    if systemd.is_here() and not supervise.is_supervised(settings):
+        service = systemd.Service(settings, config)
+        if status is None or service.is_kept():
+            return service
+    return supervise.Supervised(settings, config)
+
+
+def _need_environment_kept() -> None:
+    """Raises CommandError for settings that only this command would see, and not the service that it starts."""
+    for variable in sorted(os.environ):
+        section, double, key = variable.removeprefix("MESHNET_").lower().partition("__")
+        if variable.startswith("MESHNET_") and double:
+            raise CommandError(
+                f"{variable} is set here, but a service of systemd's does not see it",
+                why="rules and sidecar have to be of the same settings",
+                fix=f"sudo meshnet set {section}.{key}={os.environ[variable]}",
+            )
 
 
 def _mesh(settings: Settings) -> "Snapshot | None":
@@ -102,67 +176,56 @@ def _mesh(settings: Settings) -> "Snapshot | None":
     return load_directory(settings.mesh.directory) if Path(settings.mesh.directory).is_dir() else None
 
 
-def _prepare(settings: Settings, trust_domain: str, snapshot: "Snapshot | None") -> None:
-    """The sidecar's identity and its mesh directory, made where there are none."""
-    with _phase("identity") as say:
-        say(_identity(settings, trust_domain, snapshot))
+def _start(wanted: _Wanted, kept: bool, ledger: Ledger, switch: Switch) -> Status:
+    """The sidecar, with everything that it needs first. Returns when it is ready."""
+    settings, keeper = wanted.settings, wanted.keeper
+    if isinstance(keeper, systemd.Service):
+        with phase("account") as say:
+            say(account.make(settings.capture.gid, ledger))
+    with phase("identity") as say:
+        say(make_identity(settings, wanted.trust_domain, wanted.snapshot, ledger))
+    _make_folder(Path(settings.mesh.directory), ledger)
+    if isinstance(keeper, systemd.Service):
+        account.hand_over(settings, ledger)
+        account.need_readable(settings, wanted.config)
+    with phase("proxy") as say:
+        output = keeper.output()
+        if isinstance(keeper, systemd.Service):
+            keeper.install(ledger)
+        if kept:
+            keeper.try_again()
+        else:
+            switch.note(started=True)
+            keeper.start()
+        status = _wait_until_ready(settings, keeper, output, deaths=1 if kept else _DEATHS)
+        preflight.need_fit(settings, status)
+        say(f"ready (pid {status.pid}), {status.certificate.identity or 'no identity'}")
+    return status
+
+
+def _make_folder(folder: Path, ledger: Ledger) -> None:
     try:
-        Path(settings.mesh.directory).mkdir(parents=True, exist_ok=True)
+        ledger.note_folders(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CommandError(
-            f"cannot make {settings.mesh.directory}, where the mesh resources are to be",
+            f"cannot make {folder}, where the mesh resources are to be",
             why=str(error.strerror),
             fix="make it yourself, or name another: mesh.directory in meshnet.toml",
         ) from error
 
 
-def _identity(settings: Settings, domain: str, snapshot: "Snapshot | None") -> str:
-    certificate = Path(settings.identity.certificate)
-    if certificate.exists():
-        preflight.need_valid(settings.identity)
-        return f"{certificate} as it is"
-    from meshnet.control import authority
-    from meshnet.model.identity import spiffe_id, trust_domain
-
-    home = preflight.authority_home(certificate)
-    services = snapshot.services if snapshot else ()
-    named = {trust_domain(endpoint.identity) for service in services for endpoint in service.endpoints} - {"", domain}
-    if named and not (home / authority.CA_CERTIFICATE).exists():
-        raise CommandError(
-            "this host has no certificate yet",
-            why=f"a new authority of its own would be a stranger to trust domain {', '.join(sorted(named))}",
-            fix=f"where that is: meshnet ca issue --service NAME --out DIR; copy DIR/* to {certificate.parent}/",
-        )
-    now = datetime.now(UTC)
-    try:
-        if (home / authority.CA_CERTIFICATE).exists():
-            root, whose = authority.load_authority(home), "the"
-        else:
-            root, whose = authority.Authority.create(domain, now=now), "a new"
-            authority.save_authority(root, home)
-        identity = spiffe_id(root.trust_domain, "default", socket.gethostname().partition(".")[0].lower())
-        issued = root.issue(identity, now=now)
-        authority.save_issued(issued, certificate.parent)
-    except (OSError, ValueError) as error:
-        raise CommandError(
-            "could not make this host an identity", why=str(error), fix="meshnet ca issue --help"
-        ) from error
-    return f"{identity} by {whose} authority in {home}"
-
-
-def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
-    from meshnet_init.apply import apply, installed_rules
-    from meshnet_init.rollback import put_back
+def _capture(settings: Settings, status: Status, switch: Switch) -> bool:
+    """Puts the rules in and proves them. Whether they are new."""
+    from meshnet_init.apply import apply, installed_rules, would_change
     from meshnet_init.verify import verify
 
-    with _phase("rules") as say:
-        before = installed_rules()
+    with phase("rules") as say:
+        if would_change(settings):
+            switch.note(captures=True, rules_before=installed_rules())
         applied = apply(settings)
-        if applied.changed:
-            cut = (lambda: supervise.cut(settings)) if undo else (lambda: None)  # only a sidecar that we started
-            undo.append(lambda: put_back(before, _ROLLBACK_DRAIN, cut))
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
-    with _phase("verify") as say:
+    with phase("verify") as say:
         result = verify(settings, status)
         found = [f"{it.direction} {it.family}: {it.status}" for it in (*result.canaries, *result.inbound)]
         if not result.ok:
@@ -172,6 +235,7 @@ def _capture(settings: Settings, status: Status, undo: list[Undo]) -> None:
             say(why_not, mark="!")
         else:
             say(", ".join(found))
+    return applied.changed
 
 
 def _discovered(settings: Settings) -> Iterator[str]:
@@ -179,7 +243,9 @@ def _discovered(settings: Settings) -> Iterator[str]:
         yield f"{listener.port} {listener.why_not or 'captured'}"
 
 
-def _wait_until_ready(settings: Settings, output: supervise.Output, deaths: int) -> Status:
+def _wait_until_ready(
+    settings: Settings, keeper: Keeper, output: "systemd.Output | supervise.Output", deaths: int
+) -> Status:
     """Raises CommandError with the sidecar's last words when it does not come up."""
     deadline = time.monotonic() + _READY_TIMEOUT
     while True:
@@ -188,27 +254,26 @@ def _wait_until_ready(settings: Settings, output: supervise.Output, deaths: int)
             return status
         codes = output.exit_codes()
         if status is None and (len(codes) >= deaths or _FOR_GOOD.intersection(codes)):
-            raise _never_ready(f"the sidecar does not stay up: it ended with exit code {codes[-1]}", settings, output)
-        if not supervise.is_supervised(settings):
-            raise _never_ready("the sidecar ended", settings, output)
+            raise _never_ready(f"the sidecar does not stay up: it ended with exit code {codes[-1]}", keeper, output)
+        if not keeper.is_kept():
+            raise _never_ready("the sidecar ended", keeper, output)
         if time.monotonic() > deadline:
             if status is None:
-                raise _never_ready(f"the sidecar did not answer within {_READY_TIMEOUT:g} s", settings, output)
+                raise _never_ready(f"the sidecar did not answer within {_READY_TIMEOUT:g} s", keeper, output)
             raise CommandError(
                 "the sidecar did not become ready",
                 why="; ".join(status.not_ready_because),
-                fix=f"meshnet status, less {supervise.log_file(settings)}",
+                fix=f"meshnet status, {keeper.log()}",
             )
         time.sleep(0.05)  # noqa: TID251 - another process's readiness is polled; nothing tells us
 
 
-def _never_ready(what: str, settings: Settings, output: supervise.Output) -> CommandError:
+def _never_ready(what: str, keeper: Keeper, output: "systemd.Output | supervise.Output") -> CommandError:
     """With the sidecar's own `error:`, `why:` and `fix:`, or the end of whatever else it said."""
     said = output.last_words()
     fixes = [line.removeprefix("fix: ") for line in said if line.startswith("fix: ")]
     because = [re.sub("^(error|why): +", "", line).strip() for line in said if not line.startswith("fix: ")]
-    log = f"less {supervise.log_file(settings)}"
-    return CommandError(what, why="; ".join(because) or "it said nothing", fix="; or ".join([*fixes, log]))
+    return CommandError(what, why="; ".join(because) or "it said nothing", fix="; or ".join([*fixes, keeper.log()]))
 
 
 def _status(settings: Settings) -> Status | None:
@@ -217,21 +282,3 @@ def _status(settings: Settings) -> Status | None:
         return supervise.running(settings)
     except CommandError:
         return None
-
-
-@contextmanager
-def _phase(name: str) -> Iterator[Say]:
-    """One line a phase: what came out, and how long it took."""
-    started = time.monotonic()
-    said, sign = "", "✓"
-
-    def say(text: str, mark: str = "✓") -> None:
-        nonlocal said, sign
-        said, sign = text, mark
-
-    try:
-        yield say
-    except CommandError:
-        click.echo(f"✗ {name:<10} {time.monotonic() - started:5.1f}s", err=True)
-        raise
-    click.echo(f"{sign} {name:<10} {time.monotonic() - started:5.1f}s  {said}")

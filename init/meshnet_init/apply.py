@@ -53,6 +53,14 @@ def apply(settings: Settings, backend: str = "") -> Applied:
             tell_keeper(TakeUp())
 
 
+def would_change(settings: Settings) -> bool:
+    """Whether `apply` would write anything. Raises as that does."""
+    chosen = choose(settings.capture.backend)
+    if differences(chosen.expected(make_plan(settings, host_facts())), chosen.installed()):
+        return True
+    return any(installed.backend != chosen.name for installed in installed_rules())
+
+
 def apply_plan(plan: Plan, chosen: Backend) -> Applied:
     """Makes `plan` the only rules of ours, then takes older ones of other backends out."""
     for cgroup in {rule.cgroup for rule in plan.rules} - {""}:

@@ -25,6 +25,7 @@ from meshnet.net.files import write_files
 
 CA_CERTIFICATE, CA_KEY = "ca.pem", "ca-key.pem"
 CERTIFICATE, KEY, BUNDLE = "cert.pem", "key.pem", "bundle.pem"
+ISSUED = (BUNDLE, KEY, CERTIFICATE)
 
 ROOT_LIFETIME = timedelta(days=3650)
 LEAF_LIFETIME = timedelta(hours=24)

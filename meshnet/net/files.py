@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = True) -> None:
-    """All of `files`, by name, mode 0600 from their first moment, in order and each at once, and lasting (fsync).
+def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = True, mode: int = 0o600) -> None:
+    """All of `files`, by name, with `mode` from their first moment, in order and each at once, and lasting (fsync).
 
     All are complete on disk before the first is seen. The directory is made if it is not there, for its owner only.
+    Written by root they belong to whom the directory belongs: a certificate that root renews is the sidecar's to read.
     Raises OSError, FileExistsError among them: a file is there already, unless `replace`.
     """
     try:
@@ -23,6 +24,10 @@ def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = 
             descriptor, draft = tempfile.mkstemp(dir=directory, prefix=f".{name}.")  # mode 0600
             drafts[name] = Path(draft)
             with os.fdopen(descriptor, "wb") as file:
+                if os.geteuid() == 0:
+                    owner = directory.stat()
+                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
+                os.fchmod(descriptor, mode)
                 file.write(content)
                 file.flush()
                 os.fsync(descriptor)

@@ -1,0 +1,148 @@
+"""The user and the groups that a sidecar of systemd's runs with, and what of its files has to be theirs.
+
+The group `meshnet` may look at the sidecar (meshnet.model.admin); the sidecar's own primary group is `capture.gid`,
+whose traffic the rules let pass. They are two, or whoever may look could also get past the rules.
+"""
+
+import grp
+import os
+import pwd
+import subprocess
+from pathlib import Path
+
+from meshnet.errors import CommandError
+from meshnet.model.admin import GROUP
+from meshnet.model.settings import Settings
+from meshnet_cli.vm.ledger import Ledger, rights_of
+from meshnet_cli.vm.units import USER
+
+PROXY_GROUP = "meshnet-proxy"
+_STATE_MODE = 0o1770  # sticky: the sidecar keeps its own files in it, and cannot touch those of root
+
+
+def make(gid: int, ledger: Ledger) -> str:
+    """What of user and groups is not there. Says what there is now. Raises CommandError."""
+    made = []
+    if not _group_exists(GROUP):
+        ledger.note("group", GROUP)
+        _run("groupadd", "--system", GROUP)
+        made.append(f"group {GROUP}")
+    proxy_group = _group_of(gid)
+    if not proxy_group:
+        if _group_exists(PROXY_GROUP):
+            raise CommandError(
+                f"the group {PROXY_GROUP} has the number {grp.getgrnam(PROXY_GROUP).gr_gid}, capture.gid says {gid}",
+                why="the rules let the sidecar's group pass by its number",
+                fix=f"groupmod --gid {gid} {PROXY_GROUP}; or: "
+                f"sudo meshnet set capture.gid={grp.getgrnam(PROXY_GROUP).gr_gid}",
+            )
+        ledger.note("group", PROXY_GROUP)
+        _run("groupadd", "--gid", str(gid), PROXY_GROUP)
+        made.append(f"group {PROXY_GROUP}")
+        proxy_group = PROXY_GROUP
+    if not _user():
+        ledger.note("user", USER)
+        _run(
+            "useradd", "--system", "--gid", proxy_group, "--groups", GROUP, "--no-create-home",
+            "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin", "--comment", "meshnet sidecar", USER,
+        )  # fmt: skip
+        made.append(f"user {USER}")
+    return f"made {', '.join(made)}" if made else f"user {USER}, group {proxy_group} ({gid})"
+
+
+def hand_over(settings: Settings, ledger: Ledger) -> None:
+    """Gives the sidecar's user what it has to write, and its own key. Raises CommandError."""
+    user = _user()
+    if not user:
+        raise CommandError(f"there is no user {USER}", fix="sudo meshnet up")
+    last_good, identity = Path(settings.mesh.last_good), settings.identity
+    try:
+        _give(last_good.parent, 0, settings.capture.gid, _STATE_MODE, ledger)
+        if last_good.exists():
+            _give(last_good, user.pw_uid, settings.capture.gid, 0o600, ledger)
+        else:
+            ledger.note_file(last_good)
+        files = [Path(file) for file in (identity.certificate, identity.key, identity.bundle)]
+        for folder in {file.parent for file in files} - {last_good.parent}:
+            _give(folder, user.pw_uid, settings.capture.gid, 0o700, ledger)
+        for file in files:
+            if file.exists():
+                _give(file, user.pw_uid, settings.capture.gid, 0o600, ledger)
+    except OSError as error:
+        raise CommandError(
+            f"cannot give {error.filename} to the user {USER}",
+            why=error.strerror or str(error),
+            fix=f"ls -l {error.filename}",
+        ) from error
+
+
+def need_readable(settings: Settings, config: str | None) -> None:
+    """Raises CommandError for the first file that the sidecar has to read and its user may not."""
+    for path in filter(None, (config, settings.mesh.directory, settings.identity.key, settings.identity.certificate)):
+        if not os.path.exists(path):
+            continue
+        done = subprocess.run(
+            [
+                "setpriv",
+                f"--reuid={USER}",
+                f"--regid={settings.capture.gid}",
+                "--init-groups",
+                "--",
+                "test",
+                "-r",
+                path,
+            ],
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise CommandError(
+                f"the sidecar's user {USER} may not read {path}",
+                why="the file or a folder above it is closed to others",
+                fix=f"namei -l {path}; chmod a+r {path}",
+            )
+
+
+def _give(path: Path, user: int, group: int, mode: int, ledger: Ledger) -> None:
+    before = rights_of(path)
+    if before == f"{user}:{group}:{mode:o}":
+        return
+    if not any(entry.kind in ("directory", "file") and entry.name == str(path) for entry in ledger.entries):
+        ledger.note("rights", path, before)
+    os.chown(path, user, group)
+    os.chmod(path, mode)
+
+
+def _user() -> pwd.struct_passwd | None:
+    try:
+        return pwd.getpwnam(USER)
+    except KeyError:
+        return None
+
+
+def _group_exists(name: str) -> bool:
+    try:
+        grp.getgrnam(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _group_of(gid: int) -> str:
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return ""
+
+
+def _run(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise CommandError(
+            f"there is no {command[0]}", why="it makes the sidecar's user", fix="apt-get install passwd"
+        ) from error
+    if done.returncode:
+        raise CommandError(
+            f"{' '.join(command)} failed", why=done.stderr.strip(), fix="df -h /etc; ls -l /etc/passwd /etc/group"
+        )

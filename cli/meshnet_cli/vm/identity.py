@@ -1,0 +1,53 @@
+"""The identity of a host that has none: issued by the authority that is here, or by a new one of its own."""
+
+import socket
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import Settings
+from meshnet_cli import preflight
+from meshnet_cli.vm.ledger import Ledger
+
+if TYPE_CHECKING:
+    from meshnet.model.snapshot import Snapshot
+
+
+def make_identity(settings: Settings, domain: str, snapshot: "Snapshot | None", ledger: Ledger) -> str:
+    """Says whose it is. Raises CommandError where a new authority would be a stranger to the mesh in `snapshot`."""
+    certificate = Path(settings.identity.certificate)
+    if certificate.exists():
+        preflight.need_valid(settings.identity)
+        return f"{certificate} as it is"
+    from meshnet.control import authority
+    from meshnet.model.identity import spiffe_id, trust_domain
+
+    home = preflight.authority_home(certificate)
+    services = snapshot.services if snapshot else ()
+    named = {trust_domain(endpoint.identity) for service in services for endpoint in service.endpoints} - {"", domain}
+    if named and not (home / authority.CA_CERTIFICATE).exists():
+        raise CommandError(
+            "this host has no certificate yet",
+            why=f"a new authority of its own would be a stranger to trust domain {', '.join(sorted(named))}",
+            fix=f"where that is: meshnet ca issue --service NAME --out DIR; copy DIR/* to {certificate.parent}/",
+        )
+    now = datetime.now(UTC)
+    try:
+        if (home / authority.CA_CERTIFICATE).exists():
+            root, whose = authority.load_authority(home), "the"
+        else:
+            root, whose = authority.Authority.create(domain, now=now), "a new"
+            for name in (authority.CA_CERTIFICATE, authority.CA_KEY):
+                ledger.note_file(home / name)
+            authority.save_authority(root, home)
+        identity = spiffe_id(root.trust_domain, "default", socket.gethostname().partition(".")[0].lower())
+        issued = root.issue(identity, now=now)
+        for name in authority.ISSUED:
+            ledger.note_file(certificate.parent / name)
+        authority.save_issued(issued, certificate.parent)
+    except (OSError, ValueError) as error:
+        raise CommandError(
+            "could not make this host an identity", why=str(error), fix="meshnet ca issue --help; df -h"
+        ) from error
+    return f"{identity} by {whose} authority in {home}"

@@ -1,0 +1,88 @@
+"""Which port the operator came in by: rules leave open connections alone, but the next login would be captured."""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import Settings
+
+RISK = "lose-ssh"
+_ESTABLISHED, _LISTEN = "01", "0A"  # net/tcp_states.h
+
+
+def risk_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--accept-risk. The command gets `accept_risk`, a tuple."""
+    return click.option(
+        "--accept-risk",
+        type=click.Choice((RISK,)),
+        multiple=True,
+        help=f"Go on although it is dangerous. {RISK}: capture the port by which SSH reaches this host.",
+    )(command)
+
+
+def need_safe(settings: Settings, accepted: Collection[str], command: str) -> None:
+    """Raises CommandError if these settings would capture the way in, unless that risk is accepted."""
+    from meshnet_cli.preflight import captures_inbound
+
+    lost = sorted(port for port in ports() if captures_inbound(settings, port))
+    if not lost or RISK in accepted:
+        return
+    excluded = ",".join([*settings.capture.exclude_inbound_ports, *map(str, lost)])
+    raise CommandError(
+        f"this would capture port {lost[0]}, by which SSH reaches this host",
+        why="open sessions would stay, but a new login would depend on the sidecar; nothing was changed",
+        fix=f"sudo meshnet set capture.exclude_inbound_ports={excluded}; or if you know another way in: "
+        f"{command} --accept-risk={RISK}",
+        code=1,
+    )
+
+
+def ports() -> frozenset[int]:
+    """Of the SSH session that this process is in, and of every sshd that listens in this network namespace."""
+    open_here = {port for state, port, _ in _sockets() if state == _ESTABLISHED}
+    sessions = {port for port in _session_ports() if port in open_here}  # of this namespace, not of one further out
+    listening = {inode: port for state, port, inode in _sockets() if state == _LISTEN}
+    return frozenset(sessions | {listening[inode] for inode in _sshd_sockets() if inode in listening})
+
+
+def _session_ports() -> Iterator[int]:
+    """SSH_CONNECTION of this process and of those it comes from: sudo takes the variable out."""
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return
+        for variable in environ:
+            name, _, value = variable.partition(b"=")
+            fields = value.split()
+            if name == b"SSH_CONNECTION" and len(fields) == 4 and fields[3].isdigit():
+                yield int(fields[3])
+
+
+def _sockets() -> Iterator[tuple[str, int, str]]:
+    """State, local port and inode of each TCP socket here."""
+    for name in ("tcp", "tcp6"):
+        table = Path("/proc/thread-self/net") / name
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
+            fields = line.split()
+            yield fields[3], int(fields[1].rpartition(":")[2], 16), fields[9]
+
+
+def _sshd_sockets() -> Iterator[str]:
+    """The inodes of all sockets of programs called sshd, as far as we may look."""
+    for comm in Path("/proc").glob("[0-9]*/comm"):
+        try:
+            if comm.read_text() != "sshd\n":
+                continue
+            for descriptor in (comm.parent / "fd").iterdir():
+                target = os.readlink(descriptor)
+                if target.startswith("socket:["):
+                    yield target[8:-1]
+        except OSError:
+            continue

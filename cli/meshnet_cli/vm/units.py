@@ -1,0 +1,172 @@
+"""The systemd units of a VM, as text. Pure: `meshnet up` writes them, tests/cli/vm/golden shows them.
+
+Two units, for two sets of rights: the sidecar is a user of its own that may mark packets, the rules are root's. systemd
+itself then does what has to be done in which order:
+
+    start, boot    meshnet-rules is wanted by meshnet, and started once that has said READY: no rule leads nowhere
+    stop           meshnet-rules requires meshnet, so that it is stopped too, and first: the rules drain while the
+                   sidecar still carries what they captured, then the sidecar ends
+    restart, crash the same units stop and start again, but `--if-stopping` tells that this is no end, and the rules
+                   stay: what is captured is refused for a moment, and never goes out in plain text
+"""
+
+import re
+from pathlib import PurePosixPath
+
+from meshnet.model.duration import parse_duration
+from meshnet.model.settings import Settings
+
+SIDECAR, RULES = "meshnet.service", "meshnet-rules.service"
+USER = "meshnet"
+ENVIRONMENT_FILE = "/etc/default/meshnet"
+WATCHDOG = 30  # seconds that trio's loop may stand still
+REMOVAL_DRAIN = 30  # seconds that captured connections get when the rules' unit is stopped
+_SLACK = 15  # seconds beyond a drain until systemd kills
+_WRITTEN_BY = (
+    "# Written by `meshnet up`, which writes it again when settings change. For changes of your own: systemctl edit"
+)
+
+# Of code below these a unit with ProtectHome=yes would see nothing.
+_HOMES = ("/home", "/root", "/run/user")
+
+# systemd.exec(5). What both units can do without.
+_HARDENED = """\
+NoNewPrivileges=yes
+ProtectSystem=strict
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+SystemCallArchitectures=native
+"""
+
+
+def sidecar_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None) -> str:
+    """`meshnet` is the command line that starts meshnet; `config` its --config, if there is one."""
+    socket, last_good = PurePosixPath(settings.admin.socket), PurePosixPath(settings.mesh.last_good)
+    written = [last_good.parent]
+    runtime = ""
+    if socket.parent.parent == PurePosixPath("/run"):
+        # The rules' unit and `meshnet up` use it too: it stays when the sidecar ends.
+        runtime = f"RuntimeDirectory={_word(socket.parent.name)}\nRuntimeDirectoryPreserve=yes\n"
+    else:
+        written.append(socket.parent)
+    drain = parse_duration(settings.proxy.drain_timeout)
+    seen = (*meshnet, config or "", settings.mesh.directory, settings.identity.certificate, str(last_good))
+    return f"""\
+{_WRITTEN_BY} {SIDECAR.removesuffix(".service")}
+[Unit]
+Description=meshnet sidecar
+After=network.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+NotifyAccess=main
+ExecStart={_line(*meshnet, "proxy", *_config(config))}
+ExecReload=/bin/kill -HUP $MAINPID
+EnvironmentFile=-{ENVIRONMENT_FILE}
+User={USER}
+Group={settings.capture.gid}
+# The rules stay where they are, so without a sidecar nothing of this host works: it is started again for ever.
+Restart=always
+RestartSec=1
+WatchdogSec={WATCHDOG}
+TimeoutStartSec=60
+TimeoutStopSec={round(drain) + _SLACK}
+LimitNOFILE=1048576
+{runtime}# No StateDirectory=: systemd would make a present of the authority's key in it to the sidecar's user.
+ReadWritePaths={" ".join(f"-{_word(str(path))}" for path in written)}
+
+# SO_MARK, and IP_TRANSPARENT.
+AmbientCapabilities=CAP_NET_ADMIN
+CapabilityBoundingSet=CAP_NET_ADMIN
+{_HARDENED}ProtectHome={_protect_home(seen)}
+ProtectProc=invisible
+ProcSubset=pid
+PrivateIPC=yes
+RemoveIPC=yes
+RestrictNamespaces=yes
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallFilter=chown fchown fchownat lchown
+SystemCallErrorNumber=EPERM
+DevicePolicy=closed
+KeyringMode=private
+UMask=0077
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def rules_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None) -> str:
+    """The rules: put in once the sidecar is there, taken out when it is stopped for good."""
+    seen = (*meshnet, config or "")
+    remove = ("init", "remove", "--drain", f"{REMOVAL_DRAIN}s", "--if-stopping", RULES)
+    return f"""\
+{_WRITTEN_BY} {RULES.removesuffix(".service")}
+[Unit]
+Description=meshnet rules: turn this host's TCP to the sidecar
+Requires={SIDECAR}
+After={SIDECAR}
+
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+SuccessExitStatus=SIGTERM
+ExecStart={_line(*meshnet, *_keep(config))}
+ExecStopPost={_line(*meshnet, *remove)}
+EnvironmentFile=-{ENVIRONMENT_FILE}
+TimeoutStartSec=60
+TimeoutStopSec={REMOVAL_DRAIN + _SLACK}
+
+# NET_RAW: the legacy tables are read and written through a raw socket.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
+{_HARDENED}ProtectHome={_protect_home(seen)}
+# The lock of the iptables programs is there.
+ReadWritePaths=/run
+RestrictNamespaces=net
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
+UMask=0077
+
+[Install]
+WantedBy={SIDECAR}
+"""
+
+
+def _keep(config: str | None) -> tuple[str, ...]:
+    """What puts the rules in, and is there to look after them."""
+    return ("init", *_config(config))
+
+
+def _config(config: str | None) -> tuple[str, ...]:
+    return ("--config", config) if config else ()
+
+
+def _protect_home(paths: tuple[str, ...]) -> str:
+    below = any(PurePosixPath(path).is_relative_to(home) for path in paths if path for home in _HOMES)
+    return "read-only" if below else "yes"
+
+
+def _line(*words: str) -> str:
+    return " ".join(map(_word, words))
+
+
+def _word(text: str) -> str:
+    """One word of a unit's line, whatever it holds: systemd.service(5), systemd.syntax(7)."""
+    text = text.replace("%", "%%").replace("$", "$$")
+    if re.fullmatch(r"[\w@%+=:,./$-]+", text):
+        return text
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
