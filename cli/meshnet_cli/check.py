@@ -1,39 +1,27 @@
 """`meshnet check`: whether this host can be in the mesh, looked at from all sides and changed in none."""
 
-import ctypes
-import resource
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import click
 import msgspec
 
 from meshnet.errors import CommandError, ConfigError
+from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli import preflight, supervise
 from meshnet_cli.client import EXIT_FAILED
 from meshnet_cli.configuration import config_option, read_settings
+from meshnet_cli.finding import Finding
 from meshnet_cli.output import output_options, print_as, printable
+from meshnet_cli.vm import host, ssh, systemd
 
 EXIT_WARNED = 3
 
-_CONNTRACK = Path("/proc/sys/net/netfilter")
-_FULL = 0.8  # of the connection tracking table: bursts still have to fit
-_FEW_DESCRIPTORS = 65536  # a connection takes two or three
-_TIME_ERROR = 5  # adjtimex(2)
+_SOON = 0.25  # of a certificate's life: it should have been renewed at half of it
 _MARKS = {"ok": "✓", "warning": "!", "error": "✗"}
-
-
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """`code` stays what it is from version to version."""
-
-    code: str
-    level: Literal["ok", "warning", "error"]
-    what: str
-    why: str = ""
-    fix: str = ""
 
 
 class Findings(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -64,7 +52,7 @@ def command(config: str | None, output: str, fail_on: str) -> None:
 
     Exit code 0 if all is well, 1 with an error, 3 with a warning and --fail-on warning.
     """
-    items = tuple(findings(read_settings(config)))
+    items = tuple(findings(read_settings(config), config))
     levels = {item.level for item in items}
     result = Findings(ok="error" not in levels, items=items)
 
@@ -82,7 +70,7 @@ def command(config: str | None, output: str, fail_on: str) -> None:
         click.get_current_context().exit(EXIT_WARNED)
 
 
-def findings(settings: Settings) -> Iterator[Finding]:
+def findings(settings: Settings, config: str | None) -> Iterator[Finding]:
     """One for each thing looked at; more where several are wrong. The settings themselves are well-formed."""
     status = None
     try:
@@ -90,7 +78,9 @@ def findings(settings: Settings) -> Iterator[Finding]:
     except CommandError:
         pass  # said below, by whoever holds its ports
     yield _needed("rights.net_admin", "may change the kernel's rules", lambda: preflight.need_right("check"))
+    yield host.kernel()
     yield _needed("rules.backend", "", lambda: _backend(settings))
+    yield host.foreign_rules()
     if status is None:
         yield _needed("ports.free", "the sidecar's ports are free", lambda: preflight.need_free_ports(settings))
         yield _needed(
@@ -99,12 +89,18 @@ def findings(settings: Settings) -> Iterator[Finding]:
     else:
         yield Finding(code="sidecar.running", level="ok", what=f"a sidecar runs (pid {status.pid})")
         yield _needed("sidecar.settings", "it fits these settings", partial(preflight.need_fit, settings, status))
+    yield _needed(
+        "ssh.reachable", "SSH does not depend on the sidecar", lambda: ssh.need_safe(settings, (), "meshnet up")
+    )
+    yield _service(settings, config, status)
     yield _identity(settings)
+    yield _expiry(status)
     yield _needed("mesh.files", "", lambda: _mesh(settings))
     yield _relay(settings)
-    yield _clock()
-    yield _conntrack()
-    yield _descriptors()
+    yield host.clock()
+    yield host.conntrack()
+    yield host.descriptors()
+    yield host.disk(settings)
 
 
 def _needed(code: str, fine: str, look: Callable[[], str | None]) -> Finding:
@@ -163,43 +159,48 @@ def _relay(settings: Settings) -> Finding:
     )
 
 
-def _clock() -> Finding:
-    # The kernel's own view, whoever sets the clock: struct timex is 208 bytes, and all zero it only asks.
-    if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256)) != _TIME_ERROR:
-        return Finding(code="clock.synchronised", level="ok", what="the clock is synchronised")
-    return Finding(
-        code="clock.synchronised",
-        level="warning",
-        what="nothing keeps this host's clock right",
-        why="certificates are valid from a time to a time; an hour off, and peers refuse each other",
-        fix="timedatectl set-ntp true, or install chrony",
-    )
+def _service(settings: Settings, config: str | None, status: Status | None) -> Finding:
+    code = "service.units"
+    if not systemd.is_here():
+        return Finding(
+            code=code, level="ok", what="no systemd runs this host: meshnet up looks after the sidecar itself"
+        )
+    if not systemd.is_installed():
+        return Finding(code=code, level="ok", what="not installed yet")
+    service = systemd.Service(settings, config and str(Path(config).resolve()))
+    if differing := service.differing_units():
+        return Finding(
+            code=code,
+            level="warning",
+            what=f"{', '.join(differing)} is not as these settings, or this version, want it",
+            why="settings were changed, or meshnet was upgraded, since it was written",
+            fix="sudo meshnet up && sudo systemctl restart meshnet",
+        )
+    if status is not None and not service.is_enabled():
+        return Finding(
+            code=code,
+            level="warning",
+            what="it is up, but will not be after a reboot",
+            why="its units are not enabled",
+            fix="sudo meshnet up",
+        )
+    return Finding(code=code, level="ok", what="the units are as these settings want them")
 
 
-def _conntrack() -> Finding:
-    code = "conntrack.room"
-    try:
-        count, most = (int((_CONNTRACK / f"nf_conntrack_{name}").read_text()) for name in ("count", "max"))
-    except (FileNotFoundError, PermissionError):
-        return Finding(code=code, level="ok", what="no connection is tracked yet")
-    if count < _FULL * most:
-        return Finding(code=code, level="ok", what=f"{count} of {most} connections are tracked")
+def _expiry(status: Status | None) -> Finding:
+    """Of the certificate that the sidecar holds, for what is on disk is another matter."""
+    code = "identity.expiry"
+    if status is None or not status.certificate.not_after:
+        return Finding(code=code, level="ok", what="no sidecar holds a certificate")
+    held = status.certificate
+    first, last = (datetime.fromisoformat(text) for text in (held.not_before, held.not_after))
+    life = (last - first).total_seconds()
+    if held.expires_in_seconds > _SOON * life:
+        return Finding(code=code, level="ok", what=f"the sidecar's certificate ends at {held.not_after}")
     return Finding(
         code=code,
-        level="warning",
-        what=f"{count} of {most} connections are tracked: the table is nearly full",
-        why="captured connections are tracked, and what does not fit is dropped without a word",
-        fix=f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}",
-    )
-
-
-def _descriptors() -> Finding:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    enough = most == resource.RLIM_INFINITY or most >= _FEW_DESCRIPTORS
-    return Finding(
-        code="descriptors.limit",
-        level="ok" if enough else "warning",
-        what=f"a process may have {most} descriptors",
-        why="" if enough else f"that is about {most // 2} connections",
-        fix="" if enough else f"raise it: ulimit -Hn {_FEW_DESCRIPTORS}, or /etc/security/limits.conf",
+        level="warning" if held.expires_in_seconds > 0 else "error",
+        what=f"the sidecar's certificate ends at {held.not_after}" if held.expires_in_seconds > 0 else "it has expired",
+        why="nothing has renewed it; without one no meshed endpoint is spoken to",
+        fix=f"where the authority is: meshnet ca issue --identity {held.identity} --out DIR; copy DIR/* here",
     )

@@ -32,7 +32,7 @@ def read_settings(config: str | None) -> Settings:
     if config is None and not _somebody_wrote(DEFAULT_CONFIG):
         return load_settings("", os.environ, "the environment")
     file = config or DEFAULT_CONFIG
-    return load_settings(_text(file), os.environ, file)
+    return load_settings(read_text(file), os.environ, file)
 
 
 def admin_socket() -> str:
@@ -63,7 +63,7 @@ def _somebody_wrote(file: str) -> bool:
     return True
 
 
-def _text(file: str) -> str:
+def read_text(file: str) -> str:
     """Raises ConfigError."""
     try:
         content = Path(file).read_bytes()

@@ -49,6 +49,8 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "install": Entry("meshnet_cli.install", "Print what a namespace needs for pods in the mesh."),
     },
     "Admin": {
+        "set": Entry("meshnet_cli.set", "Change settings; what is in force is changed with them."),
+        "get": Entry("meshnet_cli.get", "The settings, and where each comes from."),
         "proxy": Entry("meshnet_cli.proxy", "Run the sidecar in the foreground."),
         "ca": Entry("meshnet_cli.ca", "The certificate authority: create it, issue identities."),
     },

@@ -40,7 +40,7 @@ def settings_with_origin(
     """As `load_settings`, and where each `section.key` comes from, defaults included."""
     settings, sources = _read(text, environ, file)
     return settings, {
-        f"{section}.{key}": sources.origin((section, key)) for section, keys in _KEYS.items() for key in keys
+        f"{section}.{key}": sources.origin((section, key)) for section, keys in KEYS.items() for key in keys
     }
 
 
@@ -81,11 +81,11 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[s
     """Variable, (section, key) and value. Without the double underscore a variable is no setting, such as
     MESHNET_CONFIG or what Kubernetes sets for a service called meshnet, unless it is a short form or almost a setting.
     """
-    almost = {f"MESHNET_{section}_{key}".upper(): (section, key) for section, keys in _KEYS.items() for key in keys}
+    almost = {f"MESHNET_{section}_{key}".upper(): (section, key) for section, keys in KEYS.items() for key in keys}
     for variable, text in sorted(environ.items()):
         section, double, key = variable.removeprefix("MESHNET_").lower().partition("__")
         if variable.startswith("MESHNET_") and double:
-            yield variable, (section, key), _typed(text, _KEYS.get(section, {}).get(key))
+            yield variable, (section, key), typed(text, KEYS.get(section, {}).get(key))
         elif variable in _SHORT_FORMS:
             yield variable, _SHORT_FORMS[variable], text
         elif variable in almost:
@@ -94,8 +94,8 @@ def _from_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[s
             raise ConfigError("this sets nothing", file=variable, suggestion=f"did you mean {meant}?")
 
 
-def _typed(text: str, kind: inspect.Type | None) -> object:
-    """What the text of a variable says; left as text if it is wrong, to be refused like any other wrong value."""
+def typed(text: str, kind: inspect.Type | None) -> object:
+    """What the text of a variable or an argument says; left as text if it is wrong, to be refused like any other."""
     if isinstance(kind, inspect.VarTupleType):
         return [part.strip() for part in text.split(",") if part.strip()]
     if isinstance(kind, inspect.BoolType):
@@ -110,21 +110,21 @@ def _typed(text: str, kind: inspect.Type | None) -> object:
 
 def _shape_problems(table: Table) -> Iterator[Problem]:
     for section, values in table.items():
-        if section not in _KEYS:
-            yield Problem((section,), "unknown section", did_you_mean(section, _KEYS) or "leave it out")
+        if section not in KEYS:
+            yield Problem((section,), "unknown section", did_you_mean(section, KEYS) or "leave it out")
         elif not isinstance(values, dict):
             yield Problem((section,), "expected a section", f"write [{section}] on a line of its own")
         else:
             for key, value in values.items():
-                if key in _KEYS[section]:
-                    yield from mismatches(value, _KEYS[section][key], (section, key))
+                if key in KEYS[section]:
+                    yield from mismatches(value, KEYS[section][key], (section, key))
                 else:
                     yield Problem((section, key), "unknown key", _where_else(section, key))
 
 
 def _where_else(section: str, key: str) -> str:
-    homes = [f"[{other}]" for other, keys in _KEYS.items() if key in keys]
-    return f"it belongs to {' or '.join(homes)}" if homes else did_you_mean(key, _KEYS[section]) or "leave it out"
+    homes = [f"[{other}]" for other, keys in KEYS.items() if key in keys]
+    return f"it belongs to {' or '.join(homes)}" if homes else did_you_mean(key, KEYS[section]) or "leave it out"
 
 
 def _value_problems(settings: Settings) -> list[Problem]:
@@ -308,4 +308,4 @@ def _keys() -> dict[str, dict[str, inspect.Type]]:
     }
 
 
-_KEYS = _keys()
+KEYS = _keys()

@@ -1,6 +1,7 @@
 """`meshnet check` on hosts that are well, and on hosts where one thing is not."""
 
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from meshnet.control.authority import Authority, save_issued
 from tests.cli.machine import Machine
+from tests.cli.sidecar import ROOT
 
 pytestmark = pytest.mark.netns
 
@@ -49,6 +51,43 @@ def test_a_host_that_is_up_is_well(machine: Machine) -> None:
     assert wrong(found) == {}
     assert {"sidecar.running", "sidecar.settings"} <= set(found)
     assert machine.meshnet("down").returncode == 0
+
+
+def test_every_code_is_told(machine: Machine) -> None:
+    told = set(re.findall(r"^\| `([a-z]+\.[a-z_]+)` \|", (ROOT / "docs/on-a-vm.md").read_text(), re.MULTILINE))
+    codes = set(looked_at(machine))
+    machine.up()
+    assert codes | set(looked_at(machine)) == told
+
+
+def test_another_mesh_is_an_error_and_dockers_rules_are_none(machine: Machine) -> None:
+    machine.host.run("nft", "add table ip nat; add chain ip nat DOCKER")
+    found = looked_at(machine)["rules.foreign"]
+    assert (found["level"], "DOCKER" in found["what"]) == ("ok", True)
+    machine.host.run("nft", "add chain ip nat ISTIO_OUTPUT")
+    found = looked_at(machine, code=1)["rules.foreign"]
+    assert (found["level"], "ISTIO_OUTPUT" in found["what"]) == ("error", True)
+
+
+def test_a_certificate_that_nobody_has_renewed(machine: Machine) -> None:
+    then = datetime.now(UTC) - timedelta(minutes=50)
+    authority = Authority.create("local", now=then)
+    save_issued(authority.issue("spiffe://local/ns/default/sa/web", now=then, ttl=timedelta(hours=1)), machine.identity)
+    machine.up()
+    found = looked_at(machine)["identity.expiry"]
+    assert found["level"] == "warning"
+    assert "meshnet ca issue --identity spiffe://local/ns/default/sa/web" in found["fix"]
+
+
+def test_a_disk_that_is_nearly_full(machine: Machine) -> None:
+    small = machine.home / "small"
+    small.mkdir()
+    machine.config.write_text(machine.config.read_text().replace(f"{machine.home}/last-good", f"{small}/last-good"))
+    script = 'mount -t tmpfs -o size=1m tmpfs "$0" && { head -c 2m /dev/zero >"$0/filler"; "$@"; }'
+    by = ("unshare", "--mount", "sh", "-c", script, str(small))
+    done = machine.meshnet("check", "--config", str(machine.config), "-o", "json", by=by)
+    found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
+    assert (found["disk.room"]["level"], found["disk.room"]["fix"]) == ("warning", f"df -h {small}")
 
 
 def test_warnings_count_where_it_was_asked_for(machine: Machine) -> None:

@@ -1,0 +1,131 @@
+"""What a host has for a sidecar, and what it lacks: kernel, other software's rules, clock, room. Changes nothing."""
+
+import ctypes
+import os
+import re
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+from meshnet.model.settings import Settings
+from meshnet_cli.finding import Finding
+
+_OLDEST_KERNEL = (5, 4)  # the oldest that Debian and Ubuntu still look after; pidfd_open, inet nat chains
+_CONNTRACK = Path("/proc/sys/net/netfilter")
+_FULL = 0.8  # of the connection tracking table: bursts still have to fit
+_FEW_DESCRIPTORS = 65536  # a connection takes two or three
+_TIME_ERROR = 5  # adjtimex(2)
+_LITTLE = 64 << 20  # bytes
+_LITTLE_SHARE = 0.05
+
+# What other software calls its chains and tables, in the kernel's text; what it is to us.
+_OTHERS = {
+    "another mesh captures here": r"ISTIO_\w+|PROXY_INIT_\w+|CONSUL_PROXY_\w+|KUMA_\w+",
+    "others translate addresses here": r"DOCKER\b|KUBE-SERVICES|CNI-\w+|LIBVIRT_\w+|NETAVARK\w*",
+    "a firewall is here": r"ufw-\w+|FWDI_\w+|f2b-\w+|table inet firewalld|shorewall\w*",
+}
+_HARMFUL = next(iter(_OTHERS))
+
+
+def kernel() -> Finding:
+    release = os.uname().release
+    found = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    if found >= _OLDEST_KERNEL:
+        return Finding(code="kernel.version", level="ok", what=f"Linux {release}")
+    oldest = ".".join(map(str, _OLDEST_KERNEL))
+    return Finding(
+        code="kernel.version",
+        level="error",
+        what=f"Linux {release} is older than {oldest}",
+        why="rules for both families in one table, and what watches over `meshnet up`, need a newer one",
+        fix="upgrade the system, or boot a newer kernel that is installed: uname -r; ls /boot",
+    )
+
+
+def foreign_rules() -> Finding:
+    """Other software's rules, by the names that it gives them; ours stand beside them, and are first."""
+    code = "rules.foreign"
+    text = "\n".join(map(_printed, (("nft", "list", "ruleset"), ("iptables-legacy-save",))))
+    found = {
+        what: sorted(set(re.findall(names, text)))
+        for what, names in _OTHERS.items()
+        if re.search(names, text) is not None
+    }
+    if _HARMFUL in found:
+        return Finding(
+            code=code,
+            level="error",
+            what=f"{_HARMFUL}: {', '.join(found[_HARMFUL][:4])}",
+            why="of two that turn connections to themselves one gets none, and which one nobody promises",
+            fix="take the other one out of this host first, then: sudo meshnet up",
+        )
+    if found:
+        listed = "; ".join(f"{what}: {', '.join(names[:4])}" for what, names in found.items())
+        return Finding(code=code, level="ok", what=f"{listed}: left alone, and work on")
+    return Finding(code=code, level="ok", what="no rules of other software that are known to matter")
+
+
+def disk(settings: Settings) -> Finding:
+    code, state = "disk.room", Path(settings.mesh.last_good).parent
+    folder = next(path for path in (state, *state.parents) if path.exists())
+    usage = shutil.disk_usage(folder)
+    if usage.free >= min(_LITTLE, _LITTLE_SHARE * usage.total):
+        return Finding(code=code, level="ok", what=f"{usage.free >> 20} MB are free for {state}")
+    return Finding(
+        code=code,
+        level="warning",
+        what=f"only {usage.free >> 20} MB are free for {state}",
+        why="certificates and the last good mesh are kept there; what runs goes on without, a restart may not",
+        fix=f"df -h {folder}",
+    )
+
+
+def clock() -> Finding:
+    # The kernel's own view, whoever sets the clock: struct timex is 208 bytes, and all zero it only asks.
+    if ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(256)) != _TIME_ERROR:
+        return Finding(code="clock.synchronised", level="ok", what="the clock is synchronised")
+    return Finding(
+        code="clock.synchronised",
+        level="warning",
+        what="nothing keeps this host's clock right",
+        why="certificates are valid from a time to a time; an hour off, and peers refuse each other",
+        fix="timedatectl set-ntp true, or install chrony",
+    )
+
+
+def conntrack() -> Finding:
+    code = "conntrack.room"
+    try:
+        count, most = (int((_CONNTRACK / f"nf_conntrack_{name}").read_text()) for name in ("count", "max"))
+    except (FileNotFoundError, PermissionError):
+        return Finding(code=code, level="ok", what="no connection is tracked yet")
+    if count < _FULL * most:
+        return Finding(code=code, level="ok", what=f"{count} of {most} connections are tracked")
+    return Finding(
+        code=code,
+        level="warning",
+        what=f"{count} of {most} connections are tracked: the table is nearly full",
+        why="captured connections are tracked, and what does not fit is dropped without a word",
+        fix=f"sysctl -w net.netfilter.nf_conntrack_max={2 * most}",
+    )
+
+
+def descriptors() -> Finding:
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = most == resource.RLIM_INFINITY or most >= _FEW_DESCRIPTORS
+    return Finding(
+        code="descriptors.limit",
+        level="ok" if enough else "warning",
+        what=f"a process may have {most} descriptors",
+        why="" if enough else f"that is about {most // 2} connections",
+        fix="" if enough else f"raise it: ulimit -Hn {_FEW_DESCRIPTORS}, or /etc/security/limits.conf",
+    )
+
+
+def _printed(command: tuple[str, ...]) -> str:
+    """Nothing where it is not installed, or we may not look."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    except FileNotFoundError:
+        return ""

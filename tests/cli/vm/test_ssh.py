@@ -1,0 +1,91 @@
+"""The way in by SSH is found, and not captured unless that is wanted by name."""
+
+import os
+import socket
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from meshnet.errors import CommandError
+from meshnet.model.settings import CaptureSection, Settings
+from meshnet_cli.vm import ssh
+from tests.cli.machine import Machine
+from tests.world import Host, World, wait_for
+
+pytestmark = pytest.mark.netns
+
+ALL = Settings(capture=CaptureSection(exclude_inbound_ports=()))
+
+# A program that is called sshd, as the kernel shows it, and listens.
+SSHD = (
+    "import ctypes, socket, signal; ctypes.CDLL(None).prctl(15, b'sshd', 0, 0, 0);"
+    " s = socket.create_server(('0.0.0.0', 2222)); signal.pause()"
+)
+
+
+@pytest.fixture
+def host(world: World) -> Host:
+    return world.host("vm")
+
+
+@pytest.fixture
+def session(host: Host) -> Iterator[tuple[socket.socket, str]]:
+    """A connection to port 2200 of `host`, and what sshd would say of it."""
+    with host.open_socket(socket.AF_INET) as server:
+        server.bind(("0.0.0.0", 2200))
+        server.listen()
+        with host.connect(host.address, 2200) as client:
+            accepted, (address, port) = server.accept()
+            with accepted:
+                yield accepted, f"{address} {port} {host.address} 2200"
+            del client
+
+
+def test_a_program_called_sshd_is_found_by_where_it_listens(host: Host) -> None:
+    program = host.spawn(sys.executable, "-c", SSHD)
+    with host.entered():
+        wait_for(lambda: ssh.ports() == {2222}, what="the port of sshd")
+        with pytest.raises(CommandError, match="would capture port 2222"):
+            ssh.need_safe(ALL, (), "meshnet up")
+        ssh.need_safe(ALL, ("lose-ssh",), "meshnet up")
+        ssh.need_safe(Settings(capture=CaptureSection(exclude_inbound_ports=("2000-3000",))), (), "meshnet up")
+        ssh.need_safe(Settings(capture=CaptureSection(inbound_ports=("80",), exclude_inbound_ports=())), (), "")
+    assert program.alive
+
+
+def test_the_session_counts_that_this_process_is_in(host: Host, session: tuple[socket.socket, str]) -> None:
+    _, said = session
+    # As sudo does: the variable is gone, but a process further up has it.
+    script = "import os; from meshnet_cli.vm import ssh; print(sorted(ssh.ports()), os.environ.get('SSH_CONNECTION'))"
+    done = host.run(
+        "sh", "-c", 'env -u SSH_CONNECTION "$0" -c "$1"; true', sys.executable, script, SSH_CONNECTION=said,
+        PYTHONPATH=os.pathsep.join(sys.path),
+    )  # fmt: skip
+    assert done.stdout == "[2200] None\n"
+
+
+def test_a_session_with_another_host_does_not_count(host: Host) -> None:
+    script = "from meshnet_cli.vm import ssh; print(sorted(ssh.ports()))"
+    done = host.run(
+        sys.executable, "-c", script, SSH_CONNECTION="10.0.0.1 5 10.0.0.2 22", PYTHONPATH=os.pathsep.join(sys.path)
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("command", [("up",), ("init",), ("set", "log.level=debug")])
+def test_commands_refuse_to_capture_the_way_in(machine: Machine, command: tuple[str, ...]) -> None:
+    machine.configure("[capture]\nexclude_inbound_ports = []\n")
+    program = machine.host.spawn(sys.executable, "-c", SSHD)
+    with machine.host.entered():
+        wait_for(lambda: ssh.ports() == {2222}, what="the port of sshd")
+    rules, settings = machine.rules(), machine.config.read_text()
+    config = () if command[0] == "up" else ("--config", str(machine.config))
+    done = machine.meshnet(*command, *config)
+    assert done.returncode == 1
+    assert "error: this would capture port 2222, by which SSH reaches this host\n" in done.stderr
+    assert "--accept-risk=lose-ssh\n" in done.stderr
+    assert (machine.rules(), machine.config.read_text()) == (rules, settings)
+    accepted = machine.meshnet(*command, *config, "--accept-risk=lose-ssh")
+    assert accepted.returncode == 0, accepted.stderr
+    assert program.alive
