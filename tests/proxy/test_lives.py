@@ -182,3 +182,22 @@ def test_a_great_deal_of_data_arrives_whole_in_both_directions(hosts: Hosts) -> 
         app.close()
     for record in (out.one(), into.one()):
         assert (record.bytes_sent, record.bytes_received) == (8 * len(block), 8 * len(block))
+
+
+def test_an_application_bound_to_loopback_only_stays_closed_kuma4630(hosts: Hosts) -> None:
+    out = Records(hosts.sidecar(hosts.web))
+    with hosts.api.open_socket() as server:
+        server.bind(("127.0.0.1", 8080))
+        server.listen()
+        with pytest.raises(ConnectionResetError), hosts.web.connect(API, 8080) as client:
+            client.recv(1)
+        assert nobody_came(server)
+    assert reason(out.one()).startswith("connect.refused")
+
+
+def test_an_application_bound_to_the_hosts_address_only_is_reached_istio14738(hosts: Hosts) -> None:
+    with hosts.api.open_socket() as server:
+        server.settimeout(5)
+        server.bind((hosts.api.address, 8080))
+        server.listen()
+        converse(hosts.web.connect(API, 8080), accept(server))

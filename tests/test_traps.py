@@ -1,0 +1,110 @@
+"""The traps that users of transparent proxies fall into most, each with the tests that keep it closed.
+
+By number: the twenty of the project's research on interception, with one issue of many where somebody fell in.
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+TRAPS: dict[str, tuple[str, ...]] = {
+    "1 legacy or nft: rules written where nobody looks (istio#15519)": (
+        "tests/init/test_backends.py::test_auto_takes_legacy_where_others_have_rules_there",
+        "tests/init/test_backends.py::test_the_older_backends_rules_go_when_the_newer_ones_are_in_force",
+    ),
+    "2 kernel modules or tables that are missing (istio#28897)": (
+        "tests/init/test_missing.py::test_auto_takes_what_the_kernel_has_istio28897",
+        "tests/init/test_missing.py::test_a_kernel_with_neither_is_told_with_what_to_load_istio44118",
+    ),
+    "3 the xtables lock (istio#58507)": (
+        "tests/init/test_backends.py::test_who_holds_the_lock_of_the_legacy_tables_is_waited_for",
+    ),
+    "4 init that runs again (istio#42792)": (
+        "tests/init/test_backends.py::test_twice_is_once_down_to_the_handles",
+        "tests/pod/test_pod.py::test_trap_4_init_that_runs_again_cuts_nothing",
+    ),
+    "5 init containers without a network (istio#11130)": (
+        "tests/pod/test_pod.py::test_traps_5_and_6_init_containers_and_the_application_find_the_proxy_ready",
+        "tests/pod/test_pod.py::test_trap_5_a_container_that_runs_before_the_proxy_is_left_alone_by_its_group",
+    ),
+    "6 an application that starts before the proxy (linkerd2#2704)": (
+        "tests/pod/test_pod.py::test_traps_5_and_6_init_containers_and_the_application_find_the_proxy_ready",
+    ),
+    "7 a proxy that ends before the application, jobs that never end (istio#6324)": (
+        "tests/pod/test_pod.py::test_trap_7_a_job_ends_and_its_sidecar_behind_it",
+        "tests/pod/test_pod.py::test_sigterm_with_the_application_still_calling_out",
+    ),
+    "8 an application with the proxy's own uid (istio#4286)": (
+        "tests/init/test_capture.py::test_the_proxys_group_lets_its_connections_pass",
+    ),
+    "9 a host that calls itself (istio#23369)": (
+        "tests/init/test_capture.py::test_loopback_and_own_address_stay_on_the_host",
+        "tests/proxy/test_hairpin.py::test_a_service_on_the_caller_s_own_host_is_reached_without_a_tunnel",
+    ),
+    "10 an application bound to one address only (kuma#4630)": (
+        "tests/proxy/test_lives.py::test_an_application_bound_to_loopback_only_stays_closed_kuma4630",
+        "tests/proxy/test_lives.py::test_an_application_bound_to_the_hosts_address_only_is_reached_istio14738",
+    ),
+    "11 servers that speak first (istio#10832)": (
+        "tests/traffic/test_programs.py::test_a_server_that_speaks_first_is_heard_by_a_client_that_says_nothing",
+    ),
+    "12 INVALID packets that reset (istio#36489)": ("tests/init/test_invalid.py::test_they_can_be_dropped_istio36489",),
+    "13 half-closed connections that conntrack forgets (istio#43297)": (
+        "tests/net/test_sockets.py::test_probes_come_before_conntrack_forgets_a_half_closed_connection_istio43297",
+        "tests/init/test_open_connections.py::test_a_half_closed_connection_is_waited_for_too",
+    ),
+    "14 UDP DNS and conntrack: it is not captured, and not refused (istio#33469)": (
+        "tests/init/test_guard.py::test_other_udp_can_be_refused_but_for_what_the_host_cannot_do_without",
+    ),
+    "15 IPv6 that is missing or half there (istio#57199)": (
+        "tests/proxy/test_capture.py::test_one_family_lost_is_capture_lost",
+        "tests/init/test_guard.py::test_ipv6_can_be_refused_so_that_nothing_leaks",
+    ),
+    "16 the original destination of dual-stack sockets (mitmproxy#2869)": (
+        "tests/net/test_original.py::test_an_ipv4_connection_at_a_dual_stack_socket_tells_its_ipv4_destination",
+    ),
+    "17 pods on the node's network (linkerd2#366)": (
+        "tests/cli/kubernetes/test_inject.py::test_trap_17_a_pod_of_the_host_s_network_is_left_out_by_its_label",
+    ),
+    "18 bridges of containers (istio#27728)": (
+        "tests/init/test_beside_others.py::test_containers_go_out_and_their_published_ports_are_reached_istio27728",
+        "tests/init/test_beside_others.py::test_containers_are_captured_where_that_is_asked_for_istio44996",
+    ),
+    "19 probes that mTLS refuses or the proxy accepts (osm#4434)": (
+        "tests/proxy/test_probes.py::test_trap_19_a_redirected_probe_is_accepted_by_the_sidecar_and_the_relay_asks_the_application",
+        "tests/pod/test_pod.py::test_probes_of_each_shape_tell_the_truth",
+    ),
+    "20 TPROXY, src_valid_mark and rp_filter (tailscale#19796)": (
+        "tests/init/test_tproxy.py::test_neither_rp_filter_nor_src_valid_mark_is_in_its_way_tailscale19796",
+        "tests/init/test_tproxy.py::test_where_nobody_listens_it_does_not_go_on_to_the_application_in_plain",
+    ),
+    "also: joining cuts open connections (istio#48876)": (
+        "tests/init/test_open_connections.py::test_connections_live_through_install_reinstall_and_change",
+        "tests/init/test_tproxy.py::test_open_connections_live_through_installation_and_removal_istio48876",
+    ),
+    "also: rules that vanish later (istio#61182)": (
+        "tests/proxy/test_capture.py::test_rules_that_vanish_later_take_readiness_away_and_their_return_gives_it_back",
+        "tests/init/test_guard.py::test_when_the_redirects_are_lost_connections_are_refused_and_not_passed_in_plain_istio61182",
+    ),
+    "also: QUIC goes beside the proxy (istio#1430)": (
+        "tests/init/test_guard.py::test_a_quic_client_learns_at_once_that_it_must_fall_back_istio1430",
+    ),
+}
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_kept_closed_by_tests_that_are_there(trap: str) -> None:
+    for test in TRAPS[trap]:
+        file, _, name = test.partition("::")
+        names = {
+            node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef)
+        }
+        assert name in names, test
+
+
+def test_none_of_the_twenty_is_left_out() -> None:
+    numbers = [int(trap.split()[0]) for trap in TRAPS if trap[0].isdecimal()]
+    assert numbers == list(range(1, 21))
