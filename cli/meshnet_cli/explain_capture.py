@@ -87,7 +87,7 @@ def _explained(source: str, target: str) -> CaptureExplanation:
     for older in installed:
         if older.backend != in_force.backend and not older.draining():
             notes.append(f"rules of backend {older.backend} are in force as well: sudo meshnet init leaves one")
-    way = walk(in_force.rules, call)
+    way = walk(in_force.rules, call, families_apart=in_force.backend != "nft")
     reasons = reasons_of(None)
     taken = way.decides.counted.rule if way.decides is not None else None
     captured = taken is not None and bool(taken.redirect or taken.tproxy)

@@ -1,5 +1,6 @@
 """`meshnet rules`: the kernel's redirect rules as planned, as they are, and whether they work."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class RuleView(msgspec.Struct, frozen=True, rename="camel"):
     action: str
     why: str
     hits: int | None = None
+    number: int = 0  # in its chain, from 1; where iptables has chains apart, in that of its family
 
 
 class RulesView(msgspec.Struct, frozen=True, rename="camel"):
@@ -81,7 +83,9 @@ def show_command(config: str | None, output: str) -> None:
     items = tuple(
         RulesView(
             backend=installed.backend,
-            rules=tuple(_counted_view(counted, reasons) for counted in installed.rules),
+            rules=_numbered(
+                tuple(_counted_view(counted, reasons) for counted in installed.rules), apart=installed.backend != "nft"
+            ),
             draining=installed.draining(),
             problems=installed.problems,
         )
@@ -94,8 +98,11 @@ def show_command(config: str | None, output: str) -> None:
     for item in items:
         click.echo(f"backend {item.backend}" + (": draining, nothing new is captured" if item.draining else ""))
         print_table(
-            ("CHAIN", "FAMILY", "MATCH", "ACTION", "HITS", "WHY"),
-            [(r.chain, r.family, r.match or "everything", r.action, str(r.hits), r.why) for r in item.rules],
+            ("CHAIN", "NO", "FAMILY", "MATCH", "ACTION", "HITS", "WHY"),
+            [
+                (r.chain, str(r.number), r.family, r.match or "everything", r.action, str(r.hits), r.why)
+                for r in item.rules
+            ],
         )
         for problem in item.problems:
             click.echo(f"! {problem}")
@@ -178,6 +185,17 @@ def _counted_view(counted: "Counted", reasons: "dict[Rule, str]") -> RuleView:
     from meshnet_init.backends import plain
 
     return _rule_view(counted.rule, reasons.get(plain(counted.rule), ""), counted.packets)
+
+
+def _numbered(views: tuple[RuleView, ...], *, apart: bool) -> tuple[RuleView, ...]:
+    """As `explain` counts them."""
+    counts: Counter[tuple[str, str]] = Counter()
+    found = []
+    for view in views:
+        key = (view.chain, view.family if apart else "")
+        counts[key] += 1
+        found.append(msgspec.structs.replace(view, number=counts[key]))
+    return tuple(found)
 
 
 def reasons_of(config: str | None) -> "dict[Rule, str]":

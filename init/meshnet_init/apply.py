@@ -45,11 +45,11 @@ def apply(settings: Settings, backend: str = "") -> Applied:
     refuses; then what was in force still is. A keeper waits meanwhile, and reads its settings again.
     """
     plan, chosen = make_plan(settings, host_facts()), choose(backend or settings.capture.backend)
-    is_kept = tell_keeper(StandDown())
+    keeper = tell_keeper(StandDown())
     try:
         return apply_plan(plan, chosen)
     finally:
-        if is_kept:
+        if keeper is not None:
             tell_keeper(TakeUp())
 
 

@@ -6,36 +6,35 @@ comes in by an interface that it does not know: then nothing is proved, and noth
 
 import socket
 import time
-from collections.abc import Callable
 
 from msgspec import structs
 
 from meshnet.model.address import Address
 from meshnet.model.canary import CANARY_PORT, FAMILIES, INBOUND_CANARY, IpFamily, greeting
 from meshnet.net.canary import begin_connect
-from meshnet_init.backends import Backend
+from meshnet_init.backends import Backend, Installed
 from meshnet_init.canary import PATIENCE, Canary, Status, finish_connect, listen, read_all, receive_own
 from meshnet_init.rule import Plan
 from meshnet_init.sidecar import captured_inbound, turns_inbound
 from meshnet_init.visitor import NoVisitor, a_visitor
 
-Hits = Callable[[], int]
-
 _REFUSED = "it was refused, and no rule of ours had caught it"
 
 
-def inbound_hits(backend: Backend) -> int:
+def inbound_hits(installed: Installed | None) -> int:
     """How many connections the inbound redirects have caught."""
-    installed = backend.installed()
     counted = installed.rules if installed is not None else ()
     return sum(each.packets for each in counted if turns_inbound(each.rule))
 
 
-def fly_in(plan: Plan, inbound_port: int, hits: Hits, *, proxy_runs: bool = False) -> tuple[Canary, ...]:
+def fly_in(
+    plan: Plan, inbound_port: int, backend: Backend, installed: Installed | None, *, proxy_runs: bool = False
+) -> tuple[Canary, ...]:
     """One canary a family, by a visitor; takes CAP_SYS_ADMIN, else they are `not tried`.
 
-    `hits` counts the connections that the inbound redirects have caught: a refused canary was captured if they have
-    grown. It makes an interface for a moment, so it is not for every look. `proxy_runs`: nobody may take its place.
+    `installed` is what `backend` has just found: if the hits of the inbound redirects have grown since then, a canary
+    that was refused was captured all the same. It makes an interface for a moment, so it is not for every look.
+    `proxy_runs`: then nobody may take its place.
     """
     ports = {family: _port(plan, family) for family in FAMILIES}
     left_alone = "the plan captures nothing that comes in"
@@ -43,7 +42,6 @@ def fly_in(plan: Plan, inbound_port: int, hits: Hits, *, proxy_runs: bool = Fals
         return tuple(_canary(family, "not in the plan", left_alone) for family in FAMILIES)
     found: list[Canary] = []
     transparent = any(rule.tproxy for rule in plan.rules)
-    before = hits()
     try:
         with a_visitor() as sockets:
             for family in FAMILIES:
@@ -60,7 +58,7 @@ def fly_in(plan: Plan, inbound_port: int, hits: Hits, *, proxy_runs: bool = Fals
         return tuple(_canary(family, "not tried", str(why)) for family in FAMILIES)
     if any(canary.detail == _REFUSED for canary in found):
         captured = sum(canary.status == "captured" for canary in found)
-        if hits() - before > captured:
+        if inbound_hits(backend.installed()) - inbound_hits(installed) > captured:
             found = [_by_a_firewall(canary) if canary.detail == _REFUSED else canary for canary in found]
     return tuple(found)
 

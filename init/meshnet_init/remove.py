@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from meshnet.errors import CommandError
 from meshnet.model.capture import StandDown
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import every_backend
@@ -44,7 +45,13 @@ def remove(
     before it sends something. Safe to run again after a crash at any point. Raises CommandError.
     """
     need_right_to_change()
-    tell_keeper(StandDown())
+    keeper = tell_keeper(StandDown())
+    if keeper is not None and keeper.state != "stood down":
+        raise CommandError(
+            f"the keeper of the rules (pid {keeper.pid}) does not stand down",
+            why="it would put them in again; it is busy with something",
+            fix=f"try again, or end it first: sudo kill {keeper.pid}",
+        )
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
     ports: set[int] = set()
     for backend, installed in found:

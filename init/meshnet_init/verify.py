@@ -11,7 +11,7 @@ from meshnet_init.apply import every_backend
 from meshnet_init.backends import differences
 from meshnet_init.canary import Canary, fly
 from meshnet_init.host import host_facts
-from meshnet_init.inbound_canary import fly_in, inbound_hits
+from meshnet_init.inbound_canary import fly_in
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import routing_differences
 from meshnet_init.rule import CHAIN_OUT, Plan
@@ -67,7 +67,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         fly(plan, family, port, settings.capture.gid, proxy_runs=sidecar is not None) for family in ("ipv4", "ipv6")
     )
     port = min(filter(None, map(turns_inbound, rules)), default=settings.proxy.inbound_port)
-    inbound = fly_in(plan, port, lambda: inbound_hits(backend), proxy_runs=sidecar is not None)
+    inbound = fly_in(plan, port, backend, installed, proxy_runs=sidecar is not None)
     ok = not lines and not unfit and all(canary.status != "not captured" for canary in (*canaries, *inbound))
     result = Verification(
         ok=ok,

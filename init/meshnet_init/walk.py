@@ -39,11 +39,13 @@ class Way(msgspec.Struct, frozen=True, kw_only=True):
     unless: tuple[Step, ...] = ()
 
 
-def walk(rules: Sequence[Counted], call: Call) -> Way:
-    """The way of `call` through what the kernel holds."""
+def walk(rules: Sequence[Counted], call: Call, *, families_apart: bool = False) -> Way:
+    """The way of `call` through what the kernel holds; `families_apart`: each family has chains of its own."""
     family = f"ipv{ipaddress.ip_address(call.target).version}"
     name = chain_of(rules, call)
     chain = [counted for counted in rules if counted.rule.chain == name]
+    if families_apart:
+        chain = [counted for counted in chain if counted.rule.family == family]
     unless: list[Step] = []
     for number, counted in enumerate(chain, 1):
         rule = counted.rule

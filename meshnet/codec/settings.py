@@ -171,6 +171,9 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
     if capture.proof_interval != "off":
         fields.duration(("capture", "proof_interval"), capture.proof_interval)
+    elif capture.required:
+        wrong = 'cannot be true while capture.proof_interval is "off"'
+        fields.wrong(("capture", "required"), wrong, "nothing would prove it: write an interval such as 30s")
     for key in _OF_PORTS:
         for index, text in enumerate(getattr(capture, key)):
             if not (text == "*" and key in ("inbound_ports", "outbound_ports")):

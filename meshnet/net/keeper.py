@@ -9,7 +9,7 @@ import msgspec
 from meshnet.model.capture import KEEPER, KeeperReport, KeeperRequest
 
 _MOST = 1 << 20
-_PATIENCE = 15.0  # seconds until it has done what it was told: it may be amid a look
+_PATIENCE = 35.0  # seconds until it has done what it was told: more than it takes for that
 _CREDENTIALS = struct.Struct("iII")  # struct ucred
 
 
@@ -30,9 +30,9 @@ def ask_keeper(request: KeeperRequest | None = None, timeout: float = 1.0) -> Ke
             return None
 
 
-def tell_keeper(request: KeeperRequest) -> bool:
-    """Whether there is a keeper, which then has done it."""
-    return ask_keeper(request, _PATIENCE) is not None
+def tell_keeper(request: KeeperRequest) -> KeeperReport | None:
+    """How it is now; None if there is no keeper."""
+    return ask_keeper(request, _PATIENCE)
 
 
 def peer_user(sock: socket.socket) -> int:

@@ -47,7 +47,7 @@ class Bypass:
             (direction, each)
             for each in established
             if (direction := self._past(each)) is not None
-            and not (direction is Direction.OUTBOUND and (each.local, each.local_port) in captured)
+            and (each.local, each.local_port) not in captured
             and not (direction is Direction.INBOUND and (each.remote, each.remote_port) in ends)
             and not self._is_local(each.remote)
         }

@@ -65,15 +65,15 @@ class CaptureProof:
         """Until it is cancelled; returns at once where no proof is asked for."""
         if self._interval is None:
             return
-        pause = min(_FIRST, self._interval)
+        next_try = _FIRST
         with LocalAddresses() as addresses:
             bypass = Bypass(self._settings, addresses, self._pids)
             while True:
                 await self._prove()
                 await self._look(bypass)
                 self._hear(await trio.to_thread.run_sync(ask_keeper))
-                pause = self._interval if self.in_place else min(pause * 2, self._interval)
-                await trio.sleep(pause)
+                await trio.sleep(self._interval if self.in_place else min(next_try, self._interval))
+                next_try = _FIRST if self.in_place else next_try * 2
 
     @property
     def in_place(self) -> bool | None:

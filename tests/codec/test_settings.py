@@ -57,6 +57,9 @@ def test_the_time_between_proofs_is_one_or_off() -> None:
         'meshnet.toml:2: capture.proof_interval: "0s" is no time at all'
     )
     assert "is not a duration" in refusal("[capture]\nproof_interval = 'never'\n")
+    assert refusal("[capture]\nproof_interval = 'off'\nrequired = true\n").startswith(
+        'meshnet.toml:3: capture.required: cannot be true while capture.proof_interval is "off"'
+    )
     assert 'not one of "closed", "open"' in refusal("[capture]\nfail = 'maybe'\n")
 
 

@@ -95,3 +95,12 @@ def test_rules_are_numbered_as_they_stand_in_their_chain() -> None:
     found = way(into(22)).decides
     assert found is not None
     assert found.number == 7
+
+
+@pytest.mark.parametrize(("target", "number"), [("10.0.0.1", 7), ("fd00::1", 7)])
+def test_where_each_family_has_its_chain_they_are_numbered_in_that(target: str, number: int) -> None:
+    plan = make_plan(Settings(), Host())
+    apart = [Counted(rule) for family in ("ipv4", "ipv6") for rule in plan.of_family(family)]
+    found = walk(apart, into(22, target=target), families_apart=True).decides
+    assert found is not None
+    assert found.number == number

@@ -1,5 +1,7 @@
 """The sidecar proves capture by itself, without any right, and says so when it is lost."""
 
+import socket
+
 import pytest
 
 from meshnet.errors import CommandError
@@ -136,7 +138,7 @@ def test_no_right_at_all_is_needed(mesh: Mesh, web: Host) -> None:
 
 def test_off_is_off(mesh: Mesh, web: Host) -> None:
     mesh.write()
-    sidecar = mesh.sidecar(web, capture={"proof_interval": "off", "required": True})
+    sidecar = mesh.sidecar(web, capture={"proof_interval": "off"})
     assert sidecar.status().capture is None
     assert "meshnet_rules_in_place" not in get(web, "/metrics")[1]
 
@@ -151,6 +153,24 @@ def test_several_workers_prove_once_and_answer_as_one(mesh: Mesh, web: Host) -> 
     wait_for(lambda: not_ready(sidecar))
     assert sidecar.process is not None
     assert sidecar.process.output.count("outbound IPv4 is captured no longer") == 1
+
+
+def test_a_captured_connection_from_a_port_that_is_served_as_well_is_no_inbound_one(
+    sidecar: Sidecar, web: Host, peer: Host
+) -> None:
+    sidecar.capture()
+    wait_for(lambda: in_place(sidecar))
+    with listening(peer, "ipv4", APP), web.open_socket() as server, web.open_socket() as client:
+        for sock in (server, client):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            sock.bind((web.address, 9000))
+        server.listen()
+        client.connect((peer.address, APP))
+        looked = capture_of(sidecar).proved_at
+        wait_for(lambda: capture_of(sidecar).proved_at > looked)
+        looked = capture_of(sidecar).proved_at
+        wait_for(lambda: capture_of(sidecar).proved_at > looked)
+        assert capture_of(sidecar).uncaptured == {"outbound": 0, "inbound": 0}
 
 
 def test_what_got_past_the_sidecar_is_counted_and_what_is_older_than_capture_is_not(

@@ -20,7 +20,7 @@ from meshnet.net.keeper import peer_user
 _log = logging.getLogger("meshnet.keeper")
 
 _PATIENCE = 1.0  # seconds for a question; they are answered one after the other
-_OBEYED = 10.0  # seconds until the keeper has done what it was told
+_OBEYED = 30.0  # seconds until the keeper has done what it was told: it may be amid a look
 _MOST = 4096
 
 
@@ -84,7 +84,8 @@ class Door:
             self._done.clear()
             self._request = request
             self._wake()
-            self._done.wait(_OBEYED)
+            if not self._done.wait(_OBEYED):
+                self._request = None  # whoever asked is told that it was not done
         if self.report is not None:
             client.sendall(msgspec.json.encode(self.report) + b"\n")
 

@@ -26,7 +26,7 @@ from meshnet.proxy.notify import Notifier
 from meshnet_init.apply import apply_plan, choose, drift, every_backend
 from meshnet_init.canary import ask_the_proxy
 from meshnet_init.host import host_facts
-from meshnet_init.inbound_canary import fly_in, inbound_hits
+from meshnet_init.inbound_canary import fly_in
 from meshnet_init.keep.door import Door
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
@@ -175,7 +175,7 @@ class Keeper:
             return
         self._inbound_due = False
         port = self._settings.proxy.inbound_port
-        canaries = fly_in(self._plan, port, lambda: inbound_hits(self._backend), proxy_runs=True)
+        canaries = fly_in(self._plan, port, self._backend, self._backend.installed(), proxy_runs=True)
         found = tuple(
             Proof(direction="inbound", family=it.family, result=it.status, detail=it.detail) for it in canaries
         )
