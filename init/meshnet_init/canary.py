@@ -71,15 +71,15 @@ def fly(plan: Plan, family: IpFamily, outbound_port: int, gid: int, *, proxy_run
         return _ask_the_kernel(plan, family, listener)
 
 
-def ask_the_proxy(plan: Plan, family: IpFamily, port: int = CANARY_PORT) -> Canary:
-    """One family's canary to the proxy that runs here: at PROOF_PORT it leaves no record."""
+def ask_the_proxy(plan: Plan, family: IpFamily, port: int = CANARY_PORT, patience: float = PATIENCE) -> Canary:
+    """One family's canary to the proxy that runs here, for `patience` seconds: at PROOF_PORT it leaves no record."""
     if family == "ipv6" and not plan.ipv6:
         return Canary(family=family, status="not in the plan", detail="IPv6 is not captured here")
     target = Address(CANARY[family], port)
     if not captures(plan.rules, target.host, target.port):
         return Canary(family=family, status="not in the plan", detail=f"the plan leaves {target} alone")
     expected = greeting(target)
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     try:
         with _connect(target, deadline) as client:
             finish_connect(client, deadline)
@@ -87,7 +87,7 @@ def ask_the_proxy(plan: Plan, family: IpFamily, port: int = CANARY_PORT) -> Cana
     except _NoRoute:
         return Canary(family=family, status="no route", destination=str(target), detail="nothing can leave")
     except OSError as error:
-        return Canary(family=family, status="not captured", destination=str(target), detail=_why(error))
+        return Canary(family=family, status="not captured", destination=str(target), detail=_why(error, patience))
     if answer != expected:
         detail = "whoever answered is not the outbound proxy"
         return Canary(family=family, status="not captured", destination=str(target), detail=detail)
@@ -230,7 +230,7 @@ def _left(deadline: float) -> float:
     return left
 
 
-def _why(error: OSError) -> str:
+def _why(error: OSError, patience: float = PATIENCE) -> str:
     if isinstance(error, TimeoutError):
-        return f"nothing came back within {PATIENCE:g} s"
+        return f"nothing came back within {patience:g} s"
     return f"{error.strerror or error}: the connection left by its own way"

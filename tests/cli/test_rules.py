@@ -8,6 +8,7 @@ import pytest
 from meshnet_cli.main import ENTRIES
 from meshnet_cli.rules import command
 from tests.cli.machine import Machine
+from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -113,3 +114,26 @@ def test_init_verify_does_not_put_in_rules_that_the_running_sidecar_does_not_fit
     assert "fix: start it again with these settings: sudo meshnet down && sudo meshnet up\n" in done.stderr
     assert machine.rules() == rules
     assert machine.meshnet("init", "--config", str(machine.config), "--verify").returncode == 0
+
+
+def test_down_and_up_and_a_keeper_beside_them(machine: Machine) -> None:
+    machine.configure("[capture]\nproof_interval = '500ms'\n")
+    machine.up()
+    keeper = machine.start("rules", "keep")
+
+    def state() -> str:
+        capture = machine.status().capture
+        return capture.keeper.state if capture is not None and capture.keeper is not None else ""
+
+    wait_for(lambda: state() == "keeping")
+    assert machine.meshnet("down").returncode == 0
+    assert "told to stand down" in keeper.output
+    assert "table inet meshnet" not in machine.rules()
+    machine.up()
+    wait_for(lambda: state() == "keeping")
+    machine.host.run("nft", "delete", "table", "inet", "meshnet")
+    wait_for(lambda: "rules repaired, nft (pid " in keeper.output)
+    assert "table inet meshnet" in machine.rules()
+    assert "not captured" not in keeper.output
+    assert machine.meshnet("rules", "verify").returncode == 0
+    assert keeper.terminate() == 0

@@ -38,6 +38,7 @@ _log = logging.getLogger("meshnet.keeper")
 _NO_INTERVAL = 30.0  # seconds between looks where the settings want no proof
 _SETTLE, _SETTLED_BY = 0.2, 2.0  # seconds of quiet after a change of the rules, and how long that is waited for
 _GAP = 1.0  # seconds between looks, however often others change their own rules
+_TRIES, _PATIENCE = 3, 1.0  # canaries until one is lost, and seconds for each: meanwhile nothing is repaired
 _KNOCK = 0.2  # seconds between tries to reach a sidecar that is gone
 
 
@@ -193,7 +194,12 @@ class Keeper:
             return proof("not tried", "the rules are not in force")
         if self._line is None:
             return proof("not tried", "no sidecar runs that could answer")
-        canary = ask_the_proxy(self._plan, family, PROOF_PORT)
+        for _ in range(_TRIES):
+            canary = ask_the_proxy(self._plan, family, PROOF_PORT, _PATIENCE)
+            if canary.status != "not captured":
+                break
+            if self._news is not None and select.select([self._news], [], [], 0)[0]:
+                return proof("not tried", "the rules are being changed")  # soon it is known how
         if canary.status == "not captured" and not self._line.is_up():
             return proof("not tried", "the sidecar has just died")
         return Proof(direction="outbound", family=family, result=canary.status, detail=canary.detail)
@@ -201,7 +207,7 @@ class Keeper:
     def _mind_the_sidecar(self) -> None:
         if self._line is not None and not self._line.is_up():
             self._hang_up()
-            opens = self._settings.capture.fail == "open" and not self._stood_down
+            opens = self._stood_down or self._settings.capture.fail == "open"
             _log.warning("the sidecar is gone: new connections %s", "go direct" if opens else "are refused")
         if self._line is None:
             try:
