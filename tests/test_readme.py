@@ -1,5 +1,6 @@
 """The README is part of the product: commands, settings, fields and reasons are all in it, and its YAML is valid."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from meshnet.codec.mesh import read_mesh
 from meshnet.errors import Reason
 from meshnet.model import resource
 from meshnet.model.settings import Settings
+from meshnet_cli.kubernetes.wishes import ANNOTATIONS
 from meshnet_cli.main import ENTRIES
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,19 @@ def test_every_variable_that_is_read_is_told() -> None:
     read = {name for source in sources for name in re.findall(r"""["'](MESHNET_[A-Z]+)["']""", source)}
     assert {"MESHNET_CONFIG", "MESHNET_NODE"} <= read
     assert [name for name in sorted(read) if f"`{name}`" not in README] == []
+
+
+@pytest.mark.parametrize("annotation", ANNOTATIONS)
+def test_every_annotation_is_told_with_an_example(annotation: str) -> None:
+    assert re.search(rf"^\| `meshnet\.dev/{annotation}` \| `[^`]+` \|", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["inject", "uninject", "install"])
+def test_every_flag_for_kubernetes_is_told_with_an_example(command: str) -> None:
+    found = importlib.import_module(ENTRIES[command].module).command
+    flags = {each for option in found.params for each in (*option.opts, *option.secondary_opts)}
+    told = set(re.findall(r"`(--?[a-z-]+)`", "".join(re.findall(r"^\| (`-[^|]*)\| `[^`]+` \|", README, re.MULTILINE))))
+    assert flags - {"--native-sidecar"} <= told  # the default
 
 
 @pytest.mark.parametrize("reason", Reason)

@@ -9,8 +9,18 @@ import msgspec
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
+from meshnet_cli.client import EXIT_PERMISSION
 from meshnet_cli.configuration import config_option, read_settings
-from meshnet_cli.output import DURATION, Parsed, output_options, print_json, print_json_line, printable, with_sudo
+from meshnet_cli.output import (
+    DURATION,
+    Parsed,
+    output_options,
+    print_json,
+    print_json_line,
+    printable,
+    warn,
+    with_sudo,
+)
 from meshnet_cli.rules import sidecar_lines, unproved
 from meshnet_cli.vm import ssh
 
@@ -279,13 +289,13 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
 
     Raises CommandError with code 7 when it put the old state back.
     """
-    from meshnet_cli import preflight, supervise
+    from meshnet_cli import preflight
     from meshnet_init.apply import apply, installed_rules
     from meshnet_init.rollback import put_back
     from meshnet_init.verify import verify
 
     preflight.need_right("init")
-    sidecar = supervise.running(settings) if prove else None
+    sidecar = _running(settings) if prove else None
     if sidecar is not None:
         preflight.need_fit(settings, sidecar)
     before = installed_rules()
@@ -307,6 +317,19 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
         fix="look for other software's rules: nft list ruleset, iptables-save",
         code=EXIT_ROLLED_BACK,
     )
+
+
+def _running(settings: Settings) -> Status | None:
+    """The sidecar that can be asked. In a pod its socket may be another user's, and root has no right but NET_ADMIN."""
+    from meshnet_cli import supervise
+
+    try:
+        return supervise.running(settings)
+    except CommandError as error:
+        if error.code != EXIT_PERMISSION:
+            raise
+        warn(f"nothing is compared with a sidecar: {error.what}")
+        return None
 
 
 def print_plan(settings: Settings, form: str | None = None) -> None:

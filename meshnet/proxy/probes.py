@@ -33,6 +33,7 @@ class ProbeRelay:
     def __init__(self, checks: Mapping[str, Check], mark: int) -> None:
         self._checks = checks
         self._mark = mark
+        self._unverified = _unverified()
         self._open = 0
 
     async def handle(self, stream: trio.SocketStream) -> None:
@@ -91,7 +92,7 @@ class ProbeRelay:
         port = parts.port or (443 if parts.scheme == "https" else 80)
         stream: trio.abc.Stream = await self._connect(Address(parts.hostname or "", port), check.timeout)
         if parts.scheme == "https":
-            stream = trio.SSLStream(stream, _unverified(), https_compatible=True)
+            stream = trio.SSLStream(stream, self._unverified, https_compatible=True)
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             return await get(stream, target, _headers(check, parts.netloc, agent))
@@ -118,7 +119,7 @@ def _headers(check: HttpCheck, host: str, agent: str) -> list[tuple[str, str]]:
 
 def _unverified() -> ssl.SSLContext:
     """A probe asks whether the application answers; who it is nobody doubts on its own host."""
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     return context

@@ -1,0 +1,251 @@
+"""A pod as Kubernetes runs it: rules by NET_ADMIN alone, a sidecar with no capability, and an application behind it."""
+
+import http.client
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.pod.conftest import API, CLIENT, CURL, PORT, Cluster
+from tests.pod.kubelet import Pod
+from tests.proxy.programs import ended_by_rst
+from tests.world import ProgramFailed, wait_for
+
+pytestmark = pytest.mark.netns
+
+JOB = f"""
+apiVersion: batch/v1
+kind: Job
+metadata: {{name: report}}
+spec:
+  template:
+    spec:
+      serviceAccountName: client
+      restartPolicy: Never
+      terminationGracePeriodSeconds: 10
+      containers:
+        - {{name: job, command: [sh, -c, "for i in 1 2 3; do {CURL} || exit 1; done"]}}
+"""
+
+PROBED = """
+apiVersion: v1
+kind: Pod
+metadata: {name: probed}
+spec:
+  serviceAccountName: client
+  containers:
+    - name: app
+      command: [python3, -m, http.server, "9000", --directory, /work]
+      workingDir: /work
+      startupProbe: {tcpSocket: {port: 9000}, failureThreshold: 30}
+      livenessProbe: {exec: {command: [test, -e, /work/alive]}}
+      readinessProbe: {httpGet: {path: /ready, port: 9000}}
+      volumeMounts: [{name: work, mountPath: /work}]
+  volumes: [{name: work, emptyDir: {}}]
+"""
+
+
+def facts(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+class Caller:
+    """A connection of the pod's application to the service, over which it asks as often as it likes."""
+
+    def __init__(self, pod: Pod) -> None:
+        self.connection = http.client.HTTPConnection(API, PORT)
+        self.connection.sock = pod.host.connect(API, PORT)
+
+    def asks(self) -> str:
+        self.connection.request("GET", "/")
+        return self.connection.getresponse().read().decode()
+
+    def close(self) -> None:
+        self.connection.close()
+
+
+def asks_once(pod: Pod) -> str:
+    caller = Caller(pod)
+    try:
+        return caller.asks()
+    finally:
+        caller.close()
+
+
+def test_traps_5_and_6_init_containers_and_the_application_find_the_proxy_ready(running: Pod, server: Pod) -> None:
+    pod = running
+    assert pod.started == ["meshnet-init", "meshnet-proxy", "fetch", "app"]
+    app = pod.processes["app"]
+    wait_for(lambda: app.output == "hello")
+    # It was the mesh that brought them there: through a tunnel, with the identity of the pod's service account.
+    by_client = f'"source":{{"address":"{pod.host.address}:'
+
+    def served() -> list[str]:
+        lines = server.processes["meshnet-proxy"].output.splitlines()
+        return [line for line in lines if by_client in line and '"inbound"' in line]
+
+    wait_for(lambda: len(served()) == 2)
+    assert all('"identity":"spiffe://mesh.example/ns/default/sa/client"' in line for line in served())
+
+
+def test_the_sidecar_has_no_right_and_a_root_directory_it_cannot_write_to(running: Pod) -> None:
+    found = facts(running.processes["meshnet-proxy"].pid)
+    assert {found[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert (found["Uid"].split()[0], found["Gid"].split()[0], found["NoNewPrivs"]) == ("15137", "15137", "1")
+    for name in ("meshnet-init", "meshnet-proxy"):
+        assert running.execute(name, "touch", "/anywhere", check=False) == 1
+        assert running.execute(name, "touch", f"/run/meshnet/{name}") == 0
+    assert running.execute("meshnet-proxy", "meshnet", "rules", "verify", check=False) == 5
+    assert running.execute("meshnet-init", "meshnet", "rules", "verify") == 0
+
+
+@pytest.mark.parametrize("backend", ["nft", "iptables", "legacy"])
+def test_each_backend_has_the_rights_it_needs_and_no_more(client: Callable[..., Pod], backend: str) -> None:
+    pod = client(CLIENT, "--backend", backend)
+    assert f"in force ({backend})" in pod.run_to_end("meshnet-init")
+    with pytest.raises(ProgramFailed, match="onnect to server"):  # no sidecar yet: refused, and not let pass
+        pod.run_to_end("fetch")
+    lock = pod.volumes / "meshnet-run" / "xtables.lock"
+    assert lock.exists() == (backend == "legacy")
+
+
+def test_trap_5_a_container_that_runs_before_the_proxy_is_left_alone_by_its_group(
+    client: Callable[..., Pod], cluster: Cluster
+) -> None:
+    outside = cluster.world.host("outside")
+    outside.spawn("python3", "-m", "http.server", "8000", name="http")
+    wait_for(lambda: outside.listens(8000))
+    manifest = CLIENT.replace(f"{API}:{PORT}", f"{outside.address}:8000")
+    manifest = manifest.replace("{name: client}", "{name: client, annotations: {meshnet.dev/skip-gids: '4242'}}")
+    pod = client(manifest.replace("runAsGroup: 1000", "runAsGroup: 4242"))
+    pod.run_to_end("meshnet-init")
+    assert "Directory listing" in pod.run_to_end("fetch")
+    pod.containers["fetch"]["securityContext"]["runAsGroup"] = 1000
+    with pytest.raises(ProgramFailed, match="onnect to server"):
+        pod.run_to_end("fetch")
+
+
+def test_an_ordinary_sidecar_holds_the_application_back_and_leaves_init_containers_the_network(
+    client: Callable[..., Pod], cluster: Cluster, server: Pod
+) -> None:
+    # Before there are rules, and so without the mesh: what is strict refuses it.
+    pod = client(CLIENT.replace(f'sh, -c, "{CURL}"], sec', "'true'], sec"), "--no-native-sidecar")
+    pod.start()
+    assert pod.started == ["fetch", "meshnet-init", "meshnet-proxy", "app"]
+    wait_for(lambda: pod.processes["app"].output == "hello")
+
+
+def test_trap_7_a_job_ends_and_its_sidecar_behind_it(client: Callable[..., Pod]) -> None:
+    pod = client(JOB)
+    pod.start()
+    job, sidecar = pod.processes["job"], pod.processes["meshnet-proxy"]
+    assert (job.popen.wait(20), job.output) == (0, "hello" * 3)
+    assert sidecar.alive
+    assert pod.end_sidecars() == [0]
+
+
+def test_sigterm_with_the_application_still_calling_out(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT)
+    pod.start()
+    sidecar = pod.processes["meshnet-proxy"]
+    first = Caller(pod)
+    assert first.asks() == "hello"
+    pod.asked_to_end("meshnet-proxy")
+    wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"))
+    second = Caller(pod)
+    assert (first.asks(), second.asks(), asks_once(pod)) == ("hello", "hello", "hello")
+    first.close()
+    assert second.asks() == "hello"
+    second.close()
+    assert sidecar.popen.wait(10) == 0
+
+
+def test_sigterm_with_a_connection_that_outlives_the_grace_period(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT.replace("terminationGracePeriodSeconds: 10", "terminationGracePeriodSeconds: 3"))
+    pod.start()
+    left = Caller(pod)
+    assert left.asks() == "hello"
+    assert pod.end_sidecars() == [0]  # and not killed, for its drain is shorter than the grace period
+    assert ended_by_rst(left.connection.sock)
+    left.close()
+
+
+def test_an_ordinary_sidecar_stays_a_while_for_an_application_that_ends_with_it(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT.replace("terminationGracePeriodSeconds: 10", "terminationGracePeriodSeconds: 6"),
+                 "--no-native-sidecar")  # fmt: skip
+    pod.containers["fetch"]["command"] = ["true"]
+    pod.start()
+    hook = pod.containers["meshnet-proxy"]["lifecycle"]["preStop"]["exec"]["command"]
+    stays = threading.Thread(target=pod.execute, args=("meshnet-proxy", *hook))
+    stays.start()
+    asked = 0
+    while stays.is_alive():  # nothing is open in between, which alone would end a drain
+        assert asks_once(pod) == "hello"
+        asked += 1
+    assert asked
+    assert pod.processes["meshnet-proxy"].terminate(6) == 0
+
+
+def test_probes_of_each_shape_tell_the_truth(client: Callable[..., Pod]) -> None:
+    pod = client(PROBED)
+    work = pod.volumes / "work"
+    (work / "ready").write_text("")
+    pod.start()
+    assert pod.probe("app", "startupProbe")
+    assert pod.probe("app", "readinessProbe")
+    (work / "ready").unlink()
+    assert not pod.probe("app", "readinessProbe")
+    assert not pod.probe("app", "livenessProbe")
+    (work / "alive").write_text("")
+    assert pod.probe("app", "livenessProbe")
+    pod.processes["app"].kill()
+    assert not pod.probe("app", "startupProbe")  # the one of TCP, which a redirected port would have taken for well
+    assert not pod.probe("app", "readinessProbe")
+    assert pod.probe("meshnet-proxy", "livenessProbe")
+
+
+def test_trap_4_init_that_runs_again_cuts_nothing(running: Pod, server: Pod) -> None:
+    caller = Caller(running)
+    assert caller.asks() == "hello"
+    for pod in (running, server):
+        said = pod.run_to_end("meshnet-init")
+        assert "nothing changed" in said
+        assert "which the rules fit" in said
+        assert "ipv4: captured: the proxy answered" in said
+    assert caller.asks() == "hello"
+    caller.close()
+
+
+def test_trap_4_init_runs_again_where_it_may_not_ask_the_sidecar(client: Callable[..., Pod]) -> None:
+    # Root without rights may only because it is in the sidecar's group, and a pod may say that it shall not be.
+    pod = client(CLIENT.replace("  initC", "  securityContext: {supplementalGroupsPolicy: Strict}\n  initC"))
+    pod.start()
+    said = pod.run_to_end("meshnet-init")
+    assert "nothing changed" in said
+    assert "ipv4: captured: the proxy answered" in said
+    assert "which the rules fit" not in said
+
+
+def test_a_sidecar_that_fails_is_started_again_in_the_same_volumes(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT)
+    pod.start()
+    pod.processes["meshnet-proxy"].kill()
+    with pytest.raises(ConnectionRefusedError):
+        asks_once(pod)
+    assert "nothing changed" in pod.run_to_end("meshnet-init")
+    pod.start_container("meshnet-proxy")
+    assert asks_once(pod) == "hello"
+    assert pod.execute("meshnet-proxy", "meshnet", "status") == 0
+
+
+def test_a_change_of_the_config_map_reaches_a_sidecar_that_runs(running: Pod) -> None:
+    folder = running.volumes / "meshnet-config"
+    files = {name: (folder / name).read_bytes() for name in ("meshnet.toml", "api.yaml")}
+    more = files["api.yaml"].replace(API.encode(), b"10.96.0.11").replace(b"name: api", b"name: more")
+    with pytest.raises(ProgramFailed):
+        running.execute("app", "curl", "-sS", "--fail", f"http://10.96.0.11:{PORT}/")
+    running.update("meshnet-config", files | {"more.yaml": more})
+    wait_for(lambda: "mesh version 2" in running.processes["meshnet-proxy"].output)
+    assert running.execute("app", "curl", "-sS", "--fail", f"http://10.96.0.11:{PORT}/") == 0
