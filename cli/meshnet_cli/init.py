@@ -175,11 +175,16 @@ def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
             section, _, key = name.partition("__")
             changed = msgspec.structs.replace(getattr(settings, section), **{key: value})
             settings = msgspec.structs.replace(settings, **{section: changed})
-    if len(settings.own_ports()) < 4:
-        proxy = settings.proxy
-        ports = f"{proxy.outbound_port}, {proxy.inbound_port}, {proxy.tunnel_port}, {settings.admin.health_port}"
+    proxy = settings.proxy
+    ports = {
+        "outbound": proxy.outbound_port,
+        "inbound": proxy.inbound_port,
+        "tunnel": proxy.tunnel_port,
+        "health": settings.admin.health_port,
+    } | ({"probes": settings.probes.port} if settings.probes.checks else {})
+    if len(settings.own_ports()) < len(ports):
         raise ConfigError(
-            f"two of the sidecar's ports (outbound, inbound, tunnel, health) are the same: {ports}",
+            f"two of the sidecar's ports ({', '.join(ports)}) are the same: {', '.join(map(str, ports.values()))}",
             suggestion="give each its own port",
         )
     return settings

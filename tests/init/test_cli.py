@@ -184,6 +184,13 @@ def test_a_backend_that_is_not_installed_is_told_with_what_to_type(host: Host) -
     assert host.run(*bare, "meshnet", "init").stdout.endswith("in force (nft)\n")
 
 
+def test_the_probe_relay_s_port_is_the_sidecar_s_own_where_there_is_one(host: Host) -> None:
+    checks = {"MESHNET_PROBES__CHECKS": '{"app/livez":{"type":"tcp","port":80}}'}
+    assert "dport 15121 " in run(host, "init", "--dry-run", **checks).stdout
+    assert "dport 15121 " not in run(host, "init", "--dry-run").stdout
+    assert "give each its own port" in run(host, "init", "--inbound-port", "15121", code=78, **checks).stderr
+
+
 def test_a_wrong_variable_is_named(host: Host) -> None:
     done = run(host, "init", code=78, MESHNET_CAPTURE__GID="many")
 

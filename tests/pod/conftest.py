@@ -127,8 +127,11 @@ def cluster(_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Clust
     for host in _cluster.world.hosts.values():
         for process in host.processes:
             request.node.add_report_section("teardown", f"{host.name}: {process.name}", process.output[-3000:])
-    shared = {pod.host.name for pod in (_cluster.server, _cluster.running) if pod}
-    for name in set(_cluster.world.hosts) - before - shared:
+    shared = {pod.host.name: pod for pod in (_cluster.server, _cluster.running) if pod}
+    dead = [f"{process.name} of {name}" for name, pod in shared.items()
+            for process in pod.processes.values() if not process.alive]  # fmt: skip
+    assert dead == [], "what all tests share did not live to the end of this one"
+    for name in set(_cluster.world.hosts) - before - set(shared):
         for process in _cluster.world.hosts[name].processes:
             process.kill()
 

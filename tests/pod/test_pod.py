@@ -3,6 +3,7 @@
 import http.client
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -67,11 +68,8 @@ class Caller:
 
 
 def asks_once(pod: Pod) -> str:
-    caller = Caller(pod)
-    try:
+    with closing(Caller(pod)) as caller:
         return caller.asks()
-    finally:
-        caller.close()
 
 
 def test_traps_5_and_6_init_containers_and_the_application_find_the_proxy_ready(running: Pod, server: Pod) -> None:
@@ -127,16 +125,6 @@ def test_trap_5_a_container_that_runs_before_the_proxy_is_left_alone_by_its_grou
         pod.run_to_end("fetch")
 
 
-def test_an_ordinary_sidecar_holds_the_application_back_and_leaves_init_containers_the_network(
-    client: Callable[..., Pod], cluster: Cluster, server: Pod
-) -> None:
-    # Before there are rules, and so without the mesh: what is strict refuses it.
-    pod = client(CLIENT.replace(f'sh, -c, "{CURL}"], sec', "'true'], sec"), "--no-native-sidecar")
-    pod.start()
-    assert pod.started == ["fetch", "meshnet-init", "meshnet-proxy", "app"]
-    wait_for(lambda: pod.processes["app"].output == "hello")
-
-
 def test_trap_7_a_job_ends_and_its_sidecar_behind_it(client: Callable[..., Pod]) -> None:
     pod = client(JOB)
     pod.start()
@@ -150,33 +138,37 @@ def test_sigterm_with_the_application_still_calling_out(client: Callable[..., Po
     pod = client(CLIENT)
     pod.start()
     sidecar = pod.processes["meshnet-proxy"]
-    first = Caller(pod)
-    assert first.asks() == "hello"
-    pod.asked_to_end("meshnet-proxy")
-    wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"))
-    second = Caller(pod)
-    assert (first.asks(), second.asks(), asks_once(pod)) == ("hello", "hello", "hello")
-    first.close()
-    assert second.asks() == "hello"
-    second.close()
+    with closing(Caller(pod)) as first:
+        assert first.asks() == "hello"
+        pod.asked_to_end("meshnet-proxy")
+        wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"))
+        with closing(Caller(pod)) as second:
+            assert (first.asks(), second.asks(), asks_once(pod)) == ("hello", "hello", "hello")
+            first.close()
+            assert second.asks() == "hello"
     assert sidecar.popen.wait(10) == 0
 
 
 def test_sigterm_with_a_connection_that_outlives_the_grace_period(client: Callable[..., Pod]) -> None:
     pod = client(CLIENT.replace("terminationGracePeriodSeconds: 10", "terminationGracePeriodSeconds: 3"))
     pod.start()
-    left = Caller(pod)
-    assert left.asks() == "hello"
-    assert pod.end_sidecars() == [0]  # and not killed, for its drain is shorter than the grace period
-    assert ended_by_rst(left.connection.sock)
-    left.close()
+    with closing(Caller(pod)) as left:
+        assert left.asks() == "hello"
+        assert pod.end_sidecars() == [0]  # and not killed, for its drain is shorter than the grace period
+        assert ended_by_rst(left.connection.sock)
 
 
-def test_an_ordinary_sidecar_stays_a_while_for_an_application_that_ends_with_it(client: Callable[..., Pod]) -> None:
-    pod = client(CLIENT.replace("terminationGracePeriodSeconds: 10", "terminationGracePeriodSeconds: 6"),
-                 "--no-native-sidecar")  # fmt: skip
+def test_an_ordinary_sidecar_holds_the_application_back_and_stays_a_while_when_both_end(
+    client: Callable[..., Pod],
+) -> None:
+    manifest = CLIENT.replace("terminationGracePeriodSeconds: 10", "terminationGracePeriodSeconds: 6")
+    pod = client(manifest, "--no-native-sidecar")
+    # Before there are rules, and so without the mesh: the service's address would lead nowhere.
     pod.containers["fetch"]["command"] = ["true"]
     pod.start()
+    assert pod.started == ["fetch", "meshnet-init", "meshnet-proxy", "app"]
+    wait_for(lambda: pod.processes["app"].output == "hello")
+
     hook = pod.containers["meshnet-proxy"]["lifecycle"]["preStop"]["exec"]["command"]
     stays = threading.Thread(target=pod.execute, args=("meshnet-proxy", *hook))
     stays.start()
@@ -207,18 +199,19 @@ def test_probes_of_each_shape_tell_the_truth(client: Callable[..., Pod]) -> None
 
 
 def test_trap_4_init_that_runs_again_cuts_nothing(running: Pod, server: Pod) -> None:
-    caller = Caller(running)
-    assert caller.asks() == "hello"
-    for pod in (running, server):
-        said = pod.run_to_end("meshnet-init")
-        assert "nothing changed" in said
-        assert "which the rules fit" in said
-        assert "ipv4: captured: the proxy answered" in said
-    assert caller.asks() == "hello"
-    caller.close()
+    with closing(Caller(running)) as caller:
+        assert caller.asks() == "hello"
+        for pod in (running, server):
+            said = pod.run_to_end("meshnet-init")
+            assert "nothing changed" in said
+            assert "which the rules fit" in said
+            assert "ipv4: captured: the proxy answered" in said
+        assert caller.asks() == "hello"
 
 
-def test_trap_4_init_runs_again_where_it_may_not_ask_the_sidecar(client: Callable[..., Pod]) -> None:
+def test_trap_4_a_sidecar_that_fails_is_started_again_and_init_runs_again_where_it_may_not_ask_it(
+    client: Callable[..., Pod],
+) -> None:
     # Root without rights may only because it is in the sidecar's group, and a pod may say that it shall not be.
     pod = client(CLIENT.replace("  initC", "  securityContext: {supplementalGroupsPolicy: Strict}\n  initC"))
     pod.start()
@@ -227,15 +220,11 @@ def test_trap_4_init_runs_again_where_it_may_not_ask_the_sidecar(client: Callabl
     assert "ipv4: captured: the proxy answered" in said
     assert "which the rules fit" not in said
 
-
-def test_a_sidecar_that_fails_is_started_again_in_the_same_volumes(client: Callable[..., Pod]) -> None:
-    pod = client(CLIENT)
-    pod.start()
     pod.processes["meshnet-proxy"].kill()
     with pytest.raises(ConnectionRefusedError):
         asks_once(pod)
     assert "nothing changed" in pod.run_to_end("meshnet-init")
-    pod.start_container("meshnet-proxy")
+    pod.start_container("meshnet-proxy")  # in the same volumes, where its socket still is
     assert asks_once(pod) == "hello"
     assert pod.execute("meshnet-proxy", "meshnet", "status") == 0
 

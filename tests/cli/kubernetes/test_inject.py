@@ -283,8 +283,6 @@ def with_spec(**more: object) -> Object:
     [
         (with_spec(hostNetwork=True), "spec.hostNetwork: the pod has the node's network: its rules would capture"),
         (with_spec(os={"name": "windows"}), "spec.os.name: the rules are Linux's"),
-        (with_spec(securityContext={"runAsGroup": 15137}), "spec.securityContext.runAsGroup: 15137 is the sidecar's"),
-        (a_pod(securityContext={"runAsGroup": 15137}), "spec.containers[0].securityContext.runAsGroup: 15137 is the"),
         (a_pod(ports=[{"containerPort": 15121}]), "spec.containers[0].ports[0].containerPort: 15121 is the sidecar's"),
         (a_pod("meshnet-proxy"), "spec.containers[0].name: there is a container meshnet-proxy already"),
         (a_pod("istio-proxy"), "spec.containers[0].name: the pod is in another mesh, Istio"),
@@ -317,6 +315,13 @@ def test_trap_17_a_pod_of_the_host_s_network_is_left_out_by_its_label() -> None:
     assert injected([workload]) == [workload]
     labels["meshnet.dev/inject"] = "off"
     assert '"off" is neither enabled nor disabled' in str(refusal(workload))
+
+
+def test_trap_8_a_container_in_the_sidecar_s_group_would_pass_by_the_mesh_and_is_refused() -> None:
+    group = {"securityContext": {"runAsGroup": 15137}}
+    said = "securityContext.runAsGroup: 15137 is the sidecar's group: the rules would let the application pass by"
+    assert f"Pod/one: spec.{said}" in str(refusal(with_spec(**group)))
+    assert f"Pod/one: spec.containers[0].{said}" in str(refusal(a_pod(**group)))
 
 
 def test_trap_7_a_job_with_an_ordinary_sidecar_would_never_end_and_is_refused() -> None:
