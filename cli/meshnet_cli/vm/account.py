@@ -13,7 +13,7 @@ from pathlib import Path
 from meshnet.errors import CommandError
 from meshnet.model.admin import GROUP
 from meshnet.model.settings import Settings
-from meshnet_cli.vm.ledger import Ledger, rights_of
+from meshnet_cli.vm.ledger import Entry, Ledger, rights_of
 from meshnet_cli.vm.units import USER
 
 PROXY_GROUP = "meshnet-proxy"
@@ -56,6 +56,9 @@ def hand_over(settings: Settings, ledger: Ledger) -> None:
     if not user:
         raise CommandError(f"there is no user {USER}", fix="sudo meshnet up")
     last_good, identity = Path(settings.mesh.last_good), settings.identity
+    state = last_good.parent
+    if not is_own_folder(state, ledger):
+        return  # it is everybody's: what the sidecar may read and write there is its administrator's business
     try:
         _give(last_good.parent, 0, settings.capture.gid, _STATE_MODE, ledger)
         if last_good.exists():
@@ -63,7 +66,8 @@ def hand_over(settings: Settings, ledger: Ledger) -> None:
         else:
             ledger.note_file(last_good)
         files = [Path(file) for file in (identity.certificate, identity.key, identity.bundle)]
-        for folder in {file.parent for file in files} - {last_good.parent}:
+        files = [file for file in files if file.is_relative_to(state)]
+        for folder in {file.parent for file in files} - {state}:
             _give(folder, user.pw_uid, settings.capture.gid, 0o700, ledger)
         for file in files:
             if file.exists():
@@ -74,6 +78,11 @@ def hand_over(settings: Settings, ledger: Ledger) -> None:
             why=error.strerror or str(error),
             fix=f"ls -l {error.filename}",
         ) from error
+
+
+def is_own_folder(folder: Path, ledger: Ledger) -> bool:
+    """Whether it is meshnet's alone, by its name or because meshnet made it: /srv or /etc/ssl are others' too."""
+    return folder.name == "meshnet" or Entry("directory", str(folder)) in ledger.entries
 
 
 def need_readable(settings: Settings, config: str | None) -> None:

@@ -159,7 +159,8 @@ def _start(file: Path, unfinished: Unfinished) -> "subprocess.Popen[bytes] | Non
     """The process, out of reach of whatever ends `up` and its session. None where it is one of systemd's."""
     command = [sys.executable, "-m", "meshnet_cli.vm.deadman", str(file), str(unfinished.pid), str(unfinished.keep)]
     if unfinished.by_systemd:  # a session of its own would still end with the login: KillUserProcesses=yes
-        command = ["systemd-run", "--quiet", "--collect", f"--unit={_unit(unfinished.pid)}", *command]
+        unit = (f"--unit={_unit(unfinished.pid)}", "--property=Restart=on-abnormal")
+        command = ["systemd-run", "--quiet", "--collect", *unit, *command]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise CommandError(
@@ -194,7 +195,10 @@ def watch(file: Path, pid: int, keep: int) -> None:
         seen = found is not None
         late = found is not None and 0 < found.until < time.clock_gettime(time.CLOCK_BOOTTIME)
         if found is not None and (gone or late) and _claim(file):
-            put_back(found)
+            how = "is gone before its end" if gone else "is not at its end in time"
+            print(f"`meshnet up` (pid {pid}) {how}: this host is put back as it was", flush=True)
+            for stayed in put_back(found):
+                print(f"it stays: {stayed}", flush=True)
             return
 
 

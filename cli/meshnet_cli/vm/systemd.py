@@ -62,7 +62,7 @@ class Service:
     def __init__(self, settings: Settings, config: str | None) -> None:
         self._settings = settings
         self._units = {
-            SIDECAR: sidecar_unit(settings, MESHNET, config),
+            SIDECAR: sidecar_unit(settings, MESHNET, config, _version()),
             RULES: rules_unit(settings, MESHNET, config),
         }
 
@@ -199,6 +199,11 @@ class Output:
             check=False,
         )
         return done.stdout
+
+
+def _version() -> int:
+    found = re.match(r"systemd (\d+)", systemctl("--version", check=False))
+    return int(found[1]) if found else 0
 
 
 def _job(unit: str) -> str:

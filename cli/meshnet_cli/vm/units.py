@@ -49,8 +49,12 @@ SystemCallArchitectures=native
 """
 
 
-def sidecar_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None) -> str:
-    """`meshnet` is the command line that starts meshnet; `config` its --config, if there is one."""
+def sidecar_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None, systemd: int = 252) -> str:
+    """`meshnet` is the command line that starts meshnet; `config` its --config, if there is one.
+
+    `systemd` is the version that will read it: one that does not know a line warns of it each time.
+    """
+    slower = "RestartSteps=8\nRestartMaxDelaySec=30\n" if systemd >= 254 else ""
     socket, last_good = PurePosixPath(settings.admin.socket), PurePosixPath(settings.mesh.last_good)
     written = [last_good.parent]
     runtime = ""
@@ -79,7 +83,7 @@ Group={settings.capture.gid}
 # The rules stay where they are, so without a sidecar nothing of this host works: it is started again for ever.
 Restart=always
 RestartSec=1
-WatchdogSec={WATCHDOG}
+{slower}WatchdogSec={WATCHDOG}
 TimeoutStartSec=60
 TimeoutStopSec={round(drain) + _SLACK}
 LimitNOFILE=1048576

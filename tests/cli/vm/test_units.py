@@ -20,6 +20,11 @@ def test_the_units_of_the_defaults(name: str, render: object) -> None:
     assert render(Settings(), MESHNET, None) == (GOLDEN / name).read_text()
 
 
+def test_a_newer_systemd_waits_longer_each_time_that_the_sidecar_dies() -> None:
+    assert "RestartSec=1\nWatchdogSec" in sidecar_unit(Settings(), MESHNET, None, 252)
+    assert "RestartSec=1\nRestartSteps=8\nRestartMaxDelaySec=30\n" in sidecar_unit(Settings(), MESHNET, None, 254)
+
+
 def test_settings_are_in_the_unit() -> None:
     settings = Settings(
         proxy=ProxySection(drain_timeout="5m"),
