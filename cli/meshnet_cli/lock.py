@@ -46,9 +46,16 @@ def is_held(folder: Path) -> bool:
 def holder(folder: Path) -> int:
     """The process id of who has it, or of who was killed with it; 0 if there is none. Raises OSError."""
     try:
-        return int((folder / NAME).read_bytes() or 0)
+        return int((folder / NAME).read_bytes().partition(b"\n")[0] or 0)
     except (FileNotFoundError, NotADirectoryError):
         return 0
+
+
+def own(folder: Path) -> None:
+    """What its holder does first: who gave it the lock may have been killed before it wrote the number down."""
+    with (folder / NAME).open("ab") as file:
+        file.truncate(0)
+        file.write(b"%d\n" % os.getpid())
 
 
 def is_orphaned(folder: Path) -> bool:

@@ -183,9 +183,12 @@ def _stop_supervisor(settings: Settings) -> bool:
     """Between two lives of a sidecar that does not stay up there is only its supervisor, about to start it again."""
     if not is_supervised(settings):
         return False
-    pid = _signal_supervisor(settings, signal.SIGTERM)
+    pid = 0
     deadline = time.monotonic() + _END_TIMEOUT
     while is_supervised(settings):
+        pid = pid or _signal_supervisor(
+            settings, signal.SIGTERM
+        )  # one that has just been started writes its number soon
         if time.monotonic() > deadline:
             raise CommandError("the sidecar's supervisor did not end", why=f"it is process {pid}", fix=f"kill {pid}")
         time.sleep(0.05)  # noqa: TID251 - the end of a process that is not our child is polled; nothing tells us
@@ -360,6 +363,7 @@ def main() -> int:
         settings = read_settings(config)
     except ConfigError:
         return EXIT_CONFIG
+    lock.own(Path(settings.admin.socket).parent)
     code = Supervisor(settings, config).run()
     lock.disown(Path(settings.admin.socket).parent)
     return code

@@ -30,7 +30,7 @@ class Machine:
         self.admin = self.home / "run" / "admin.sock"
         self.identity = self.home / "identity"
         self.mesh = self.home / "mesh.d"
-        self._environment = {
+        self.environment = {
             "PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "cli", "init")),
             "MESHNET_SOCKET": str(self.admin),
         }
@@ -48,11 +48,11 @@ class Machine:
 
     def meshnet(self, *arguments: str, by: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """What a `meshnet` command does here; it is started through the command `by`."""
-        return self.host.run(*by, *self._line(*arguments), check=False, **self._environment)
+        return self.host.run(*by, *self._line(*arguments), check=False, **self.environment)
 
     def start(self, *arguments: str, **environment: str) -> Process:
         """The same, while the test goes on."""
-        return self.host.spawn(*self._line(*arguments), name=arguments[0], **self._environment, **environment)
+        return self.host.spawn(*self._line(*arguments), name=arguments[0], **self.environment, **environment)
 
     def up(self) -> Status:
         done = self.meshnet("up")

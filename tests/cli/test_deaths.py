@@ -4,11 +4,13 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from meshnet_cli import lock
 from tests.cli.machine import Machine, talk
 from tests.proxy.programs import accept, listen
 from tests.world import Host, wait_for
@@ -201,3 +203,17 @@ def bad_settings_at_a_restart(machine: Machine, mistake: str = "[proxy]\noutboun
     assert machine.rules() == rules
     yield
     machine.configure()
+
+
+def test_a_supervisor_whose_starter_was_killed_before_it_wrote_the_number_down_can_be_ended(machine: Machine) -> None:
+    folder = machine.admin.parent
+    folder.mkdir()
+    (folder / lock.NAME).touch()
+    with listen(machine.host, 15106):  # it is between two lives most of the time
+        program = (sys.executable, "-m", "meshnet_cli.supervise", str(machine.config))
+        supervisor = machine.host.spawn("flock", "--no-fork", str(folder / lock.NAME), *program, **machine.environment)
+        wait_for(lambda: lock.is_held(folder), what="its lock")
+        done = machine.meshnet("down")
+        assert done.returncode == 0, done.stderr
+        assert "✓ proxy      stopped\n" in done.stdout
+        wait_for(lambda: not supervisor.alive, what="its end")
