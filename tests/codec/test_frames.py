@@ -105,7 +105,7 @@ def test_what_was_encoded_is_read_back(control: Frame) -> None:
         assert read == control
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.one_of(controls, st.binary(min_size=1, max_size=50).map(lambda b: Data(memoryview(b)))), max_size=8),
     st.data(),

@@ -103,7 +103,7 @@ def hear(tunnel: Tunnel, pieces: Iterable[bytes]) -> tuple[list[Frame | bytes], 
     return heard, False
 
 
-@settings(deadline=None, max_examples=250)
+@settings(max_examples=250)
 @given(
     role=st.sampled_from(Role),
     state=st.sampled_from(STATES),
@@ -117,7 +117,7 @@ def test_hostile_bytes_give_frames_or_one_tunnel_error(role: Role, state: str, s
         assert whole == single
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     payload=st.one_of(st.binary(max_size=200), st.text('{}[]":,0123456789\\ueE.-hostprt', max_size=200).map(str.encode))
 )

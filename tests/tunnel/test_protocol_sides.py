@@ -198,5 +198,5 @@ class TwoSides(RuleBasedStateMachine):
             self.deliver(False, 10_000)
 
 
-TwoSides.TestCase.settings = settings(deadline=None, max_examples=100, stateful_step_count=60)
+TwoSides.TestCase.settings = settings(max_examples=100, stateful_step_count=60)
 TestTwoSides = TwoSides.TestCase
