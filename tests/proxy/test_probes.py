@@ -32,6 +32,8 @@ CHECKS: dict[str, Check] = {
     "fail/livez": http_check("/fail"),
     "said/livez": http_check("/said?a=b", headers=(("Host", "shop.example"), ("X-Token", "t0"))),
     "own/livez": http_check("/said", headers=(("User-Agent", "mine"), ("Accept", ""))),
+    "empty/livez": http_check("/empty"),
+    "unchanged/livez": http_check("/unchanged"),
     "inside/livez": http_check("/inside"),
     "outside/livez": http_check("/outside"),
     "loop/livez": http_check("/loop"),
@@ -102,6 +104,8 @@ def nginx(host: Host) -> None:
                 location = /ok {{ return 200 "fine"; }}
                 location = /fail {{ return 500 "broken"; }}
                 location = /said {{ return 200 "$http_host|$http_user_agent|$http_accept|$http_x_token|$args"; }}
+                location = /empty {{ return 204; }}
+                location = /unchanged {{ return 304; }}
                 location = /inside {{ return 302 /ok; }}
                 location = /outside {{ return 302 http://elsewhere.example/ok; }}
                 location = /loop {{ return 302 /loop; }}
@@ -130,6 +134,8 @@ def pod(_pod: Pod, request: pytest.FixtureRequest) -> Iterator[Pod]:
         ("ok/livez", 200, "fine"),
         ("fail/livez", 500, "broken"),
         ("said/livez", 200, f"shop.example|{LOOKED_AT}|*/*|t0|a=b"),
+        ("empty/livez", 204, ""),
+        ("unchanged/livez", 304, ""),
         ("inside/livez", 200, "fine"),
         ("outside/livez", 302, "302 Found"),
         ("loop/livez", 503, "more than 10 redirects"),

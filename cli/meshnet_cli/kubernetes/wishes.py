@@ -101,12 +101,11 @@ def is_name(text: str) -> bool:
 
 def _problems(name: str, value: str, where: Path) -> Iterator[Problem]:
     if name in SETTINGS:
-        try:
-            load_settings("", {SETTINGS[name]: value})
-        except ConfigError as error:
-            # The suggestion names the variable and its default, which nobody here has written.
-            yield Problem(where, error.problem.partition(": ")[2])
-        if value.strip() == "":
+        if whole := _refusal(name, value):
+            # Of a list each part that is wrong is told.
+            parts = [said for part in value.split(",") if (said := _refusal(name, part))]
+            yield from (Problem(where, text) for text in dict.fromkeys(parts or [whole]))
+        if not value.replace(",", "").strip():
             yield Problem(where, "it names nothing", "leave the annotation out")
     elif name in _RESOURCES and _QUANTITY.fullmatch(value) is None:
         yield Problem(where, f"{quoted(value)} is not a quantity such as 100m, 0.5, 64Mi or 1Gi")
@@ -116,6 +115,15 @@ def _problems(name: str, value: str, where: Path) -> Iterator[Problem]:
         yield Problem(where, f"{quoted(value)} is not a number of seconds such as 25", "write digits only")
     elif name == "native-sidecar" and value not in ("true", "false"):
         yield Problem(where, f"{quoted(value)} is neither true nor false", 'write "true" or "false"')
+
+
+def _refusal(name: str, value: str) -> str:
+    """What the setting says against it, without its suggestion: that names a variable which nobody has written."""
+    try:
+        load_settings("", {SETTINGS[name]: value})
+    except ConfigError as error:
+        return error.problem.partition("\n")[0].partition(": ")[2]
+    return ""
 
 
 def _with_one(wishes: Wishes, name: str, value: str) -> Wishes:
