@@ -250,7 +250,7 @@ def _wait_until_ready(
     deadline = time.monotonic() + _READY_TIMEOUT
     while True:
         status = _status(settings)
-        if status is not None and status.ready:
+        if status is not None and status.waits_for_rules:
             return status
         codes = output.exit_codes()
         if status is None and (len(codes) >= deaths or _FOR_GOOD.intersection(codes)):

@@ -140,6 +140,12 @@ class Status(Shape, frozen=True):
     api_version: str = "meshnet.dev/v1"
     kind: str = "Status"
 
+    @property
+    def waits_for_rules(self) -> bool:
+        """Ready, or it would be if the rules were in place: now they may be put in."""
+        capture = self.capture.problems if self.capture is not None else ()
+        return not self.draining and set(self.not_ready_because) <= set(capture)
+
 
 class EndpointView(Shape, frozen=True):
     service: str

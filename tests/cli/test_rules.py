@@ -117,8 +117,9 @@ def test_init_verify_does_not_put_in_rules_that_the_running_sidecar_does_not_fit
 
 
 def test_down_and_up_and_a_keeper_beside_them(machine: Machine) -> None:
-    machine.configure("[capture]\nproof_interval = '500ms'\n")
-    machine.up()
+    machine.configure("[capture]\nproof_interval = '500ms'\nrequired = true\n")
+    machine.up()  # which does not wait for what it is about to bring
+    wait_for(machine.ready)
     keeper = machine.start("rules", "keep")
 
     def state() -> str:

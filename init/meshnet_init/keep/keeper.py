@@ -17,7 +17,6 @@ from typing import Literal
 
 from meshnet.decide.repairs import RepairPace
 from meshnet.errors import CommandError, ConfigError
-from meshnet.model.admin import Status
 from meshnet.model.canary import FAMILIES, PROOF_PORT, IpFamily
 from meshnet.model.capture import KeeperReport, Proof, Repair, StandDown, TakeUp
 from meshnet.model.duration import parse_duration
@@ -219,7 +218,7 @@ class Keeper:
             _log.info("the sidecar is there")
             self._inbound_due = True
             self._next_look = 0.0
-        if self._is_open and (status := self._line.status()) is not None and _can_work(status):
+        if self._is_open and (status := self._line.status()) is not None and status.waits_for_rules:
             self._is_open = self._has_held = False
             self._look([])
             if not (self._problem or self._is_open):
@@ -357,12 +356,6 @@ def _news(stack: ExitStack) -> RulesNews | None:
     except OSError as error:
         _log.warning("the kernel does not tell of changes of the rules (%s): they are looked at by the clock", error)
         return None
-
-
-def _can_work(status: Status) -> bool:
-    """Ready, or it would be with the rules that are about to come."""
-    capture = status.capture.problems if status.capture is not None else ()
-    return not status.draining and set(status.not_ready_because) <= set(capture)
 
 
 def _now() -> str:
