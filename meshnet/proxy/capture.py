@@ -93,9 +93,8 @@ class CaptureProof:
         silent = not self._proofs or any(proof.result == "no answer" for proof in self._proofs.values())
         if self._required and not self._proved and silent and not problems:
             problems.append("capture is required, and not proved yet")
-        keeper, expected = self._keeper, self._required or bool(self._proved)
-        if expected and keeper is not None and keeper.state == "failing" and not keeper.in_place:
-            problems.append(f"the rules are not in place, and cannot be put back: {keeper.problem}")
+        if self._keeper is not None and (self._required or self._proved):
+            problems += _problems_of(self._keeper)
         return tuple(problems)
 
     def status(self) -> CaptureStatus | None:
@@ -222,6 +221,15 @@ class CaptureProof:
         if keeper is not None:
             text = "Repairs by the keeper since it began."
             yield _family("meshnet_rules_repairs", "counter", text, [({}, keeper.repairs)])
+
+
+def _problems_of(keeper: KeeperReport) -> Iterator[str]:
+    """What only the keeper can see."""
+    if keeper.state == "failing":
+        yield f"the rules cannot be kept: {keeper.problem}"
+    for proof in keeper.proofs:
+        if proof.direction == "inbound" and proof.result == "not captured":
+            yield f"inbound {_NAMES[proof.family]} is not captured: {proof.detail} (sudo meshnet rules verify)"
 
 
 def _family(name: str, kind: str, text: str, values: Iterable[tuple[Mapping[str, str], float]]) -> Family:

@@ -113,6 +113,27 @@ def test_a_keeper_that_begins_before_a_sidecar_puts_nothing_in_where_it_is_to_fa
             assert end.getpeername() != captured.getsockname()
 
 
+def test_what_comes_in_and_is_taken_by_another_program_makes_the_sidecar_not_ready(world: World, mesh: Mesh) -> None:
+    """istio#56414: rules placed after others. The sidecar cannot see it; the keeper's visitor can."""
+    web = world.host("web")
+    mesh.write()
+    ahead = "table inet ahead { chain c { type nat hook prerouting priority -150; tcp dport 15122 redirect to :9; }; }"
+    web.run("nft", "-f", "-", stdin=ahead)
+    sidecar = mesh.sidecar(web, capture={"proof_interval": "300ms"})
+    web.spawn("meshnet", "rules", "keep", "--config", sidecar.config, name="keeper")
+
+    def lost() -> str:
+        return "".join(line for line in sidecar.status().not_ready_because if "inbound IPv4 is not captured" in line)
+
+    wait_for(lost)
+    assert value(web, "meshnet_rules_in_place", direction="inbound", family="ipv4") == 0
+    wait_for(lambda: value(web, "meshnet_rules_in_place", direction="outbound", family="ipv4") == 1)
+    assert lost()
+    web.run("nft", "delete", "table", "inet", "ahead")
+    sidecar.wait_until_ready()
+    wait_for(lambda: value(web, "meshnet_rules_in_place", direction="inbound", family="ipv4") == 1)
+
+
 def test_the_sidecar_tells_of_the_keepers_repairs(world: World, mesh: Mesh) -> None:
     site = Site(world, mesh)
     for family in ("ipv4", "ipv6"):  # which the sidecar cannot see by itself
