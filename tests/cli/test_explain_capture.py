@@ -20,7 +20,7 @@ def explained(host: Host, *words: str, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("backend", ["nft", "iptables", "legacy"])
+@pytest.mark.parametrize("backend", ["nft", "iptables"])
 def test_the_rule_that_decides_is_named_with_its_reason_and_hits(host: Host, backend: str) -> None:
     host.run("meshnet", "init", "--backend", backend, "--exclude-outbound-ports", "25")
     with pytest.raises(ConnectionRefusedError):
