@@ -8,8 +8,10 @@ target=/opt/meshnet
 
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -qq
-apt-get install -y -qq --no-install-recommends python3 python3-venv iproute2 nftables util-linux curl \
-    gcc libc6-dev python3-dev  # for the native relay
+packages='python3 python3-venv iproute2 nftables util-linux curl
+    gcc libc6-dev python3-dev' # the last three build the native relay
+# shellcheck disable=SC2086 # one word each
+apt-get install -y -qq --no-install-recommends $packages
 
 # pip builds in the folder that it is given: in the checkout it would leave files of root, and find its own old ones.
 source=$(mktemp -d)

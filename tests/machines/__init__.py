@@ -1,0 +1,1 @@
+"""Whole Debian machines that boot systemd, for what only they can show: see scripts/test-machines."""

@@ -1,0 +1,352 @@
+"""What is done to a machine, and what has to be so afterwards. Each raises Failed where it is not."""
+
+import io
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.machines import image, traffic
+from tests.machines.machine import Failed, Machine, wait_for
+
+# Of `meshnet up`, that change something.
+PHASES = ("account", "identity", "proxy", "rules", "verify")
+
+_LEFTOVERS = Path(__file__).with_name("leftovers.sh").read_text()
+_NOT_SHIPPED = {".git", ".venv", "build", "dist", "__pycache__"}
+
+_SERVICE = """
+apiVersion: meshnet.dev/v1
+kind: Service
+metadata: {{name: {name}-{port}}}
+spec:
+  addresses: [10.96.{number}.{port_low}]
+  ports: [{{port: {port}, mode: permissive}}]
+  endpoints:
+    - {{address: {address}, tunnel: meshnet, identity: "spiffe://machines/ns/default/sa/{name}"}}
+"""
+
+
+def provision(machine: Machine) -> None:
+    machine.push(_checkout(), "/vagrant")
+    machine.run("sh /vagrant/vagrant/provision.sh")
+
+
+def issue_identities(home: Machine, other: Machine) -> None:
+    home.run("meshnet ca init --trust-domain machines")
+    home.run(f"meshnet ca issue --service {home.name}")
+    home.run(f"meshnet ca issue --service {other.name} --out /root/identity")
+    archive = subprocess.run(
+        home._line("tar -C /root/identity -c . && rm -r /root/identity"), capture_output=True, check=True
+    )
+    other.push(archive.stdout, "/var/lib/meshnet/identity")
+
+
+def write_mesh(machines: Iterable[Machine]) -> None:
+    """Each of them is behind services of its own: one for each port that is talked to."""
+    machines = tuple(machines)
+    text = "---".join(
+        _SERVICE.format(name=machine.name, number=number, port=port, port_low=low, address=machine.address)
+        for number, machine in enumerate(machines)
+        for low, port in enumerate(traffic.PORTS.values(), 1)
+    )
+    for machine in machines:
+        machine.run("mkdir -p /etc/meshnet/mesh.d && cat >/etc/meshnet/mesh.d/machines.yaml", stdin=text)
+
+
+def up(machine: Machine) -> None:
+    said = machine.run("meshnet up")
+    phases = re.findall(r"^✓ (\w+) +[\d.]+s", said, re.MULTILINE)
+    wanted = ["preflight", "discover", "account", "identity", "proxy", "rules", "verify", "service"]
+    if phases != wanted or "22 excluded" not in said or "5432 captured" not in said or "sudo meshnet down" not in said:
+        raise Failed(f"{machine.name}: {said}")
+
+
+def up_again(machine: Machine) -> None:
+    before, pid, rules = leftovers(machine), _sidecar(machine), _rules(machine)
+    said = machine.run("meshnet up")
+    if "nothing changed" not in said.splitlines()[-1]:
+        raise Failed(f"{machine.name}: {said}")
+    need_same(machine, before)
+    if (_sidecar(machine), _rules(machine)) != (pid, rules):
+        raise Failed(f"{machine.name}: a second up has changed sidecar or rules")
+
+
+def need_hardened(machine: Machine) -> None:
+    said = machine.run("systemd-analyze security --no-pager meshnet.service | tail -1")
+    found = re.search(r"meshnet\.service: ([\d.]+)", said)
+    if found is None or float(found[1]) > 2.0:
+        raise Failed(f"{machine.name}: {said}")
+
+
+def kill_sidecar(machine: Machine) -> None:
+    rules, pid = _rules(machine), _sidecar(machine)
+    machine.run(f"kill -9 {pid}")
+    wait_for(lambda: _sidecar(machine) not in (0, pid), "another sidecar")
+    machine.run("meshnet wait")
+    wait_for(lambda: _state(machine) == "active active", f"both units: {_state(machine)}")
+    if _rules(machine) != rules:
+        raise Failed(f"{machine.name}: the rules are others after the sidecar was killed")
+
+
+def freeze_sidecar(machine: Machine) -> None:
+    """Its loop stands still: the watchdog ends it. The unit's half minute is cut short for that."""
+    with _drop_in(machine, "WatchdogSec=3"):
+        machine.run("systemctl restart meshnet && meshnet wait")
+        rules, pid = _rules(machine), _sidecar(machine)
+        machine.run(f"kill -STOP {pid}")
+        wait_for(lambda: _sidecar(machine) not in (0, pid), "another sidecar")
+        machine.run("meshnet wait")
+        if _rules(machine) != rules or "watchdog" not in machine.run("journalctl -n 30 -u meshnet -o cat"):
+            raise Failed(f"{machine.name}: it was not the watchdog, or the rules are others")
+
+
+def stop_between_lives(machine: Machine) -> None:
+    with _drop_in(machine, "RestartSec=60"):
+        machine.run("kill -9 $(systemctl show -p MainPID --value meshnet)")
+        sub_state = "systemctl show -p SubState --value meshnet"
+        wait_for(lambda: machine.run(sub_state).strip() == "auto-restart", "auto-restart")
+        if not _captures(machine):
+            raise Failed(f"{machine.name}: the rules went with the sidecar")
+        machine.run("systemctl stop meshnet")
+        if _captures(machine) or _state(machine) != "inactive inactive":
+            raise Failed(f"{machine.name}: stopped, and yet {_state(machine)}: {_rules(machine)}")
+
+
+def start_service(machine: Machine) -> None:
+    machine.run("systemctl start meshnet && meshnet wait")
+    wait_for_capture(machine)
+
+
+def wait_for_capture(machine: Machine) -> None:
+    wait_for(lambda: _state(machine) == "active active" and _captures(machine), f"capture on {machine.name}")
+    machine.run("meshnet wait && meshnet rules verify")
+
+
+def restart_service(machine: Machine) -> None:
+    """The rules' handles are those of before: they were not away for a moment."""
+    rules, pid = _rules(machine), _sidecar(machine)
+    machine.run("systemctl restart meshnet && meshnet wait")
+    wait_for(lambda: _state(machine) == "active active", f"both units: {_state(machine)}")
+    if _rules(machine) != rules or _sidecar(machine) == pid:
+        raise Failed(f"{machine.name}: a restart has changed the rules, or started no other sidecar")
+
+
+def stop_while_open(machine: Machine, captured: traffic.OpenConnection) -> None:
+    stop = machine.start("systemctl stop meshnet")
+    wait_for(lambda: "MESHNET_OUT" in _rules(machine) and not _captures(machine), "the drain set")
+    captured.need_alive()
+    before = _opened(machine)
+    machine.run(f"psql -qAt -h {_peer(machine)} -U postgres -c 'select 1'")
+    if _opened(machine) != before:
+        raise Failed(f"{machine.name}: what is new does not go direct while the rest drains")
+    captured.need_alive()
+    captured.close()
+    if stop.wait(40) != 0 or _rules(machine) or _state(machine) != "inactive inactive":
+        raise Failed(f"{machine.name}: stopped, and yet {_state(machine)}: {_rules(machine)}")
+    if stop.stdout is not None:
+        stop.stdout.close()
+
+
+def _peer(machine: Machine) -> str:
+    return {"web": "api", "api": "web"}[machine.name]
+
+
+def upgrade(machine: Machine) -> None:
+    """The next version is this one with another number."""
+    source = "/root/newer"
+    machine.run(
+        f"cp -r /vagrant {source} && sed -i 's/^__version__ = .*/__version__ = \"0.1.1\"/' {source}/meshnet/__init__.py"
+    )
+    machine.run(f"/opt/meshnet/bin/python -m pip install -q --no-deps {source} && rm -r {source}")
+    pid = _sidecar(machine)
+    said = machine.run("meshnet up 2>&1")
+    if _sidecar(machine) != pid or "systemctl restart meshnet" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("systemctl restart meshnet && meshnet wait")
+    if "meshnet 0.1.1" not in machine.run("meshnet status"):
+        raise Failed(f"{machine.name}: {machine.run('meshnet status')}")
+    wait_for_capture(machine)
+
+
+def change_settings(machine: Machine) -> None:
+    machine.run("meshnet set capture.exclude_inbound_ports=22,8000-8100")
+    if "8000-8100" not in _rules(machine):
+        raise Failed(f"{machine.name}: the rules do not know of it:\n{_rules(machine)}")
+    rules = _rules(machine)
+    said = machine.run("meshnet set capture.exclude_inbound_ports=80", code=1)
+    if "port 22" not in said or "--accept-risk=lose-ssh" not in said or _rules(machine) != rules:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("meshnet set --unset capture.exclude_inbound_ports")
+    if "8000-8100" in _rules(machine):
+        raise Failed(f"{machine.name}: the rules still know of it:\n{_rules(machine)}")
+    wait_for_capture(machine)
+
+
+def two_workers(machine: Machine) -> None:
+    """As `set` says: written, then `up` and a restart."""
+    said = machine.run("meshnet set proxy.workers=2")
+    if "sudo meshnet up && sudo systemctl restart meshnet" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("meshnet up && systemctl restart meshnet && meshnet wait")
+    status = json.loads(machine.run("meshnet status -o json"))
+    if [worker["ready"] for worker in status["workers"]] != [True, True]:
+        raise Failed(f"{machine.name}: {status}")
+    wait_for_capture(machine)
+
+
+def one_worker(machine: Machine) -> None:
+    machine.run("meshnet set --unset proxy.workers && systemctl restart meshnet && meshnet wait")
+    wait_for_capture(machine)
+
+
+def full_disk(machine: Machine) -> None:
+    """A small disk under the state of meshnet, and nothing left on it."""
+    machine.run(
+        "cp -a /var/lib/meshnet /root/state && mount -t tmpfs -o size=1m,mode=1770 tmpfs /var/lib/meshnet &&"
+        " cp -a /root/state/. /var/lib/meshnet/ && rm -r /root/state"
+    )
+    machine.run("systemctl restart meshnet && meshnet wait && head -c 2m /dev/zero >/var/lib/meshnet/filler", code=1)
+    pid = _sidecar(machine)
+    certificate = machine.run("sha256sum /var/lib/meshnet/identity/*")
+    machine.run("touch /etc/meshnet/mesh.d/machines.yaml && systemctl reload meshnet")
+    said = machine.run("meshnet up", code=1)
+    if "No space left on device" not in said or "fix: df -h" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    if _sidecar(machine) != pid or machine.run("sha256sum /var/lib/meshnet/identity/*") != certificate:
+        raise Failed(f"{machine.name}: a full disk has changed the sidecar or its identity")
+    machine.run("rm /var/lib/meshnet/filler && meshnet up && meshnet status")
+    machine.run("mkdir /root/state && cp -a /var/lib/meshnet/. /root/state/ && systemctl stop meshnet")
+    machine.run("umount /var/lib/meshnet && cp -a /root/state/. /var/lib/meshnet/ && rm -r /root/state")
+    start_service(machine)
+
+
+def purge(machine: Machine, captured: traffic.OpenConnection | None, before: str) -> None:
+    if captured is None:
+        machine.run("meshnet down --purge")
+    else:
+        down = machine.start("meshnet down --purge")
+        wait_for(lambda: not _captures(machine), "the drain set")
+        captured.need_alive()
+        captured.close()
+        assert down.stdout is not None
+        if down.wait(60) != 0:
+            raise Failed(f"{machine.name}: {down.stdout.read()}")
+        down.stdout.close()
+    need_same(machine, before)
+
+
+def kill_up(machine: Machine, name: str, before: str) -> None:
+    """At the moment when its phase `name` begins: the one before it has just been told."""
+    up = machine.start("exec meshnet up")
+    _read_until(up, (["discover", *PHASES])[PHASES.index(name)])
+    machine.run("pkill -9 -f 'bin/meshnet [u]p'")
+    up.communicate()
+    need_same_soon(machine, before)
+
+
+def cut_session(guest: Machine, machine: Machine, before: str) -> None:
+    session = guest.start(traffic.ssh("sudo meshnet up", to=machine.address).replace("ssh ", "ssh -tt ", 1))
+    _read_until(session, "identity")
+    session.kill()  # the unit goes on for a moment; what ends is what sshd sees
+    machine.run("pkill -9 -u vagrant sshd")
+    session.communicate()
+    need_same_soon(machine, before)
+
+
+def lose_power(machine: Machine, before: str) -> None:
+    up = machine.start("exec meshnet up")
+    _read_until(up, "rules")
+    machine.cut_power()
+    up.kill()
+    up.communicate()
+    if _captures(machine) or _state(machine) != "inactive inactive":
+        raise Failed(f"{machine.name}: after the power came back: {_state(machine)}")
+    said = machine.run("meshnet up 2>&1")
+    if "put back first" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("meshnet down --purge")
+    need_same(machine, before)
+
+
+def leftovers(machine: Machine) -> str:
+    return machine.run("sh -s", stdin=_LEFTOVERS)
+
+
+def need_same(machine: Machine, before: str) -> None:
+    if differences := _differences(machine, before):
+        raise Failed(f"{machine.name} is not as it was:\n{differences}")
+
+
+def need_same_soon(machine: Machine, before: str) -> None:
+    try:
+        wait_for(lambda: _differences(machine, before) == "", "as before", timeout=30)
+    except Failed:
+        need_same(machine, before)
+
+
+def journal(machine: Machine) -> str:
+    try:
+        return machine.run("journalctl -n 60 --no-pager -o short-monotonic -u 'meshnet*'", code=None)
+    except OSError as error:
+        return str(error)
+
+
+def _read_until(up: "subprocess.Popen[str]", phase: str) -> None:
+    """Until `meshnet up` has told of that phase."""
+    assert up.stdout is not None
+    for line in up.stdout:
+        if re.match(rf". {phase} ", line):
+            return
+    raise Failed(f"meshnet up has ended before its phase {phase}")
+
+
+def _differences(machine: Machine, before: str) -> str:
+    was, now = set(before.splitlines()), set(leftovers(machine).splitlines())
+    return "\n".join([f"- {line}" for line in sorted(was - now)] + [f"+ {line}" for line in sorted(now - was)])
+
+
+def _sidecar(machine: Machine) -> int:
+    return int(machine.run("systemctl show -p MainPID --value meshnet"))
+
+
+def _state(machine: Machine) -> str:
+    return " ".join(machine.run("systemctl is-active meshnet meshnet-rules", code=None).split())
+
+
+def _rules(machine: Machine) -> str:
+    """With handles, and without counters: the same text is the same rules, untouched."""
+    return machine.run("nft -a -s list table inet meshnet 2>/dev/null || true")
+
+
+def _captures(machine: Machine) -> bool:
+    return "redirect to :15101" in _rules(machine)
+
+
+def _opened(machine: Machine) -> int:
+    found = re.search(r"(\d+) opened", machine.run("meshnet status"))
+    assert found is not None
+    return int(found[1])
+
+
+@contextmanager
+def _drop_in(machine: Machine, line: str) -> Iterator[None]:
+    folder = "/run/systemd/system/meshnet.service.d"
+    machine.run(f"mkdir {folder} && printf '[Service]\\n{line}\\n' >{folder}/tested.conf && systemctl daemon-reload")
+    yield
+    machine.run(f"rm -r {folder} && systemctl daemon-reload")
+
+
+def _checkout() -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+
+        def shipped(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+            name = Path(member.name).name
+            return None if name in _NOT_SHIPPED or name.endswith((".so", ".egg-info")) else member
+
+        archive.add(image.ROOT, ".", filter=shipped)
+    return content.getvalue()

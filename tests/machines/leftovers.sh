@@ -1,0 +1,27 @@
+#!/bin/sh
+# All that meshnet could leave on a machine, as lines that are the same when nothing was left: files with rights and
+# contents, users, groups, units, rules, routes, settings of the kernel.
+folders=
+for folder in /etc /root /usr/local /usr/lib/systemd /usr/lib/sysusers.d /var/lib/meshnet /var/log/meshnet \
+    /run/meshnet /run/systemd/system /run/systemd/transient; do
+    [ ! -e "$folder" ] || folders="$folders $folder"
+done
+# The backups of passwd and its like are those of the last change; nobody's leftovers.
+# shellcheck disable=SC2086 # one word each
+find $folders \( -name '*-' -o -name .pwd.lock -o -name 'run-*' \) -prune \
+    -o -printf '%y %p %m %u:%g %l\n' | sort | sed 's/^/path /'
+# shellcheck disable=SC2086 # one word each
+find $folders -type f ! -name '*-' ! -name 'run-*' -print0 | sort -z | xargs -0 sha256sum | sed 's/^/content /'
+ls -d /run/meshnet* /var/lib/meshnet* /var/lib/*/meshnet* /tmp/*meshnet* 2>/dev/null | sed 's/^/exists /'
+getent passwd | sort | sed 's/^/user /'
+getent group | sort | sed 's/^/group /'
+systemctl list-unit-files --no-legend --plain | grep -v ^run- | sed 's/^/unit file /'
+systemctl list-units --all --no-legend --plain 'meshnet*' | sed 's/^/unit /'
+nft -s list ruleset | sed 's/^/rule /'
+ip rule | sed 's/^/route rule /'
+ip -6 rule | sed 's/^/route rule /'
+ip route show table all | sed 's/^/route /'
+ip -6 route show table all | grep -v fe80 | sed 's/^/route /'
+sysctl -a 2>/dev/null | grep -E 'route_localnet|rp_filter|fwmark|ip_forward|src_valid_mark' | sed 's/^/sysctl /'
+pgrep -fa meshnet_cli | sed 's/^/process /'
+exit 0

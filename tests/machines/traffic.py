@@ -1,0 +1,124 @@
+"""Ordinary programs between two machines, none of which knows of meshnet, and whether the sidecars carried them."""
+
+import json
+import subprocess
+
+from tests.machines.machine import Failed, Machine, wait_for
+
+PORTS = {"ssh": 22, "iperf3": 5201, "postgresql": 5432, "redis": 6379}
+
+# What an administrator does so that other machines may come in.
+_SERVE = """
+set -e
+conf=$(ls -d /etc/postgresql/*/main)
+echo "listen_addresses = '*'" >"$conf/conf.d/listen.conf"
+echo 'host all postgres samenet trust' >>"$conf/pg_hba.conf"
+echo 'host all postgres 127.0.0.0/8 trust' >>"$conf/pg_hba.conf"
+sed -i 's/^bind .*/bind * -::*/; s/^protected-mode .*/protected-mode no/' /etc/redis/redis.conf
+printf '[Service]\\nExecStart=/usr/bin/iperf3 -s\\n[Install]\\nWantedBy=multi-user.target\\n' \\
+    >/etc/systemd/system/iperf3-server.service
+systemctl daemon-reload
+systemctl enable -q postgresql redis-server iperf3-server
+systemctl restart postgresql redis-server iperf3-server
+"""
+
+# A line comes back for each that is sent, for as long as the connection lives.
+_ECHO_SERVER = (
+    "import socket; s = socket.create_server(('', 7777)); s.listen();"
+    " c, _ = s.accept(); [c.sendall(line.encode()) for line in c.makefile()]"
+)
+_ECHO_CLIENT = (
+    "import socket, sys; c = socket.create_connection(('{address}', 7777)); f = c.makefile();"
+    " [(c.sendall(line.encode()), print(f.readline(), end='', flush=True)) for line in iter(sys.stdin.readline, '')]"
+)
+
+
+def install(machine: Machine) -> None:
+    machine.run("DEBIAN_FRONTEND=noninteractive apt-get install -y -qq postgresql redis-server redis-tools iperf3")
+    machine.run(_SERVE)
+
+
+def may_log_in(guest: Machine, host: Machine) -> None:
+    """Root of `guest` as vagrant on `host`."""
+    key = guest.run(
+        "mkdir -p -m 700 /root/.ssh; [ -e /root/.ssh/id_ed25519 ] ||"
+        " ssh-keygen -q -t ed25519 -N '' -f /root/.ssh/id_ed25519; cat /root/.ssh/id_ed25519.pub"
+    )
+    host.run("install -d -m 700 -o vagrant -g vagrant ~vagrant/.ssh; cat >>~vagrant/.ssh/authorized_keys", stdin=key)
+
+
+def ssh(command: str, to: str) -> str:
+    options = "-o BatchMode=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR"
+    return f"ssh {options} vagrant@{to} {command!r}"
+
+
+def all_programs(client: Machine, server: Machine) -> None:
+    """Each program does something that only its real server answers."""
+    address = server.address
+
+    def expect(command: str, answer: str) -> None:
+        said = client.run(command)
+        if answer not in said:
+            raise Failed(f"{client.name}: {command}: {said!r}, and not {answer!r}")
+
+    for port in PORTS.values():
+        wait_for(lambda port=port: _listens(server, port), f"a server at {server.name}:{port}")  # type: ignore[misc] # bound now
+    expect(f"psql -qAt -h {address} -U postgres -c 'select 6 * 7'", "42")
+    expect(f"psql -qAt -h {address} -U postgres -c \"select length(repeat('x', 9000000))\"", "9000000")
+    expect(f"redis-cli -h {address} set from {client.name}", "OK")
+    expect(f"redis-cli -h {address} get from", client.name)
+    expect(ssh("hostname", to=address), server.name)
+    said = json.loads(client.run(f"iperf3 -J -t 1 -c {address}"))
+    if not said["end"]["sum_received"]["bytes"] > 1_000_000:
+        raise Failed(f"iperf3: {said['end']}")
+
+
+def need_mtls(client: Machine, server: Machine) -> None:
+    """Both sidecars have a record of every program's connection, by mTLS, and each names the other."""
+    for machine, direction, other in ((client, "outbound", server), (server, "inbound", client)):
+        items = json.loads(machine.run("meshnet conns --all -o json"))["items"]
+        for name, port in PORTS.items():
+            found = [
+                item
+                for item in items
+                if item["direction"] == direction and item["originalDestination"].endswith(f":{port}")
+            ]
+            if not found:
+                raise Failed(f"{machine.name}: {name} was not captured ({direction}): {items}")
+            for item in found:
+                if item["tls"]["mode"] != "mtls" or f"/sa/{other.name}" not in item["tls"]["peerIdentity"]:
+                    raise Failed(f"{machine.name}: {name} is not by mTLS with {other.name}: {item}")
+
+
+class OpenConnection:
+    """One that is kept open from `client` to `server` while other things happen."""
+
+    def __init__(self, client: Machine, server: Machine) -> None:
+        self._server = server.start(f'python3 -c "{_ECHO_SERVER}"')
+        wait_for(lambda: _listens(server, 7777), "the echo server")
+        self._client = client.start(f'python3 -c "{_ECHO_CLIENT.format(address=server.address)}"')
+        self.need_alive()
+
+    def need_alive(self) -> None:
+        assert self._client.stdin is not None
+        assert self._client.stdout is not None
+        self._client.stdin.write("hello\n")
+        self._client.stdin.flush()
+        if (said := self._client.stdout.readline()) != "hello\n":
+            raise Failed(f"an open connection is no more: {said!r} {self._client.stdout.read()!r}")
+
+    def close(self) -> None:
+        for process in (self._client, self._server):
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            assert process.stdout is not None
+            process.stdout.close()
+
+
+def _listens(machine: Machine, port: int) -> bool:
+    return f":{port} " in machine.run("ss -Hltn")
