@@ -72,7 +72,7 @@ def command(
         # It dies again and again, or waits for meshnet.toml to be mended.
         kept = status is None and keeper.is_kept()
         if isinstance(keeper, systemd.Service):
-            _need_environment_kept()
+            systemd.need_settings_kept(config)
         if not dry_run and (unfinished := deadman.left_over(settings)) is not None:
             deadman.put_back(unfinished)
             warn("the last `meshnet up` was stopped in its middle: what it had done is put back first")
@@ -155,18 +155,6 @@ def _keeper(settings: Settings, config: str | None, status: Status | None) -> Ke
         if status is None or service.is_kept():
             return service
     return supervise.Supervised(settings, config)
-
-
-def _need_environment_kept() -> None:
-    """Raises CommandError for settings that only this command would see, and not the service that it starts."""
-    for variable in sorted(os.environ):
-        section, double, key = variable.removeprefix("MESHNET_").lower().partition("__")
-        if variable.startswith("MESHNET_") and double:
-            raise CommandError(
-                f"{variable} is set here, but a service of systemd's does not see it",
-                why="rules and sidecar have to be of the same settings",
-                fix=f"sudo meshnet set {section}.{key}={os.environ[variable]}",
-            )
 
 
 def _mesh(settings: Settings) -> "Snapshot | None":

@@ -13,6 +13,7 @@ from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.net.files import write_files
 from meshnet_cli.client import ask
+from meshnet_cli.configuration import DEFAULT_CONFIG, read_text
 from meshnet_cli.vm.ledger import Ledger
 from meshnet_cli.vm.units import RULES, SIDECAR, rules_unit, sidecar_unit
 
@@ -34,6 +35,21 @@ def is_here() -> bool:
 def is_installed() -> bool:
     """Whether the sidecar is, or was, a service here."""
     return (UNITS / SIDECAR).exists()
+
+
+def need_settings_kept(config: str | None) -> None:
+    """Raises CommandError for a setting that only this command sees, by a variable, and not a service of systemd's."""
+    from meshnet.codec.settings import settings_with_origin
+
+    file = config or DEFAULT_CONFIG
+    text = read_text(file) if config or Path(file).exists() else ""
+    for name, origin in settings_with_origin(text, os.environ, file)[1].items():
+        if origin.kind == "env":
+            raise CommandError(
+                f"{origin.place} is set here, but a service of systemd's does not see it",
+                why="rules and sidecar have to be of the same settings",
+                fix=f"unset {origin.place}; sudo meshnet set {name}={os.environ[origin.place]}",
+            )
 
 
 def is_ending(unit: str) -> bool:
