@@ -96,7 +96,9 @@ class Cluster:
             identity = f"spiffe://mesh.example/ns/default/sa/{account}"
             save_issued(self.authority.issue(identity, now=datetime.now(UTC)), folder)
             folders += ["--identity", f"{account}={folder}"]
-        self.objects = meshnet("install", "--mesh", mesh, *folders)
+        settings = home / "meshnet.toml"
+        settings.write_text('[capture]\nproof_interval = "1s"\n')
+        self.objects = meshnet("install", "--mesh", mesh, "--config", settings, *folders)
 
     def pod(self, host: Host, manifest: str, *flags: str) -> Pod:
         """A pod, injected and not started. Of a Job it is the pod that the Job would make."""

@@ -229,6 +229,16 @@ def test_trap_4_a_sidecar_that_fails_is_started_again_and_init_runs_again_where_
     assert pod.execute("meshnet-proxy", "meshnet", "status") == 0
 
 
+def test_a_sidecar_whose_rules_vanish_is_not_ready_until_init_runs_again(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT)
+    pod.start()
+    assert pod.probe("meshnet-proxy", "readinessProbe")
+    pod.host.run("meshnet", "init", "remove", "--drain", "0s")
+    wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is not ready")
+    assert "in force (" in pod.run_to_end("meshnet-init")
+    wait_for(lambda: pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is ready again")
+
+
 def test_a_change_of_the_config_map_reaches_a_sidecar_that_runs(running: Pod) -> None:
     folder = running.volumes / "meshnet-config"
     files = {name: (folder / name).read_bytes() for name in ("meshnet.toml", "api.yaml")}
