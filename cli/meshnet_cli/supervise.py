@@ -27,6 +27,7 @@ from meshnet.model.settings import Settings
 from meshnet_cli import lock
 from meshnet_cli.client import EXIT_UNREACHABLE, ask
 from meshnet_cli.configuration import DEFAULT_CONFIG, read_settings
+from meshnet_cli.keeper_process import KeeperProcess
 from meshnet_cli.main import EXIT_CONFIG
 
 LOG_SIZE, LOG_FILES = 10_000_000, 3
@@ -107,6 +108,10 @@ class Supervised:
 
     def try_again(self) -> None:
         try_again(self._settings)
+
+    def keep_rules(self) -> None:
+        """Has the supervisor look after a keeper of the rules, too, unless it does already."""
+        _signal_supervisor(self._settings, signal.SIGUSR2)
 
     def stop(self, drain: float) -> bool:
         return stop(self._settings, drain=drain)
@@ -276,6 +281,7 @@ class Supervisor:
         self._log.addHandler(handler)
         self._log.setLevel(logging.INFO)
         self._child: subprocess.Popen[bytes] | None = None
+        self._keeper = KeeperProcess(config, self._log)
         self._ending = threading.Event()  # only a flag: a handler that interrupts a wait() for it would hang
         self._signalled, wake = socket.socketpair()
         self._signalled.setblocking(False)
@@ -285,8 +291,14 @@ class Supervisor:
     def run(self) -> int:
         """Until the sidecar ends in order or a signal says so. Returns its last exit code."""
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._on_signal)
+        try:
+            return self._run()
+        finally:
+            self._keeper.stop()
+
+    def _run(self) -> int:
         pauses = Pauses()
         while True:
             read, started = _version(self._config), time.monotonic()
@@ -344,7 +356,9 @@ class Supervisor:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
             self._ending.set()
-        if number != signal.SIGUSR1 and self._child is not None and self._child.poll() is None:
+        if number == signal.SIGUSR2:
+            self._keeper.start()
+        elif number != signal.SIGUSR1 and self._child is not None and self._child.poll() is None:
             self._child.send_signal(number)
 
 

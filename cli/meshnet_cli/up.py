@@ -122,6 +122,8 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
         changed |= _capture(settings, status, switch)
         if isinstance(keeper, systemd.Service):
             changed |= _serve(keeper, ledger)
+        else:
+            keeper.keep_rules()
         switch.disarm()
     except (CommandError, KeyboardInterrupt) as error:
         begun = switch.unfinished.started or switch.unfinished.captures

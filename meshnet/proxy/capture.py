@@ -32,6 +32,7 @@ from meshnet.proxy.bypass import Bypass, host_of
 _log = logging.getLogger("meshnet.capture")
 
 _PATIENCE = 3.0  # seconds for one canary
+_LISTEN = 2.0  # seconds between questions to the keeper
 _FIRST = 0.5  # seconds; while capture is not proved it is tried again after pauses that grow up to the interval
 _SECOND_LOOK = 0.2  # seconds; the kernel's list is not of one moment, so what got past is seen twice
 _EXAMPLES = 5
@@ -65,15 +66,25 @@ class CaptureProof:
         """Until it is cancelled; returns at once where no proof is asked for."""
         if self._interval is None:
             return
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            await self._go_on_proving(self._interval)
+
+    async def _go_on_proving(self, interval: float) -> None:
         next_try = _FIRST
         with LocalAddresses() as addresses:
             bypass = Bypass(self._settings, addresses, self._pids)
             while True:
                 await self._prove()
                 await self._look(bypass)
-                self._hear(await trio.to_thread.run_sync(ask_keeper))
-                await trio.sleep(self._interval if self.in_place else min(next_try, self._interval))
+                await trio.sleep(interval if self.in_place else min(next_try, interval))
                 next_try = _FIRST if self.in_place else next_try * 2
+
+    async def _listen(self) -> None:
+        """To the keeper, which comes and goes by itself: a question costs nothing beside a proof."""
+        while True:
+            self._hear(await trio.to_thread.run_sync(ask_keeper))
+            await trio.sleep(_LISTEN)
 
     @property
     def in_place(self) -> bool | None:
@@ -139,8 +150,9 @@ class CaptureProof:
         def proof(result: ProofResult, detail: str) -> Proof:
             return Proof(direction="outbound", family=family, result=result, detail=detail)
 
-        if family == "ipv6" and self._settings.capture.ipv6 == "off":
-            return proof("not in the plan", 'capture.ipv6 = "off"')
+        ipv6 = self._settings.capture.ipv6
+        if family == "ipv6" and ipv6 in ("off", "reject"):
+            return proof("not in the plan", f'capture.ipv6 = "{ipv6}"')
         target = Address(OWN_CANARY[family], PROOF_PORT)
         try:
             sock = begin_connect(target, self._mark)

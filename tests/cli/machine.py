@@ -16,6 +16,7 @@ from tests.world import Host, Process, World, wait_for
 
 MESHNET = (sys.executable, "-m", "meshnet_cli.main")
 
+_KEEPER = b"rules\0keep"
 # Somebody's own table: whatever meshnet does, it is there afterwards.
 OWN_RULES = "table inet own { chain c { type filter hook input priority 0; tcp dport 9 counter drop; }; }"
 
@@ -82,9 +83,13 @@ class Machine:
         return {file: file.read_bytes() for file in self.home.rglob("*") if file.is_file()}
 
     def programs(self) -> list[int]:
-        """The process ids of meshnet's here, workers included."""
+        """The process ids of meshnet's here, workers included, the keeper of the rules left out."""
         ours = (b"meshnet_cli", b"meshnet.proxy.workers")
-        return [pid for pid in self._processes() if any(name in _command_line(pid) for name in ours)]
+        lines = {pid: _command_line(pid) for pid in self._processes()}
+        return [pid for pid, line in lines.items() if any(name in line for name in ours) and _KEEPER not in line]
+
+    def keepers(self) -> list[int]:
+        return [pid for pid in self._processes() if _KEEPER in _command_line(pid)]
 
     def close(self) -> None:
         while processes := self._processes():

@@ -51,6 +51,30 @@ def test_a_killed_supervisor_is_told_by_up_and_status_with_what_to_type(machine:
     assert len(machine.programs()) == 2
 
 
+def test_the_rules_are_kept_and_whoever_keeps_them_too(machine: Machine) -> None:
+    """istio#61182: rules vanish later."""
+    before = machine.rules()
+    machine.up()
+    (keeper,) = wait_for(machine.keepers, what="a keeper")
+    wait_for(lambda: "keeper: keeping" in machine.meshnet("status").stdout, what="that status tells of it")
+    machine.host.run("nft", "delete", "table", "inet", "meshnet")
+    wait_for(lambda: "table inet meshnet" in machine.rules(), what="the rules again")
+    os.kill(keeper, signal.SIGKILL)
+    wait_for(lambda: (now := machine.keepers()) and now != [keeper], what="another keeper")
+    assert "the keeper of the rules ended with -9" in (machine.home / "run" / "sidecar.log").read_text()
+    assert machine.meshnet("down").returncode == 0
+    assert machine.keepers() == []
+    assert machine.rules() == before
+
+
+def test_a_keeper_does_not_outlive_its_supervisor(machine: Machine) -> None:
+    pid = machine.up().pid
+    wait_for(machine.keepers, what="a keeper")
+    (supervisor,) = (program for program in machine.programs() if program != pid)
+    os.kill(supervisor, signal.SIGKILL)
+    wait_for(lambda: not machine.keepers(), what="its end")
+
+
 def test_a_supervisor_that_ended_in_order_is_no_killed_one(machine: Machine) -> None:
     machine.up()
     (supervisor,) = (program for program in machine.programs() if program != machine.status().pid)

@@ -16,6 +16,28 @@ pytestmark = pytest.mark.netns
 BACKENDS = ("nft", "iptables")  # legacy is another speaker of the same tables, and slow
 
 
+def test_a_sidecar_that_comes_back_with_other_settings_gets_rules_that_fit_it(world: World, mesh: Mesh) -> None:
+    site = Site(world, mesh)
+    site.kill()
+    site.sidecar.config.write_text(site.sidecar.config.read_text() + "[proxy]\noutbound_port = 16101\n")
+    site.sidecar.spawn()
+    wait_for(lambda: "redirect to :16101" in site.web.run("nft", "list", "ruleset").stdout, timeout=20.0)
+    site.until_captured()
+
+
+def test_settings_that_do_not_fit_the_sidecar_that_runs_change_no_rules(world: World, mesh: Mesh) -> None:
+    site = Site(world, mesh)
+    before = site.web.run("nft", "-a", "-s", "list", "ruleset").stdout
+    site.sidecar.config.write_text(site.sidecar.config.read_text() + "[proxy]\noutbound_port = 16101\n")
+    for number in (signal.SIGHUP, signal.SIGKILL):
+        os.kill(site.keeper.pid, number)
+        if number == signal.SIGKILL:
+            site.keeper = site.web.spawn("meshnet", "rules", "keep", "--config", site.sidecar.config, name="again")
+        wait_for(lambda: "the settings do not fit the sidecar that runs" in site.keeper.output, timeout=20.0)
+        assert site.web.run("nft", "-a", "-s", "list", "ruleset").stdout == before
+    wait_for(lambda: "16101" in "".join(site.sidecar.status().not_ready_because), timeout=20.0)
+
+
 class Site:
     """`web` has a sidecar and a keeper; `peer` has neither, and a server."""
 

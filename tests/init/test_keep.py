@@ -121,13 +121,17 @@ def test_one_rule_that_is_slipped_in_is_taken_out(kept: Kept) -> None:
 def test_who_fights_is_named_and_it_goes_on_with_pauses(by_nft: Kept) -> None:
     by_nft.start()
     other = by_nft.host.spawn("sh", "-c", "while :; do nft flush ruleset; sleep 0.3; done", name="other")
-    report = wait_for(lambda: r if (r := by_nft.now()).state == "fighting" else None, timeout=40.0)
-    assert report.last_repair is not None
-    assert report.last_repair.by.startswith("nft (pid ")
+
+    def named() -> bool:
+        report = by_nft.now()
+        repair = report.last_repair
+        return report.state == "fighting" and repair is not None and repair.by.startswith("nft (pid ")
+
+    wait_for(named, timeout=40.0, what="a fight with nft")
     assert "changes the rules again and again" in by_nft.log
     other.kill()
-    wait_for(lambda: by_nft.now().in_place, timeout=40.0)
-    assert by_nft.is_captured()
+    # The last of its flushes may still be on its way.
+    wait_for(lambda: by_nft.now().in_place and by_nft.is_captured(), timeout=60.0, what="rules that stay")
 
 
 def test_sigterm_leaves_the_rules_and_sighup_reads_the_settings_again(by_nft: Kept) -> None:

@@ -114,8 +114,11 @@ WantedBy=multi-user.target
 
 
 def rules_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None) -> str:
-    """The rules: put in once the sidecar is there, taken out when it is stopped for good."""
+    """The rules: put in once the sidecar is there, and held there; taken out when it is stopped for good."""
     seen = (*meshnet, config or "")
+    # What the switches of capture.original_source are in. Where they could not be written, the plan would be another.
+    switches = settings.capture.original_source
+    hardened = _HARDENED.replace("ProtectKernelTunables=yes", "ProtectKernelTunables=no") if switches else _HARDENED
     remove = ("init", "remove", "--drain", f"{REMOVAL_DRAIN}s", "--if-stopping", RULES)
     return f"""\
 {_WRITTEN_BY} {RULES.removesuffix(".service")}
@@ -123,20 +126,24 @@ def rules_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None)
 Description=meshnet rules: turn this host's TCP to the sidecar
 Requires={SIDECAR}
 After={SIDECAR}
+StartLimitIntervalSec=0
 
 [Service]
-Type=oneshot
-RemainAfterExit=yes
-SuccessExitStatus=SIGTERM
-ExecStart={_line(*meshnet, *_keep(config))}
+Type=notify
+NotifyAccess=main
+ExecStart={_line(*meshnet, "rules", "keep", *_config(config))}
+ExecReload=/bin/kill -HUP $MAINPID
 ExecStopPost={_line(*meshnet, *remove)}
+Restart=always
+RestartSec=1
+WatchdogSec={WATCHDOG}
 EnvironmentFile=-{ENVIRONMENT_FILE}
 TimeoutStartSec=60
 TimeoutStopSec={REMOVAL_DRAIN + _SLACK}
 
 # NET_RAW: the legacy tables are read and written through a raw socket.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
-{_HARDENED}ProtectHome={_protect_home(seen)}
+{hardened}ProtectHome={_protect_home(seen)}
 # The lock of the iptables programs is there.
 ReadWritePaths=/run
 RestrictNamespaces=net
@@ -148,11 +155,6 @@ UMask=0077
 [Install]
 WantedBy={SIDECAR}
 """
-
-
-def _keep(config: str | None) -> tuple[str, ...]:
-    """What puts the rules in, and is there to look after them."""
-    return ("init", *_config(config))
 
 
 def _config(config: str | None) -> tuple[str, ...]:

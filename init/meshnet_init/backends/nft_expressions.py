@@ -163,9 +163,11 @@ def decode(
 ) -> Counted | None:
     """The rule a kernel message holds, or None where it is none that `encode` writes."""
     named = [(expr.get_attr("NFTA_EXPR_NAME"), expr.get_attr("NFTA_EXPR_DATA")) for expr in expressions]
-    at = next((at for at, (name, _) in enumerate(named) if name == "counter"), None)
+    # What people and programs write by hand has no counter; then what is done begins with the verdict.
+    at = next((at for at, (name, _) in enumerate(named) if name in ("counter", "immediate", "reject")), None)
     if at is None:
         return None
+    counted = named[at][0] == "counter"
     matches: list[Match] = []
     loaded, mask = "", b""
     for name, body in named[:at]:
@@ -178,11 +180,13 @@ def decode(
             matches.append(Match(loaded, _bytes(body.get_attr("NFTA_CMP_DATA")), compare, mask))
         else:
             return None
-    done = _done(named[at + 1 :])
+    done = _done(named[at + counted :])
     rule = _rule(chain, matches, done, cgroup_path) if done is not None else None
     # Whatever the reading above passed over makes the two differ.
     if rule is None or list(_matches(rule, lambda _: _cgroup_of(matches))) != matches:
         return None
+    if not counted:
+        return Counted(rule)
     counter = named[at][1]
     return Counted(rule, counter.get_attr("NFTA_COUNTER_PACKETS"), counter.get_attr("NFTA_COUNTER_BYTES"))
 

@@ -31,6 +31,7 @@ from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
 from meshnet_init.plan import make_plan
 from meshnet_init.rule import drain_set
+from meshnet_init.sidecar import misfits
 
 _log = logging.getLogger("meshnet.keeper")
 
@@ -38,6 +39,7 @@ _NO_INTERVAL = 30.0  # seconds between looks where the settings want no proof
 _SETTLE, _SETTLED_BY = 0.2, 2.0  # seconds of quiet after a change of the rules, and how long that is waited for
 _GAP = 1.0  # seconds between looks, however often others change their own rules
 _TRIES, _PATIENCE = 3, 1.0  # canaries until one is lost, and seconds for each: meanwhile nothing is repaired
+_MOST_NAMED = 3  # of those who have changed rules since the last repair
 _KNOCK = 0.2  # seconds between tries to reach a sidecar that is gone
 
 
@@ -56,6 +58,8 @@ class Keeper:
         self._has_held = False  # they have been as planned since we began, or were taken up
         self._is_open = False  # connections go direct, for want of a sidecar
         self._stood_down = False
+        self._was_there = False  # a sidecar, at any time
+        self._suspects: list[str] = []  # who has changed rules since the last repair
         self._differences: Sequence[str] = ()
         self._proofs: dict[IpFamily, Proof] = {}
         self._inbound: tuple[Proof, ...] = ()
@@ -121,19 +125,35 @@ class Keeper:
         if not lines:
             self._has_held, self._differences = True, ()
         elif not self._has_held:
+            self._need_fit()
             applied = apply_plan(self._plan, self._backend)
             self._has_held, self._differences = True, ()
             self._heard()
             _log.info("%d rules put in by %s", applied.rules, applied.backend)
         elif wait := self._pace.wait(now):
             self._differences = lines
+            self._suspects = [*self._suspects, *by][-_MOST_NAMED:]
             self._next_look = min(self._next_look, now + wait)
         else:
             self._repair(lines, by)
 
+    def _need_fit(self) -> None:
+        """Settings may have changed under a sidecar that has not read them: its rules are not taken from it.
+
+        Raises CommandError.
+        """
+        status = self._line.status() if self._line is not None else None
+        if status is not None and (unfit := misfits(self._plan.rules, status)):
+            raise CommandError(
+                "the settings do not fit the sidecar that runs: the rules stay as they are",
+                why="; ".join(unfit),
+                fix="start it again with these settings: sudo meshnet down && sudo meshnet up",
+            )
+
     def _repair(self, lines: Sequence[str], by: Sequence[str]) -> None:
         self._differences = lines
-        by = [*by, *(name for name in self._heard() if name not in by)]
+        by = list(dict.fromkeys([*self._suspects, *by, *self._heard()]))[-_MOST_NAMED:]
+        self._suspects = []
         apply_plan(self._plan, self._backend)
         self._heard()  # of what we have just done
         now, whom = time.monotonic(), ", ".join(by) or "somebody the kernel does not name"
@@ -216,6 +236,9 @@ class Keeper:
                     self._open()
                 return
             _log.info("the sidecar is there")
+            # It has read the settings of now, which may be others.
+            self._reread |= self._was_there and not self._stood_down
+            self._was_there = True
             self._inbound_due = True
             self._next_look = 0.0
         if self._is_open and (status := self._line.status()) is not None and status.waits_for_rules:

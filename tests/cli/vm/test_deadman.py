@@ -48,7 +48,7 @@ def test_up_is_killed_when_a_phase_begins_and_open_connections_live(machine: Mac
 def test_up_that_hangs_once_the_rules_are_in_is_put_back_in_time(machine: Machine) -> None:
     before = Before(machine)
     up = machine.start("up", "--rollback-after", "2s")
-    wait_for(lambda: "redirect to :15101" in machine.rules(), what="the rules")
+    wait_for(lambda: "redirect to :15101" in machine.rules(), timeout=30.0, what="the rules")
     up.popen.send_signal(signal.SIGSTOP)
     try:
         wait_for(lambda: "redirect to :15101" not in machine.rules(), timeout=20, what="no rules")
@@ -72,7 +72,7 @@ def test_what_was_up_before_stays_when_a_second_up_is_killed(machine: Machine) -
 
 def test_the_switch_is_killed_too_and_the_next_up_puts_back(machine: Machine) -> None:
     up = machine.start("up")
-    wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), what="the rules")
+    wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), timeout=30.0, what="the rules")
     os.kill(_switch(machine), signal.SIGKILL)
     up.popen.kill()
     up.popen.wait()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnet.model.settings import AdminSection, MeshSection, ProxySection, Settings
+from meshnet.model.settings import AdminSection, CaptureSection, MeshSection, ProxySection, Settings
 from meshnet_cli.vm.systemd import removes_rules
 from meshnet_cli.vm.units import RULES, SIDECAR, rules_unit, sidecar_unit
 
@@ -36,7 +36,14 @@ def test_settings_are_in_the_unit() -> None:
     assert "ReadWritePaths=-/srv/state -/srv/mesh\n" in text
     assert "RuntimeDirectory" not in text
     assert "meshnet_cli.main proxy --config /srv/meshnet.toml\n" in text
-    assert "meshnet_cli.main init --config /srv/meshnet.toml\n" in rules_unit(settings, MESHNET, "/srv/meshnet.toml")
+    keeper = "meshnet_cli.main rules keep --config /srv/meshnet.toml\n"
+    assert keeper in rules_unit(settings, MESHNET, "/srv/meshnet.toml")
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_the_switches_of_the_original_source_can_be_written_where_they_are_needed(switched: bool) -> None:
+    text = rules_unit(Settings(capture=CaptureSection(original_source=switched)), MESHNET, None)
+    assert f"ProtectKernelTunables={'no' if switched else 'yes'}\n" in text
 
 
 @pytest.mark.parametrize(
