@@ -124,7 +124,17 @@ def _backend(settings: Settings) -> str:
 
 
 def _identity(settings: Settings) -> Finding:
-    if not Path(settings.identity.certificate).exists():
+    try:
+        found = Path(settings.identity.certificate).exists()
+    except OSError as error:
+        return Finding(
+            code="identity.valid",
+            level="warning",
+            what=f"{settings.identity.certificate} cannot be looked at",
+            why=error.strerror or str(error),
+            fix="sudo meshnet check",
+        )
+    if not found:
         return Finding(
             code="identity.valid",
             level="warning",

@@ -161,9 +161,11 @@ def capture_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags that stand for settings; the command gets what was given of them as `with_flags` wants it."""
     for section, key, kind, text in reversed(_FLAGS):
         name = f"--{key.replace('_', '-')}"
-        metavar = (
-            None if isinstance(kind, click.Choice) else kind.name.upper() if isinstance(kind, Parsed) else "NUMBER"
-        )
+        metavar: str | None = kind.name.upper() if isinstance(kind, Parsed) else "NUMBER"
+        if isinstance(kind, click.Choice):
+            metavar = None
+        elif kind is click.BOOL:
+            metavar = "true|false"
         command = click.option(name, f"{section}__{key}", type=kind, metavar=metavar, help=text)(command)
     return command
 
@@ -242,6 +244,8 @@ def command(
     families = "IPv4 and IPv6" if applied.ipv6 else "IPv4"
     what = "in force" if applied.changed else "in force already, nothing changed"
     click.echo(f"{applied.rules} rules for {families} {what} ({applied.backend})")
+    for path in applied.missing_cgroups:
+        warn(f"there is no cgroup {path}: nobody is in it (systemd-cgls shows which there are)")
     for older in applied.replaced:
         click.echo(f"older rules of {older} taken out")
     for older in applied.kept:

@@ -74,7 +74,8 @@ def need_fit(settings: Settings, sidecar: Status) -> None:
     from meshnet_init.plan import make_plan
     from meshnet_init.sidecar import misfits
 
-    found = misfits(make_plan(settings, host_facts()).rules, sidecar)
+    plan = make_plan(settings, host_facts())
+    found = misfits(plan.rules, plan.routing, sidecar)
     if found:
         raise CommandError(
             f"the rules of these settings do not fit the sidecar that runs here (pid {sidecar.pid}); none was changed",

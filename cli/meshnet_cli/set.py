@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -65,8 +66,8 @@ def command(
     _write(file, new, settings)
     click.echo(f"✓ {file} is changed")
     try:
-        _put_in_force(settings, before)
-    except CommandError:
+        _put_in_force(settings, before, lambda: _write(file, old, settings))
+    except (CommandError, ConfigError):
         _write(file, old, settings)
         raise
 
@@ -111,8 +112,11 @@ def _write(file: Path, text: str, settings: Settings) -> None:
         ) from error
 
 
-def _put_in_force(settings: Settings, before: Settings | None) -> None:
-    """Raises CommandError, and ConfigError for settings that make no plan; then the rules are as they were."""
+def _put_in_force(settings: Settings, before: Settings | None, restore: Callable[[], object]) -> None:
+    """Raises CommandError, and ConfigError for settings that make no plan; then the rules are as they were.
+
+    `restore` puts the file back.
+    """
     from meshnet_init.apply import apply, installed_rules, would_change
     from meshnet_init.host import may_change_rules
     from meshnet_init.rollback import put_back
@@ -136,7 +140,8 @@ def _put_in_force(settings: Settings, before: Settings | None) -> None:
     applied = apply(settings)
     result = verify(settings, sidecar)
     if not result.ok:
-        put_back(in_force, _DRAIN)
+        restore()
+        put_back(in_force, _DRAIN, take_up=True)
         raise CommandError(
             "the rules of these settings do not do what they should; rules and file are as they were",
             why="; ".join([*result.differences, *result.misfits]) or "a canary was not captured",
@@ -150,8 +155,10 @@ def _put_in_force(settings: Settings, before: Settings | None) -> None:
 
 def _without_capture(settings: Settings) -> object:
     """What the sidecar itself reads."""
-    gid = settings.capture.gid
-    return settings.proxy, settings.admin, settings.mesh, settings.identity, settings.pool, settings.log, gid
+    capture = settings.capture
+    ways = (capture.gid, capture.inbound_mode, capture.original_source, bool(capture.reroute_interfaces))
+    own = (ways, capture.proof_interval, capture.required)
+    return settings.proxy, settings.admin, settings.mesh, settings.identity, settings.pool, settings.log, own
 
 
 def _restart(settings: Settings) -> str:

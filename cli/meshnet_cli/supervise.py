@@ -24,6 +24,7 @@ from meshnet.decide.pauses import Pauses
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.admin import GROUP, Accepted, Drain, GetStatus, Status
 from meshnet.model.settings import Settings
+from meshnet.net.keeper import ask_keeper
 from meshnet_cli import lock
 from meshnet_cli.client import EXIT_UNREACHABLE, ask
 from meshnet_cli.configuration import DEFAULT_CONFIG, read_settings
@@ -32,6 +33,7 @@ from meshnet_cli.main import EXIT_CONFIG
 
 LOG_SIZE, LOG_FILES = 10_000_000, 3
 _LOOK_EVERY = 0.5  # seconds between looks at meshnet.toml meanwhile
+_KEEPER_TIMEOUT = 15.0  # seconds until the keeper answers
 _END_TIMEOUT = 10.0  # seconds beyond the drain
 _LAST_WORDS = 0.5  # seconds; what a sidecar that has ended had printed is there, unless its workers live on
 _CANNOT_RUN = 127  # what a shell says of a program that is not there
@@ -110,8 +112,19 @@ class Supervised:
         try_again(self._settings)
 
     def keep_rules(self) -> None:
-        """Has the supervisor look after a keeper of the rules, too, unless it does already."""
+        """Has the supervisor look after a keeper of the rules, too, unless it does already. Raises CommandError."""
+        if not _knows(lock.holder(Path(self._settings.admin.socket).parent), signal.SIGUSR2):
+            return  # an older version's: the signal would end it
         _signal_supervisor(self._settings, signal.SIGUSR2)
+        deadline = time.monotonic() + _KEEPER_TIMEOUT
+        while ask_keeper() is None:
+            if time.monotonic() > deadline or not self.is_kept():
+                raise CommandError(
+                    "the keeper of the rules does not come up",
+                    why=f"it has not answered within {_KEEPER_TIMEOUT:g} s",
+                    fix=self.log(),
+                )
+            time.sleep(0.05)  # noqa: TID251 - another process's start is polled; nothing tells us
 
     def stop(self, drain: float) -> bool:
         return stop(self._settings, drain=drain)
@@ -209,6 +222,16 @@ def _signal_supervisor(settings: Settings, number: signal.Signals) -> int:
         except ProcessLookupError:
             pass  # it has just ended
     return pid
+
+
+def _knows(pid: int, number: signal.Signals) -> bool:
+    """Whether the process has a handler for that signal: proc(5), SigCgt."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def _remove_what_is_left(settings: Settings) -> None:

@@ -84,7 +84,7 @@ def command(
         there = "a sidecar runs already" if status else "a sidecar is to come up again" if kept else ""
         say(f"rules by {backend}, {there or 'ports and group are free'}")
     if status is not None and lock.is_orphaned(Path(settings.admin.socket).parent):
-        warn(f"nobody looks after the sidecar (pid {status.pid}): {lock.ORPHANED}")
+        warn(f"nobody looks after the sidecar (pid {status.pid}), nor after the rules: {lock.ORPHANED}")
     with phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
@@ -122,7 +122,7 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
         changed |= _capture(settings, status, switch)
         if isinstance(keeper, systemd.Service):
             changed |= _serve(keeper, ledger)
-        else:
+        elif not lock.is_orphaned(Path(settings.admin.socket).parent):
             keeper.keep_rules()
         switch.disarm()
     except (CommandError, KeyboardInterrupt) as error:
@@ -175,6 +175,7 @@ def _start(wanted: _Wanted, kept: bool, ledger: Ledger, switch: Switch) -> Statu
     with phase("identity") as say:
         say(make_identity(settings, wanted.trust_domain, wanted.snapshot, ledger))
     _make_folder(Path(settings.mesh.directory), ledger)
+    ledger.note_file(Path(settings.mesh.last_good))
     if isinstance(keeper, systemd.Service):
         account.hand_over(settings, ledger)
         account.need_readable(settings, wanted.config)
@@ -214,6 +215,8 @@ def _capture(settings: Settings, status: Status, switch: Switch) -> bool:
         if would_change(settings):
             switch.note(captures=True, rules_before=installed_rules())
         applied = apply(settings)
+        for path in applied.missing_cgroups:
+            warn(f"there is no cgroup {path}: nobody is in it")
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
     with phase("verify") as say:
         result = verify(settings, status)

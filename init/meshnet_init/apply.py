@@ -7,7 +7,7 @@ from meshnet.model.capture import StandDown, TakeUp
 from meshnet.model.settings import Settings
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.backends import Backend, Installed, differences
-from meshnet_init.backends.cgroups import cgroup_id
+from meshnet_init.backends.cgroups import missing
 from meshnet_init.backends.iptables import IptablesBackend
 from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
@@ -15,7 +15,7 @@ from meshnet_init.backends.python_iptables import by_python_iptables
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, open_connections
 from meshnet_init.plan import make_plan
-from meshnet_init.routing import installed_routing, route, routing_differences
+from meshnet_init.routing import connections_in_clients_names, installed_routing, route, routing_differences
 from meshnet_init.rule import Plan, drain_set
 
 BACKENDS = ("auto", "nft", "iptables", "legacy")
@@ -36,6 +36,7 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     ipv6: bool
     replaced: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
+    missing_cgroups: tuple[str, ...] = ()
 
 
 def apply(settings: Settings, backend: str = "") -> Applied:
@@ -56,15 +57,20 @@ def apply(settings: Settings, backend: str = "") -> Applied:
 def would_change(settings: Settings) -> bool:
     """Whether `apply` would write anything. Raises as that does."""
     chosen = choose(settings.capture.backend)
-    if differences(chosen.expected(make_plan(settings, host_facts())), chosen.installed()):
+    plan = make_plan(settings, host_facts())
+    if differences(chosen.expected(plan), chosen.installed()) or routing_differences(plan.routing):
         return True
     return any(installed.backend != chosen.name for installed in installed_rules())
 
 
 def apply_plan(plan: Plan, chosen: Backend) -> Applied:
     """Makes `plan` the only rules of ours, then takes older ones of other backends out."""
-    for cgroup in {rule.cgroup for rule in plan.rules} - {""}:
-        cgroup_id(cgroup)  # iptables only says that something is invalid
+    if plan.routing is None and (speaking := connections_in_clients_names()):
+        raise CommandError(
+            f"{speaking} connections are open in their clients' names, and would not hear the answers any more",
+            why="the rules that are to be put in do not carry them: capture.original_source",
+            fix="sudo meshnet down && sudo meshnet up; or wait until they have ended",
+        )
     expected = chosen.expected(plan)
     before = installed_routing()
     routed = plan.routing is not None and route(plan.routing)
@@ -98,6 +104,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         rules=len(expected),
         ipv6=plan.ipv6,
         replaced=tuple(replaced),
+        missing_cgroups=missing(plan),
         kept=tuple(kept),
     )
 

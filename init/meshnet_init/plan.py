@@ -75,7 +75,8 @@ def make_plan(settings: Settings, host: Host) -> Plan:
             rules += _without_invalid(inbound)
     if capture.strict:
         rules += _guard((rule for rule in inbound if not _passes(rule)), "MESHNET_GUARD_IN")
-        if passing := [rule for rule in inbound if _passes(rule)]:
+        if any(map(_passes, inbound)):
+            passing = [rule for rule in inbound if _passes(rule) or rule.why == _IPV6_OFF]
             rules += _guard(passing, "MESHNET_GUARD_FWD")
     udp = list(_udp(settings, host))
     if capture.strict or udp:

@@ -9,7 +9,7 @@ A keeper is told to stand down, or it would put them in again. Then
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import msgspec
 
@@ -19,7 +19,7 @@ from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import every_backend
 from meshnet_init.backends import need_right_to_change
 from meshnet_init.host import open_connections
-from meshnet_init.routing import route
+from meshnet_init.routing import connections_in_clients_names, route
 from meshnet_init.rule import drain_set
 
 _LOOK_AGAIN = 0.2  # seconds
@@ -45,6 +45,19 @@ def remove(
     before it sends something. Safe to run again after a crash at any point. Raises CommandError.
     """
     need_right_to_change()
+    _have_nobody_keep_them()
+    removed = _remove(drain, waiting, cut)
+    if _have_nobody_keep_them():  # one that has begun meanwhile may have put them in again
+        _remove(0.0, waiting, cut)
+    return removed
+
+
+def _open(ports: Collection[int]) -> int:
+    return max(open_connections(ports), connections_in_clients_names())
+
+
+def _have_nobody_keep_them() -> bool:
+    """Whether there is a keeper, which then leaves the rules alone. Raises CommandError."""
     keeper = tell_keeper(StandDown())
     if keeper is not None and keeper.state != "stood down":
         raise CommandError(
@@ -52,6 +65,10 @@ def remove(
             why="it would put them in again; it is busy with something",
             fix=f"try again, or end it first: sudo kill {keeper.pid}",
         )
+    return keeper is not None
+
+
+def _remove(drain: float, waiting: Callable[[int], object], cut: Callable[[], object]) -> Removed:
     found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
     ports: set[int] = set()
     for backend, installed in found:
@@ -60,13 +77,13 @@ def remove(
             rules = (counted.rule for counted in installed.rules)
             backend.apply(drain_set(installed.redirect_ports(), rules, ipv6=installed.ipv6))
 
-    first = left = open_connections(ports) if found else 0
+    first = left = _open(ports) if found else 0
     deadline = time.monotonic() + drain
     if left:
         waiting(left)
     while left and time.monotonic() < deadline:
         time.sleep(_LOOK_AGAIN)  # noqa: TID251  # the kernel tells nobody when a socket of another process closes
-        now = open_connections(ports)
+        now = _open(ports)
         if now != left:
             left = now
             waiting(left)

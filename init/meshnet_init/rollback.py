@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from meshnet.model.capture import StandDown
+from meshnet.model.capture import StandDown, TakeUp
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import apply_plan, every_backend
 from meshnet_init.backends import Installed
@@ -10,10 +10,17 @@ from meshnet_init.remove import remove
 from meshnet_init.rule import Plan
 
 
-def put_back(before: tuple[Installed, ...], drain: float = 5.0, cut: Callable[[], object] = lambda: None) -> None:
+def put_back(
+    before: tuple[Installed, ...],
+    drain: float = 5.0,
+    cut: Callable[[], object] = lambda: None,
+    *,
+    take_up: bool = False,
+) -> None:
     """Makes the kernel hold what `installed_rules` returned earlier; nothing, after `drain` seconds, if that was empty.
 
-    Open connections live on as with `apply` and `remove`, which may have to call `cut`. Raises CommandError.
+    Open connections live on as with `apply` and `remove`, which may have to call `cut`. `take_up`: the settings are
+    those of these rules again, and a keeper goes on by them. Raises CommandError.
     """
     in_force = next((installed for installed in before if not installed.draining()), None)
     if in_force is None:
@@ -22,3 +29,5 @@ def put_back(before: tuple[Installed, ...], drain: float = 5.0, cut: Callable[[]
     tell_keeper(StandDown())  # these are not what its settings ask for
     plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6, routing=in_force.routing)
     apply_plan(plan, next(backend for backend in every_backend() if backend.name == in_force.backend))
+    if take_up:
+        tell_keeper(TakeUp())

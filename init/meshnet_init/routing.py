@@ -14,6 +14,8 @@ from pyroute2.iproute.linux import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshnet.errors import CommandError
+from meshnet.net.addresses import LocalAddresses
+from meshnet.net.sock_diag import ESTABLISHED, host_of, tcp_sockets
 from meshnet_init.backends import not_permitted
 from meshnet_init.host import ACCEPTS_MARKS
 from meshnet_init.rule import Routing
@@ -42,6 +44,15 @@ def installed_routing() -> Routing | None:
     return Routing(mark=rules[0].get_attr("FRA_FWMARK"), accepts=accepts)
 
 
+def connections_in_clients_names() -> int:
+    """Open ones of the proxy's to applications here, whose answers come back by these routes. Raises OSError."""
+    if installed_routing() is None:
+        return 0
+    with LocalAddresses() as addresses:
+        open_ = (found for found in tcp_sockets() if found.state == ESTABLISHED)
+        return sum(1 for found in open_ if host_of(found.local) not in addresses)
+
+
 def routing_differences(wanted: Routing | None) -> list[str]:
     """How this host differs from it, in words; empty when it does not."""
     if installed_routing() == wanted and (wanted is not None or not _left()):
@@ -63,7 +74,12 @@ def route(wanted: Routing | None) -> bool:
             if wanted is None:
                 _take_out(netlink, older)
             else:
-                _put_in(netlink, wanted, older)
+                try:
+                    _put_in(netlink, wanted, older)
+                except (NetlinkError, OSError):
+                    if not older:
+                        _take_out(netlink, _rules(netlink))
+                    raise
     except (NetlinkError, OSError) as error:
         code = error.code if isinstance(error, NetlinkError) else error.errno
         if code in (errno.EPERM, errno.EACCES, errno.EROFS):
@@ -122,11 +138,13 @@ def _left() -> bool:
 
 def _rules(netlink: Any) -> list[Any]:
     found = [rule for family in _families() for rule in netlink.get_rules(family=family)]
-    return [rule for rule in found if rule.get_attr("FRA_TABLE") == TABLE]
+    ours = range(_BY_RULES, _BY_SWITCHES + (1 << len(_SWITCHES)))
+    return [rule for rule in found if rule.get_attr("FRA_TABLE") == TABLE and rule.get_attr("FRA_PROTOCOL") in ours]
 
 
 def _families() -> tuple[int, ...]:
-    six = Path("/proc/thread-self/net/if_inet6").exists()
+    off = Path("/proc/sys/net/ipv6/conf/lo/disable_ipv6")
+    six = Path("/proc/thread-self/net/if_inet6").exists() and off.exists() and off.read_text().strip() == "0"
     return (socket.AF_INET, socket.AF_INET6) if six else (socket.AF_INET,)
 
 

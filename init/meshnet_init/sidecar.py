@@ -1,19 +1,47 @@
 """Whether rules and the sidecar that runs fit together: settings may have changed under one of them. Pure."""
 
 import ipaddress
+import re
 from collections.abc import Collection, Iterator
 
 from meshnet.model.admin import Status
 from meshnet.model.canary import INBOUND_CANARY
-from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Chain, Rule, is_for_canary
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Chain, Routing, Rule, is_for_canary
 
 ARRIVING: tuple[Chain, ...] = ("MESHNET_MARK_IN", CHAIN_IN)
 """Where a connection from elsewhere is turned to the inbound proxy."""
 
 
-def misfits(rules: Collection[Rule], sidecar: Status) -> tuple[str, ...]:
+def misfits(rules: Collection[Rule], routing: Routing | None, sidecar: Status) -> tuple[str, ...]:
     """What does not fit, in words; empty when all does. Rules that turn nothing to a sidecar fit any."""
-    return (*_redirects(rules, sidecar), *_own_ports(rules, sidecar), *_own_connections(rules, sidecar))
+    return (
+        *_redirects(rules, sidecar),
+        *_ways_in(rules, routing, sidecar),
+        *_own_ports(rules, sidecar),
+        *_own_connections(rules, sidecar),
+    )
+
+
+def _ways_in(rules: Collection[Rule], routing: Routing | None, sidecar: Status) -> Iterator[str]:
+    """What a sidecar decides when it opens its listeners, or for each connection."""
+    given = any(rule.tproxy for rule in rules)
+    turned = any(turns_inbound(rule) for rule in rules)
+    if turned and sidecar.inbound_mode and given != (sidecar.inbound_mode == "tproxy"):
+        how = "by TPROXY" if given else "by a redirect"
+        yield f"the rules bring inbound connections {how}, the sidecar takes them as {sidecar.inbound_mode}"
+    if any(turned_to(rule) for rule in rules) and sidecar.original_source not in (None, routing is not None):
+        does = "dials" if sidecar.original_source else "does not dial"
+        there = "there" if routing else "not there"
+        yield f"the sidecar {does} in its clients' names, and routes for the answers are {there}"
+    outbound = sidecar.listeners.get("outbound", "")
+    passing = [rule for rule in rules if rule.redirect and rule.chain == CHAIN_IN and rule.local is False]
+    if passing and outbound and not re.search(r"(^|, )(0\.0\.0\.0|\[::\]):", outbound):
+        yield f"the rules turn what passes through to the outbound proxy, which listens at {outbound} only"
+
+
+def turned_to(rule: Rule) -> int:
+    """The port of a proxy that the rule turns connections to, the sidecar's own canaries aside; else 0."""
+    return 0 if is_for_canary(rule) else rule.redirect or rule.tproxy
 
 
 def _redirects(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:

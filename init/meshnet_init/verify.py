@@ -13,7 +13,7 @@ from meshnet_init.canary import Canary, fly
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
 from meshnet_init.plan import make_plan
-from meshnet_init.routing import routing_differences
+from meshnet_init.routing import installed_routing, routing_differences
 from meshnet_init.rule import CHAIN_OUT, Plan
 from meshnet_init.sidecar import misfits, turns_inbound
 
@@ -59,7 +59,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         if not leftover.draining():
             lines.append(f"older rules of backend {other.name} are in force beside those of {backend.name}")
     rules = [counted.rule for counted in installed.rules]
-    unfit = misfits(rules, sidecar) if sidecar else ()
+    unfit = misfits(rules, installed_routing(), sidecar) if sidecar else ()
     # Where the rules lead, not where they should: that they work and that they are as planned are two things.
     leads_to = {rule.redirect for rule in rules if rule.redirect and rule.chain == CHAIN_OUT}
     port = min(leads_to, default=settings.proxy.outbound_port)
@@ -83,7 +83,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
 
 
 def _fix(lines: Sequence[str], unfit: Sequence[str], plan: Plan, sidecar: Status | None) -> str:
-    if sidecar and (unfit or misfits(plan.rules, sidecar)):
+    if sidecar and (unfit or misfits(plan.rules, plan.routing, sidecar)):
         return "start the sidecar again with these settings: sudo meshnet down && sudo meshnet up"
     if lines:
         return "sudo meshnet up" if sidecar else "sudo meshnet up, or without a sidecar: sudo meshnet init"

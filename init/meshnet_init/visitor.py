@@ -16,6 +16,7 @@ from pyroute2.iproute.linux import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from meshnet.model.canary import FAMILIES, INBOUND_CANARY, IpFamily
+from meshnet.net.sockets import reset
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _IFA_F_NODAD = 0x02  # linux/if_addr.h: usable at once, as nobody else is on the cable
@@ -50,8 +51,9 @@ def a_visitor() -> Iterator[dict[IpFamily, socket.socket]]:
                 sockets = _in(place, families)
                 yield sockets
             finally:
+                # The cable is cut at once, and with it an end that has to be acknowledged would never arrive.
                 for sock in sockets.values():
-                    sock.close()
+                    reset(sock)
                 here.link("del", index=index)
     finally:
         os.close(place)

@@ -170,7 +170,9 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
     if capture.proof_interval != "off":
-        fields.duration(("capture", "proof_interval"), capture.proof_interval)
+        if fields.duration(("capture", "proof_interval"), capture.proof_interval) < _SHORTEST_PROOF:
+            wrong = f"{quoted(capture.proof_interval)} is shorter than {_SHORTEST_PROOF:g} s"
+            fields.wrong(("capture", "proof_interval"), wrong)
     elif capture.required:
         wrong = 'cannot be true while capture.proof_interval is "off"'
         fields.wrong(("capture", "required"), wrong, "nothing would prove it: write an interval such as 30s")
@@ -212,6 +214,8 @@ def _value_problems(settings: Settings) -> list[Problem]:
             fields.wrong(path, f"{quoted(text)} is not a path")
     return fields.problems
 
+
+_SHORTEST_PROOF = 0.1  # seconds; each is a connection in each family
 
 _OF_PORTS = (
     "inbound_ports",

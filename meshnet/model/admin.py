@@ -135,6 +135,8 @@ class Status(Shape, frozen=True):
     # What keeps its own connections out of the rules; None where a sidecar does not say, mark 0 where it may not mark.
     mark: int | None = None
     gid: int | None = None
+    inbound_mode: str = ""  # how it takes inbound connections, redirect or tproxy; empty where it does not say
+    original_source: bool | None = None
     capture: CaptureStatus | None = None  # None where capture.proof_interval is off
     workers: tuple[WorkerStatus, ...] = ()  # of the parent of several; then the rest is of all of them together
     api_version: str = "meshnet.dev/v1"

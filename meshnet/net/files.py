@@ -4,6 +4,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -26,7 +27,8 @@ def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = 
             with os.fdopen(descriptor, "wb") as file:
                 if os.geteuid() == 0:
                     owner = directory.stat()
-                    os.fchown(descriptor, owner.st_uid, owner.st_gid)
+                    with suppress(PermissionError):  # root without CAP_CHOWN: the folder's owner may read it then
+                        os.fchown(descriptor, owner.st_uid, owner.st_gid)
                 os.fchmod(descriptor, mode)
                 file.write(content)
                 file.flush()

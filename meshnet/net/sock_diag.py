@@ -35,6 +35,10 @@ def tcp_sockets() -> list[TcpSocket]:
         return [found for family in (socket.AF_INET, socket.AF_INET6) for found in _dump(netlink, family)]
 
 
+def host_of(packed: bytes) -> str:
+    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
+
+
 def _dump(netlink: socket.socket, family: int) -> Iterator[TcpSocket]:
     body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, 1 << ESTABLISHED | 1 << LISTEN)
     size = _HEADER.size + len(body)

@@ -270,9 +270,9 @@ def _dial_as(source: str, address: Address, family: int, mark: int) -> tuple[soc
             why = f"cannot speak to the application as {source}: {error.strerror}"
             raise ConnectionFailed(Reason.INTERNAL, why) from error
         if code != errno.EADDRNOTAVAIL:
-            break
+            return sock, code
         sock.close()
-    return sock, code
+    raise ConnectionFailed(Reason.INTERNAL, f"no port is free to speak to {address} as {source}")
 
 
 def _tune(sock: socket.socket, keepalive: tuple[int, int, int]) -> None:

@@ -13,7 +13,7 @@ from meshnet.model.canary import CANARY, OWN_CANARY
 from meshnet.model.connection import Direction
 from meshnet.model.settings import Settings
 from meshnet.net.addresses import LocalAddresses
-from meshnet.net.sock_diag import LISTEN, TcpSocket, tcp_sockets
+from meshnet.net.sock_diag import LISTEN, TcpSocket, host_of, tcp_sockets
 
 _LOOPBACK = (b"\x7f", bytes(15) + b"\x01")
 _CANARIES = frozenset(
@@ -82,10 +82,6 @@ class Bypass:
                 if target.startswith("socket:["):
                     found.add(int(target[8:-1]))
         return found
-
-
-def host_of(packed: bytes) -> str:
-    return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
 def _descriptors(pid: int) -> list[str]:

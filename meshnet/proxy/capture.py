@@ -26,8 +26,8 @@ from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.canary import begin_connect
 from meshnet.net.keeper import ask_keeper
-from meshnet.net.sock_diag import TcpSocket
-from meshnet.proxy.bypass import Bypass, host_of
+from meshnet.net.sock_diag import TcpSocket, host_of
+from meshnet.proxy.bypass import Bypass
 
 _log = logging.getLogger("meshnet.capture")
 

@@ -100,7 +100,8 @@ class ProxyState:
     def speaks_as(self, client: Address) -> str:
         """The address that an application sees of `client`; empty for our own, by which a client of this host comes."""
         asked = self.settings.capture.original_source and client.host not in self.addresses
-        return client.host if asked else ""
+        # A link-local address is of one link, which is not told of it.
+        return client.host if asked and not client.host.startswith(("fe80:", "169.254.")) else ""
 
     async def apply(self, snapshot: Snapshot) -> None:
         """Puts a new snapshot in force, all of it at once. Nothing that is open ends, but for what access now denies.

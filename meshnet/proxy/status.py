@@ -67,6 +67,8 @@ def status(state: ProxyState, listeners: Mapping[str, str], capture: CaptureProo
         ),
         mark=state.mark,
         gid=os.getegid(),
+        inbound_mode=state.settings.capture.inbound_mode,
+        original_source=state.settings.capture.original_source,
         capture=capture.status() if capture is not None else None,
     )
 

@@ -202,6 +202,31 @@ def test_a_table_that_is_refused_takes_the_others_back_with_it(lab: Lab) -> None
             assert before_lines(without_handles(lab.rules_text())) == before
 
 
+def test_jumps_keep_their_place_ahead_of_others_when_a_change_is_taken_back(lab: Lab) -> None:
+    if lab.backend.name == "nft":  # which has no jumps
+        return
+    bad = Rule(chain="MESHNET_GUARD_IN", family="ipv6", gid=0)
+    four = COMMANDS[lab.backend.name]
+    with lab.app.entered():
+        lab.backend.apply(planned(**OLD))
+        for command in (four, four.replace("iptables", "ip6tables")):
+            lab.app.run(command, "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "9", "-j", "ACCEPT")
+        with pytest.raises(CommandError):
+            lab.backend.apply(Plan(rules=(*planned(**NEW).rules, bad)))
+        first = lab.app.run(four, "-t", "nat", "-S", "OUTPUT").stdout.splitlines()[1]
+    assert first == "-A OUTPUT -p tcp -j MESHNET_OUT"
+
+
+def test_a_quotation_mark_and_an_odd_mask_of_others_are_in_nobodys_way(lab: Lab) -> None:
+    for command in ("iptables", "iptables-legacy"):
+        lab.app.run(command, "-t", "nat", "-N", "it's")
+        lab.app.run(command, "-t", "nat", "-A", "OUTPUT", "-s", "10.0.0.0/255.0.255.0", "-j", "it's")
+    lab.install(**OLD)
+    with lab.app.entered():
+        assert in_force(lab, planned(**OLD))
+        remove(0.0)
+
+
 @pytest.mark.parametrize("older", [OLD, None])
 def test_one_bad_rule_rejects_the_whole_and_what_was_stays(lab: Lab, older: dict[str, object] | None) -> None:
     with lab.app.entered():

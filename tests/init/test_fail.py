@@ -16,6 +16,17 @@ pytestmark = pytest.mark.netns
 BACKENDS = ("nft", "iptables")  # legacy is another speaker of the same tables, and slow
 
 
+def test_rules_can_be_removed_right_after_a_sidecar_has_come_back(world: World, mesh: Mesh) -> None:
+    site = Site(world, mesh)
+    for _ in range(3):
+        site.kill()
+        site.sidecar.start()
+        site.sidecar.release("0s")
+        assert "table inet meshnet" not in site.web.run("nft", "list", "ruleset").stdout
+        site.sidecar.capture()
+        site.until_captured()
+
+
 def test_a_sidecar_that_comes_back_with_other_settings_gets_rules_that_fit_it(world: World, mesh: Mesh) -> None:
     site = Site(world, mesh)
     site.kill()

@@ -49,15 +49,15 @@ def with_proxy(**values: int) -> Settings:
 
 
 def test_of_the_same_settings_they_fit() -> None:
-    assert misfits(rules(), sidecar()) == ()
-    assert misfits(rules(ipv6=False), sidecar()) == ()
+    assert misfits(rules(), None, sidecar()) == ()
+    assert misfits(rules(ipv6=False), None, sidecar()) == ()
     other = with_proxy(outbound_port=1, inbound_port=2, tunnel_port=3, mark=4)
-    assert misfits(rules(other), sidecar(other, mark=4)) == ()
+    assert misfits(rules(other), None, sidecar(other, mark=4)) == ()
 
 
 def test_no_rules_and_a_drain_set_fit_any_sidecar() -> None:
-    assert misfits((), sidecar()) == ()
-    assert misfits(drain_set([1, 2]).rules, sidecar(mark=0, gid=0)) == ()
+    assert misfits((), None, sidecar()) == ()
+    assert misfits(drain_set([1, 2]).rules, None, sidecar(mark=0, gid=0)) == ()
 
 
 @pytest.mark.parametrize(
@@ -78,21 +78,21 @@ def test_no_rules_and_a_drain_set_fit_any_sidecar() -> None:
     ],
 )
 def test_a_port_that_differs_is_named(setting: dict[str, int], told: str) -> None:
-    assert misfits(rules(with_proxy(**setting)), sidecar()) == (told,)
+    assert misfits(rules(with_proxy(**setting)), None, sidecar()) == (told,)
 
 
 def test_a_health_port_that_would_be_captured_is_named() -> None:
-    (told,) = misfits(rules(Settings(admin=AdminSection(health_port=16120))), sidecar())
+    (told,) = misfits(rules(Settings(admin=AdminSection(health_port=16120))), None, sidecar())
     assert told == "the rules capture what comes in for port 15120, which is the sidecar's own (health)"
 
 
 def test_an_own_port_that_no_rule_captures_needs_no_exception() -> None:
     few = Settings(proxy=ProxySection(tunnel_port=16108), capture=CaptureSection(inbound_ports=("80",)))
-    assert misfits(rules(few), sidecar()) == ()
+    assert misfits(rules(few), None, sidecar()) == ()
 
 
 def test_another_mark_is_told_with_what_follows() -> None:
-    (told,) = misfits(rules(with_proxy(mark=0x2000)), sidecar(gid=0))
+    (told,) = misfits(rules(with_proxy(mark=0x2000)), None, sidecar(gid=0))
     assert told == (
         "the rules let connections with mark 0x2000 pass, but the sidecar marks its own connections 0x1000:"
         " it captures them itself, again and again, until it runs out of descriptors"
@@ -100,18 +100,18 @@ def test_another_mark_is_told_with_what_follows() -> None:
 
 
 def test_another_mark_that_the_group_makes_up_for_is_told_too() -> None:
-    (told,) = misfits(rules(with_proxy(mark=0x2000)), sidecar())
+    (told,) = misfits(rules(with_proxy(mark=0x2000)), None, sidecar())
     assert told.endswith(f"only its group {GID} keeps them from being captured")
 
 
 def test_a_sidecar_that_may_not_mark_needs_its_group() -> None:
-    assert misfits(rules(), sidecar(mark=0)) == ()
-    (told,) = misfits(rules(), sidecar(mark=0, gid=0))
+    assert misfits(rules(), None, sidecar(mark=0)) == ()
+    (told,) = misfits(rules(), None, sidecar(mark=0, gid=0))
     assert "may not mark its own connections" in told
-    (told,) = misfits(rules(gids=range(1)), sidecar(mark=0))  # a user namespace that does not have the group
+    (told,) = misfits(rules(gids=range(1)), None, sidecar(mark=0))  # a user namespace that does not have the group
     assert "runs out of descriptors" in told
 
 
 def test_of_a_sidecar_that_does_not_say_its_mark_nothing_is_claimed() -> None:
     old = msgspec.json.decode(msgspec.json.encode(sidecar(mark=None, gid=None)), type=Status)
-    assert misfits(rules(with_proxy(mark=0x2000)), old) == ()
+    assert misfits(rules(with_proxy(mark=0x2000)), None, old) == ()

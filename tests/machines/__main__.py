@@ -88,6 +88,9 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
     with step("the sidecar is killed: the rules stay, systemd starts it again"):
         cases.kill_sidecar(api)
         traffic.all_programs(web, api)
+    with step("the rules are deleted, the keeper is killed: they are there"):
+        cases.lose_rules(api)
+        traffic.all_programs(web, api)
     with step("its loop stands still: the watchdog ends it, the rules stay"):
         cases.freeze_sidecar(api)
     with step("systemctl stop while it starts again: traffic goes direct"):

@@ -92,6 +92,17 @@ def kill_sidecar(machine: Machine) -> None:
         raise Failed(f"{machine.name}: the rules are others after the sidecar was killed")
 
 
+def lose_rules(machine: Machine) -> None:
+    machine.run("nft delete table inet meshnet")
+    wait_for(lambda: _captures(machine), "the rules again")
+    wait_for(lambda: "after nft (pid " in machine.run("meshnet status"), "status that tells who it was")
+    rules, keeper = _rules(machine), machine.run("systemctl show -p MainPID --value meshnet-rules").strip()
+    machine.run(f"kill -9 {keeper}")
+    wait_for(lambda: "keeping" in machine.run("systemctl show -p StatusText --value meshnet-rules"), "another keeper")
+    if _rules(machine) != rules or machine.run("systemctl show -p MainPID --value meshnet-rules").strip() == keeper:
+        raise Failed(f"{machine.name}: the rules are others after the keeper was killed, or it lives")
+
+
 def freeze_sidecar(machine: Machine) -> None:
     """Its loop stands still: the watchdog ends it. The unit's half minute is cut short for that."""
     with _drop_in(machine, "WatchdogSec=3"):

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from meshnet.errors import CommandError
 from meshnet.model.connection import Direction
+from meshnet.model.settings import Settings
 from meshnet.net.sockets import peer_address
 from meshnet_init.apply import apply_plan, choose
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
 from meshnet_init.remove import remove
+from meshnet_init.routing import installed_routing
+from meshnet_init.sidecar import misfits
 from tests.proxy.conftest import API
 from tests.proxy.programs import Records, accept, converse, listen, read_all, reason
 from tests.world import Host, Mesh, Sidecar, World, into_the_mesh
@@ -34,6 +38,12 @@ class Pair:
     api: Host
     sidecar: Sidecar
     before: str
+    accepts: bool
+
+    def put_in(self) -> None:
+        with self.api.entered():
+            facts = replace(host_facts(), accepts_marks=self.accepts)
+            apply_plan(make_plan(self.sidecar.settings, facts), choose("auto"))
 
 
 @pytest.fixture(scope="module", params=MODES, ids=lambda mode: f"{mode[0]}-{'sysctl' if mode[1] else 'connmark'}")
@@ -47,12 +57,12 @@ def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
         before = routing_of(api)
         sidecar = mesh.sidecar(api, capture={"original_source": True, "inbound_mode": mode})
         with api.entered():
-            facts = replace(host_facts(), accepts_marks=accepts)
             for name in ("rp_filter", "src_valid_mark"):  # which have made others fail (tailscale#19796)
                 for interface in ("all", "lo", "eth0"):
                     Path(f"/proc/sys/net/ipv4/conf/{interface}/{name}").write_text("1")
-            apply_plan(make_plan(sidecar.settings, facts), choose("auto"))
-        yield Pair(world, web, outside, api, sidecar, before)
+        made = Pair(world, web, outside, api, sidecar, before, accepts)
+        made.put_in()
+        yield made
         for each in mesh.sidecars.values():
             assert each.process is not None
             assert each.process.alive
@@ -132,3 +142,54 @@ def test_a_port_nobody_listens_on_is_refused(pair: Pair) -> None:
     with pytest.raises(ConnectionResetError), pair.outside.connect(pair.api.address, 8099) as client:
         client.recv(1)
     assert reason(into.one()).startswith("connect.refused")
+
+
+def test_a_removal_waits_for_connections_in_clients_names(pair: Pair) -> None:
+    """Where they came by TPROXY or through a tunnel, no redirect port shows them."""
+    with listen(pair.api, 8081) as server, pair.outside.connect(pair.api.address, 8081) as client:
+        app = accept(server)
+        seen: list[int] = []
+
+        def end(count: int) -> None:
+            seen.append(count)
+            if client.fileno() != -1:
+                client.sendall(b"last words")
+                assert app.recv(10) == b"last words"
+                app.sendall(b"heard")
+                assert client.recv(5) == b"heard"
+                client.close()
+                app.close()
+
+        with pair.api.entered():
+            removed = remove(20.0, end)
+            assert installed_routing() is None
+    assert removed.waited_for == seen[0] == 1
+    assert removed.cut == 0
+    pair.put_in()
+
+
+def test_the_rules_are_not_taken_from_connections_in_clients_names(pair: Pair) -> None:
+    without = replace(pair.sidecar.settings.capture, original_source=False)
+    settings = replace(pair.sidecar.settings, capture=without)
+    with listen(pair.api, 8081) as server, pair.outside.connect(pair.api.address, 8081) as client:
+        app = accept(server)
+        with pair.api.entered(), pytest.raises(CommandError, match="clients' names"):
+            apply_plan(make_plan(settings, host_facts()), choose("auto"))
+        converse(client, app)
+    assert any("clients' names" in line for line in misfits_of(pair, settings))
+
+
+def misfits_of(pair: Pair, settings: Settings) -> tuple[str, ...]:
+    with pair.api.entered():
+        plan = make_plan(settings, host_facts())
+    return misfits(plan.rules, plan.routing, pair.sidecar.status())
+
+
+def test_rules_for_another_way_in_do_not_fit_the_sidecar(pair: Pair) -> None:
+    capture = pair.sidecar.settings.capture
+    other = "redirect" if capture.inbound_mode == "tproxy" else "tproxy"
+    assert misfits_of(pair, pair.sidecar.settings) == ()
+    turned = replace(pair.sidecar.settings, capture=replace(capture, inbound_mode=other))
+    assert [line for line in misfits_of(pair, turned) if f"takes them as {capture.inbound_mode}" in line]
+    bridged = replace(pair.sidecar.settings, capture=replace(capture, reroute_interfaces=("br-*",)))
+    assert [line for line in misfits_of(pair, bridged) if "passes through" in line]

@@ -6,9 +6,25 @@ Who is in one is decided when a socket is made, and a cgroup made anew under the
 import os
 from pathlib import Path
 
+from msgspec import structs
+
 from meshnet.errors import CommandError
+from meshnet_init.rule import Plan
 
 _MOUNTS = Path("/proc/thread-self/mountinfo")
+
+
+def without_missing(plan: Plan) -> Plan:
+    """Nobody is in a cgroup that is not there, and the kernel refuses to match it."""
+    gone = missing(plan)
+    return structs.replace(plan, rules=tuple(rule for rule in plan.rules if rule.cgroup not in gone)) if gone else plan
+
+
+def missing(plan: Plan) -> tuple[str, ...]:
+    """The cgroups it names that are not there."""
+    named = sorted({rule.cgroup for rule in plan.rules} - {""})
+    mount = root() if named else None
+    return tuple(path for path in named if mount is None or not (mount / path).is_dir())
 
 
 def cgroup_id(path: str) -> int:

@@ -8,6 +8,7 @@ when one is refused those before it are put back. A crash between two leaves eac
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 
 from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed
+from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.nft import drop_empty_iptables, nft_chains
 from meshnet_init.render import TABLES, chains_of, insert_jump, iptables_table, jump, read_iptables_rule
 from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain, Plan, Rule, Table, drain_set
@@ -98,12 +100,13 @@ class IptablesBackend:
             return any(table.exists() and table.read().others for table in nat)
 
     def expected(self, plan: Plan) -> tuple[Rule, ...]:
+        plan = without_missing(plan)
         rules = (*plan.of_family("ipv4"), *(plan.of_family("ipv6") if plan.ipv6 else ()))
         return tuple(sorted(rules, key=_order))
 
     def apply(self, plan: Plan) -> None:
         with self._session(True):
-            self._apply(plan)
+            self._apply(without_missing(plan))
 
     def delete(self) -> None:
         with self._session(True):
@@ -251,7 +254,10 @@ class _Table:
             self.restore(now.deletion())
             self.drop_if_empty()
             return
-        jumps = [f"-D {line}" for line in now.jumps] + [f"-A {line}" for line in before.jumps]
+        # Those that were there stay where they are: others' rules may stand behind them.
+        added, lost = Counter(now.jumps) - Counter(before.jumps), Counter(before.jumps) - Counter(now.jumps)
+        jumps = [f"-D {line}" for line in added.elements()]
+        jumps += [f"-I {line.replace(' ', ' 1 ', 1)}" for line in lost.elements()]
         gone = [f"-X {chain}" for chain in now.chains if chain not in before.chains]
         chains = dict.fromkeys([*now.chains, *before.chains])
         self.restore(now.commit([*(f":{chain} - [0:0]" for chain in chains), *jumps, *before.lines, *gone]))
@@ -261,7 +267,10 @@ class _Table:
             drop_empty_iptables(self._protocol, self.name)
 
     def _add(self, state: _State, packets: int, size: int, chain_name: str, text: str) -> None:
-        words = shlex.split(text)
+        try:
+            words = shlex.split(text)
+        except ValueError:  # a chain or a set of others with a quotation mark in its name
+            words = text.split()
         chain = next((chain for chain in CHAINS if chain == chain_name), None)
         if chain is None:
             if words[-1] in CHAINS:

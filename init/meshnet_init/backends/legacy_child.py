@@ -163,9 +163,14 @@ def words_of(rule: Any) -> list[str]:
     """A rule as iptables-save prints it, in an order of its own."""
     words: list[str] = []
     for option, value in (("-s", rule.src), ("-d", rule.dst)):
-        network = ipaddress.ip_network(value.removeprefix("!"), strict=False)
+        negated, text = ["!"] if value.startswith("!") else [], value.removeprefix("!")
+        try:
+            network = ipaddress.ip_network(text, strict=False)
+        except ValueError:  # others' masks need not be prefixes
+            words += [*negated, option, text]
+            continue
         if network.prefixlen:
-            words += [*(["!"] if value.startswith("!") else []), option, str(network)]
+            words += [*negated, option, str(network)]
     for option, value in (("-i", rule.in_interface), ("-o", rule.out_interface)):
         if value:
             words += [*(["!"] if value.startswith("!") else []), option, value.removeprefix("!")]

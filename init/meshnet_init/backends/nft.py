@@ -31,6 +31,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 
 from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed, not_permitted
+from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.nft_expressions import decode, encode
 from meshnet_init.render import NFT_TABLE, chains_of
 from meshnet_init.rule import CHAIN_IN, CHAINS, NAT_CHAINS, PLACES, Hook, Plan, Rule, Table, drain_set
@@ -90,11 +91,12 @@ class NftBackend:
         )
 
     def expected(self, plan: Plan) -> tuple[Rule, ...]:
-        return tuple(sorted(plan.rules, key=lambda rule: CHAINS.index(rule.chain)))
+        return tuple(sorted(without_missing(plan).rules, key=lambda rule: CHAINS.index(rule.chain)))
 
     def apply(self, plan: Plan) -> None:
         # "add" first, so that the delete has something to delete: then the table is always made from nothing.
-        self._write([_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)], plan)
+        anew = [_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)]
+        self._write(anew, without_missing(plan))
 
     def delete(self) -> None:
         self._write([_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)], None)

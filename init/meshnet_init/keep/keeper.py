@@ -59,6 +59,7 @@ class Keeper:
         self._is_open = False  # connections go direct, for want of a sidecar
         self._stood_down = False
         self._was_there = False  # a sidecar, at any time
+        self._came_back = False  # and its settings may be others
         self._suspects: list[str] = []  # who has changed rules since the last repair
         self._differences: Sequence[str] = ()
         self._proofs: dict[IpFamily, Proof] = {}
@@ -90,6 +91,7 @@ class Keeper:
             while not self._ending:
                 self._obey()
                 self._mind_the_sidecar()
+                self._obey()
                 if time.monotonic() >= self._next_look:
                     self._look(by)
                     by = []
@@ -143,7 +145,7 @@ class Keeper:
         Raises CommandError.
         """
         status = self._line.status() if self._line is not None else None
-        if status is not None and (unfit := misfits(self._plan.rules, status)):
+        if status is not None and (unfit := misfits(self._plan.rules, self._plan.routing, status)):
             raise CommandError(
                 "the settings do not fit the sidecar that runs: the rules stay as they are",
                 why="; ".join(unfit),
@@ -237,7 +239,7 @@ class Keeper:
                 return
             _log.info("the sidecar is there")
             # It has read the settings of now, which may be others.
-            self._reread |= self._was_there and not self._stood_down
+            self._came_back = self._was_there and not self._stood_down
             self._was_there = True
             self._inbound_due = True
             self._next_look = 0.0
@@ -266,16 +268,21 @@ class Keeper:
         if isinstance(request, StandDown) and not self._stood_down:
             _log.warning("told to stand down: the rules are left alone until `meshnet up`, `meshnet init` or SIGHUP")
             self._stood_down, self._differences, self._problem = True, (), ""
+            self._reread = self._came_back = False
         elif isinstance(request, TakeUp):
             self._reread = True
         if self._reread:
-            self._reread = False
+            self._reread = self._came_back = False
             self._take_up()
+        elif self._came_back:
+            self._came_back = False
+            self._take_up(stays_open=self._is_open)
         if request is not None:
             self._door.report = self._report()
             self._door.done()
 
-    def _take_up(self) -> None:
+    def _take_up(self, *, stays_open: bool = False) -> None:
+        """`stays_open`: until the sidecar that has come back is ready."""
         try:
             settings = self._read_settings()
             make_plan(settings, host_facts())
@@ -286,7 +293,8 @@ class Keeper:
             if settings.admin.socket != self._settings.admin.socket and self._line is not None:
                 self._hang_up()
             self._settings = settings
-        self._stood_down = self._is_open = self._has_held = False
+        self._stood_down = self._has_held = False
+        self._is_open = stays_open
         self._pace = RepairPace()
         self._inbound_due = True
         self._next_look = 0.0

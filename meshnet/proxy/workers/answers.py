@@ -161,6 +161,8 @@ class JointAnswers:
             relay=RelayStatus(in_use=()),
             mark=self._mark,
             gid=os.getegid(),
+            inbound_mode=self._settings.capture.inbound_mode,
+            original_source=self._settings.capture.original_source,
             capture=self._capture.status(),
         )
         rows = [_row(worker, answers.get(worker)) for worker in self._workers]
