@@ -11,6 +11,7 @@ from meshnet.codec.mesh import read_mesh
 from meshnet.errors import Reason
 from meshnet.model import resource
 from meshnet.model.settings import Settings
+from meshnet_cli import init
 from meshnet_cli.kubernetes.wishes import ANNOTATIONS
 from meshnet_cli.main import ENTRIES
 
@@ -72,3 +73,9 @@ def test_every_field_of_a_resource_is_shown() -> None:
 def test_its_yaml_makes_a_mesh() -> None:
     for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL):
         assert read_mesh([("README.md", block)], 1).services
+
+
+@pytest.mark.parametrize("flag", [f"--{key.replace('_', '-')}" for _, key, _, _ in init.FLAGS])
+def test_every_flag_of_the_rules_is_told_with_an_example(flag: str) -> None:
+    page = (ROOT / "docs" / "capture.md").read_text()
+    assert re.search(rf"^\| `{flag}` \| `{flag} \S+` \|", page, re.MULTILINE), flag

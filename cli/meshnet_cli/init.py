@@ -121,7 +121,7 @@ _CGROUPS = Parsed("cgroups", _cgroups)
 _UDP = click.Choice(("allow", "count", "reject"))
 
 # Each flag is a setting: section, key, type, help.
-_FLAGS: tuple[tuple[str, str, Any, str], ...] = (
+FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("proxy", "inbound_port", _PORT, "Where the proxy takes inbound connections."),
     ("proxy", "outbound_port", _PORT, "Where the proxy takes outbound connections."),
     ("capture", "inbound_mode", click.Choice(("redirect", "tproxy")), "How inbound connections come to the proxy."),
@@ -159,7 +159,7 @@ _FLAGS: tuple[tuple[str, str, Any, str], ...] = (
 
 def capture_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     """The flags that stand for settings; the command gets what was given of them as `with_flags` wants it."""
-    for section, key, kind, text in reversed(_FLAGS):
+    for section, key, kind, text in reversed(FLAGS):
         name = f"--{key.replace('_', '-')}"
         metavar: str | None = kind.name.upper() if isinstance(kind, Parsed) else "NUMBER"
         if isinstance(kind, click.Choice):
