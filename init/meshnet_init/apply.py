@@ -1,5 +1,7 @@
 """Puts the rules that settings ask for into the kernel. Twice is the same as once."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from meshnet.errors import CommandError
@@ -16,7 +18,7 @@ from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, open_connections
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import connections_in_clients_names, installed_routing, route, routing_differences
-from meshnet_init.rule import Plan, drain_set
+from meshnet_init.rule import Plan
 
 BACKENDS = ("auto", "nft", "iptables", "legacy")
 
@@ -58,9 +60,8 @@ def would_change(settings: Settings) -> bool:
     """Whether `apply` would write anything. Raises as that does."""
     chosen = choose(settings.capture.backend)
     plan = make_plan(settings, host_facts())
-    if differences(chosen.expected(plan), chosen.installed()) or routing_differences(plan.routing):
-        return True
-    return any(installed.backend != chosen.name for installed in installed_rules())
+    found = in_kernel()
+    return bool(drift(plan, chosen, found)) or any(backend.name != chosen.name for backend, _ in found)
 
 
 def apply_plan(plan: Plan, chosen: Backend) -> Applied:
@@ -93,7 +94,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
             continue
         # The new rules keep NAT alive for what the older ones redirected, except in a family they leave alone.
         if older.ipv6 and not plan.ipv6 and chosen.name != "nft" and open_connections(older.redirect_ports()):
-            other.apply(drain_set(older.redirect_ports(), (counted.rule for counted in older.rules), ipv6=older.ipv6))
+            other.apply(older.drain_set())
             kept.append(other.name)
         else:
             other.delete()
@@ -109,12 +110,14 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
     )
 
 
-def drift(plan: Plan, chosen: Backend) -> list[str]:
-    """How what is in the kernel of ours differs from `plan` by `chosen` alone, in words; empty when it does not."""
-    lines = [*differences(chosen.expected(plan), chosen.installed()), *routing_differences(plan.routing)]
-    others = (other for other in every_backend() if other.name != chosen.name)
-    older = (other.name for other in others if (found := other.installed()) is not None and not found.draining())
-    return [*lines, *(f"older rules of backend {name} are in force beside those of {chosen.name}" for name in older)]
+def drift(plan: Plan, chosen: Backend, found: Sequence[tuple[Backend, Installed]]) -> list[str]:
+    """How what was `found` in the kernel differs from `plan` by `chosen` alone, in words; empty when it does not."""
+    ours = next((installed for backend, installed in found if backend.name == chosen.name), None)
+    lines = [*differences(chosen.expected(plan), ours), *routing_differences(plan.routing)]
+    for other, installed in found:
+        if other.name != chosen.name and not installed.draining():
+            lines.append(f"older rules of backend {other.name} are in force beside those of {chosen.name}")
+    return lines
 
 
 def choose(name: str) -> Backend:
@@ -165,8 +168,12 @@ def _in_order(name: str) -> list[Backend]:
     return sorted(backends, key=is_needed, reverse=True)
 
 
+def in_kernel() -> list[tuple[Backend, Installed]]:
+    """What is there of ours, backend by backend; more than one only after a crash. Raises CommandError."""
+    return [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
+
+
 def installed_rules() -> tuple[Installed, ...]:
-    """What is in the kernel of ours, backend by backend; more than one only after a crash. Raises CommandError."""
-    found = (installed for backend in every_backend() if (installed := backend.installed()) is not None)
-    routing = installed_routing()
-    return tuple(msgspec.structs.replace(installed, routing=routing) for installed in found)
+    """What is in the kernel of ours, with the routes that belong to it. Raises CommandError."""
+    found, routing = in_kernel(), installed_routing()
+    return tuple(msgspec.structs.replace(installed, routing=routing) for _, installed in found)

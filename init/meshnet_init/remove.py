@@ -16,11 +16,10 @@ import msgspec
 from meshnet.errors import CommandError
 from meshnet.model.capture import StandDown
 from meshnet.net.keeper import tell_keeper
-from meshnet_init.apply import every_backend
+from meshnet_init.apply import in_kernel
 from meshnet_init.backends import need_right_to_change
 from meshnet_init.host import open_connections
 from meshnet_init.routing import connections_in_clients_names, route
-from meshnet_init.rule import drain_set
 
 _LOOK_AGAIN = 0.2  # seconds
 
@@ -69,13 +68,12 @@ def _have_nobody_keep_them() -> bool:
 
 
 def _remove(drain: float, waiting: Callable[[int], object], cut: Callable[[], object]) -> Removed:
-    found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
+    found = in_kernel()
     ports: set[int] = set()
     for backend, installed in found:
         ports |= installed.redirect_ports()
         if not installed.draining():
-            rules = (counted.rule for counted in installed.rules)
-            backend.apply(drain_set(installed.redirect_ports(), rules, ipv6=installed.ipv6))
+            backend.apply(installed.drain_set())
 
     first = left = _open(ports) if found else 0
     deadline = time.monotonic() + drain

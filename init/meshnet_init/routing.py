@@ -55,7 +55,8 @@ def connections_in_clients_names() -> int:
 
 def routing_differences(wanted: Routing | None) -> list[str]:
     """How this host differs from it, in words; empty when it does not."""
-    if installed_routing() == wanted and (wanted is not None or not _left()):
+    as_wanted = not _left() if wanted is None else installed_routing() == wanted
+    if as_wanted:
         return []
     return [
         f"routes for answers in a client's name are left over (ip rule; ip route show table {TABLE})"

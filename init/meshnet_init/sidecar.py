@@ -34,7 +34,7 @@ def _ways_in(rules: Collection[Rule], routing: Routing | None, sidecar: Status) 
         there = "there" if routing else "not there"
         yield f"the sidecar {does} in its clients' names, and routes for the answers are {there}"
     outbound = sidecar.listeners.get("outbound", "")
-    passing = [rule for rule in rules if rule.redirect and rule.chain == CHAIN_IN and rule.local is False]
+    passing = any(_passes_through(rule) for rule in rules)
     if passing and outbound and not re.search(r"(^|, )(0\.0\.0\.0|\[::\]):", outbound):
         yield f"the rules turn what passes through to the outbound proxy, which listens at {outbound} only"
 
@@ -45,20 +45,18 @@ def turned_to(rule: Rule) -> int:
 
 
 def _redirects(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
-    arriving = [rule for rule in rules if rule.chain in (CHAIN_IN, "MESHNET_MARK_IN")]
-    passing = [rule for rule in arriving if rule.redirect and rule.local is False]
-    sent = [rule for rule in rules if rule.chain == CHAIN_OUT] + passing
-    for name, turned in (("outbound", sent), ("inbound", [rule for rule in arriving if rule not in passing])):
+    outbound = {rule.redirect for rule in rules if rule.chain == CHAIN_OUT or _passes_through(rule)}
+    inbound = {turns_inbound(rule) for rule in rules}
+    for name, ports in (("outbound", outbound), ("inbound", inbound)):
         taken = sidecar.listeners.get(name, "")
-        turned_to = {rule.redirect or rule.tproxy for rule in turned if rule.redirect or rule.tproxy}
-        for port in sorted(turned_to - _ports(taken)):
+        for port in sorted(ports - {0} - _ports(taken)):
             yield f"the rules turn {name} connections to port {port}, the sidecar takes them at {taken or 'no port'}"
 
 
 def _own_ports(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
     for name in ("tunnel", "health", "probes"):
         for port in sorted(_ports(sidecar.listeners.get(name, ""))):
-            if _captured_inbound(rules, port):
+            if any(captured_inbound(rules, port, source) for source in INBOUND_CANARY.values()):
                 yield f"the rules capture what comes in for port {port}, which is the sidecar's own ({name})"
 
 
@@ -81,11 +79,6 @@ def _own_connections(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
     yield f"the rules let connections with mark {passing} pass, but the sidecar {marked}: {so}"
 
 
-def _captured_inbound(rules: Collection[Rule], port: int) -> bool:
-    """Whether a connection from elsewhere to this host's `port` would be redirected, in either family."""
-    return any(captured_inbound(rules, port, host) for host in INBOUND_CANARY.values())
-
-
 def captured_inbound(rules: Collection[Rule], port: int, source: str) -> bool:
     """Whether one from the IP address `source` to this host's `port` would be, by an interface that no rule names."""
     return any(_taken([rule for rule in rules if rule.chain == chain], port, source) for chain in ARRIVING)
@@ -94,6 +87,11 @@ def captured_inbound(rules: Collection[Rule], port: int, source: str) -> bool:
 def turns_inbound(rule: Rule) -> int:
     """The port of the inbound proxy, where the rule turns arriving connections to it; else 0."""
     return (rule.redirect or rule.tproxy) if rule.chain in ARRIVING and rule.local is not False else 0
+
+
+def _passes_through(rule: Rule) -> bool:
+    """Whether it turns connections that are for others to the outbound proxy."""
+    return bool(rule.redirect) and rule.chain == CHAIN_IN and rule.local is False
 
 
 def _taken(chain: Collection[Rule], port: int, source: str) -> bool:

@@ -7,13 +7,12 @@ import msgspec
 
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
-from meshnet_init.apply import every_backend
-from meshnet_init.backends import differences
+from meshnet_init.apply import drift, in_kernel
 from meshnet_init.canary import Canary, fly
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
 from meshnet_init.plan import make_plan
-from meshnet_init.routing import installed_routing, routing_differences
+from meshnet_init.routing import installed_routing
 from meshnet_init.rule import CHAIN_OUT, Plan
 from meshnet_init.sidecar import misfits, turns_inbound
 
@@ -49,15 +48,12 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
     seconds at most. For what comes in it makes a visitor, where it may. Raises ConfigError and CommandError.
     """
     plan = make_plan(settings, host_facts())
-    found = [(backend, installed) for backend in every_backend() if (installed := backend.installed()) is not None]
+    found = in_kernel()
     if not found:
-        lines: list[str] = ["no rules are installed"]
+        lines = ["no rules are installed"]
         return Verification(ok=False, backend="", differences=tuple(lines), fix=_fix(lines, (), plan, sidecar))
     backend, installed = found[0]
-    lines = [*differences(backend.expected(plan), installed), *routing_differences(plan.routing)]
-    for other, leftover in found[1:]:
-        if not leftover.draining():
-            lines.append(f"older rules of backend {other.name} are in force beside those of {backend.name}")
+    lines = drift(plan, backend, found)
     rules = [counted.rule for counted in installed.rules]
     unfit = misfits(rules, installed_routing(), sidecar) if sidecar else ()
     # Where the rules lead, not where they should: that they work and that they are as planned are two things.

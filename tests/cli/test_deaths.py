@@ -60,8 +60,9 @@ def test_the_rules_are_kept_and_whoever_keeps_them_too(machine: Machine) -> None
     machine.host.run("nft", "delete", "table", "inet", "meshnet")
     wait_for(lambda: "table inet meshnet" in machine.rules(), what="the rules again")
     os.kill(keeper, signal.SIGKILL)
-    wait_for(lambda: (now := machine.keepers()) and now != [keeper], what="another keeper")
-    assert "the keeper of the rules ended with -9" in (machine.home / "run" / "sidecar.log").read_text()
+    log = machine.home / "run" / "sidecar.log"
+    wait_for(lambda: "the keeper of the rules ended with -9" in log.read_text(), what="that its end is told")
+    wait_for(lambda: (now := machine.keepers()) and keeper not in now, what="another keeper")
     assert machine.meshnet("down").returncode == 0
     assert machine.keepers() == []
     assert machine.rules() == before

@@ -51,6 +51,14 @@ class Lab:
         with self.app.entered():
             apply_plan(make_plan(capture(**values), host_facts()), backend or self.backend)
 
+    def flush(self, chain: str) -> None:
+        """As other software does that takes a chain of ours for its own."""
+        if self.backend.name == "nft":
+            self.app.run("nft", "flush", "chain", "inet", "meshnet", chain)
+            return
+        for family in ("iptables", "ip6tables"):
+            self.app.run(COMMANDS[self.backend.name].replace("iptables", family), "-t", "nat", "-F", chain)
+
     def rules_text(self, host: Host | None = None) -> str:
         """Everything a person can list in the kernel, handles included, without counters and time stamps."""
         host = host or self.app

@@ -18,7 +18,7 @@ from meshnet_init.apply import installed_rules
 from meshnet_init.rollback import put_back
 from meshnet_init.rule import drain_set
 from meshnet_init.verify import Verification, verify
-from tests.init.kernel import COMMANDS, INBOUND, OUTBOUND, Lab, backend_named, capture, listening
+from tests.init.kernel import INBOUND, OUTBOUND, Lab, backend_named, capture, listening
 from tests.world import Host, World, wait_for
 
 pytestmark = pytest.mark.netns
@@ -136,11 +136,7 @@ def test_nothing_installed_is_told_and_no_canary_sent(lab: Lab) -> None:
 
 def test_rules_lost_behind_our_back_lose_the_canary(lab: Lab) -> None:
     lab.install()
-    if lab.backend.name == "nft":
-        lab.app.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
-    else:
-        for family in ("iptables", "ip6tables"):
-            lab.app.run(COMMANDS[lab.backend.name].replace("iptables", family), "-t", "nat", "-F", "MESHNET_OUT")
+    lab.flush("MESHNET_OUT")
 
     result = verified(lab.app, capture())
 
@@ -300,11 +296,7 @@ def test_a_visitor_proves_that_what_comes_in_is_captured_and_leaves_nothing_behi
 
 def test_rules_for_what_comes_in_that_are_lost_lose_the_visitor(lab: Lab) -> None:
     lab.install()
-    if lab.backend.name == "nft":
-        lab.app.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
-    else:
-        for family in ("iptables", "ip6tables"):
-            lab.app.run(COMMANDS[lab.backend.name].replace("iptables", family), "-t", "nat", "-F", "MESHNET_IN")
+    lab.flush("MESHNET_IN")
 
     result = verified(lab.app, capture())
 

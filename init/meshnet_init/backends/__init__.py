@@ -12,7 +12,7 @@ import msgspec
 from meshnet.errors import CommandError
 from meshnet_init.host import may_change_rules
 from meshnet_init.render import nft_rule
-from meshnet_init.rule import Plan, Routing, Rule
+from meshnet_init.rule import Plan, Routing, Rule, drain_set
 
 
 class Counted(msgspec.Struct, frozen=True):
@@ -45,6 +45,10 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     def draining(self) -> bool:
         """A drain set is in force: nothing new is captured."""
         return bool(self.rules) and all(counted.rule.keeps() for counted in self.rules)
+
+    def drain_set(self) -> Plan:
+        """The one to take these rules' place."""
+        return drain_set(self.redirect_ports(), (counted.rule for counted in self.rules), ipv6=self.ipv6)
 
 
 class Backend(Protocol):

@@ -240,8 +240,6 @@ class _Table:
                 state.chains += [chain for chain in CHAINS if line.startswith(f":{chain} ")]
             elif match := _SAVED_RULE.fullmatch(line):
                 self._add(state, int(match[1]), int(match[2]), match[3], match[4])
-        order = {chain: at for at, chain in enumerate(CHAINS)}
-        state.rules.sort(key=lambda counted: order[counted.rule.chain])
         return state
 
     def restore(self, text: str) -> None:

@@ -22,7 +22,7 @@ from meshnet.model.capture import KeeperReport, Proof, Repair, StandDown, TakeUp
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.proxy.notify import Notifier
-from meshnet_init.apply import apply_plan, choose, drift, every_backend
+from meshnet_init.apply import apply_plan, choose, drift, every_backend, in_kernel
 from meshnet_init.canary import ask_the_proxy
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
@@ -30,7 +30,6 @@ from meshnet_init.keep.door import Door
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
 from meshnet_init.plan import make_plan
-from meshnet_init.rule import drain_set
 from meshnet_init.sidecar import misfits
 
 _log = logging.getLogger("meshnet.keeper")
@@ -122,7 +121,7 @@ class Keeper:
         self._prove_inbound()
 
     def _hold(self, by: Sequence[str]) -> None:
-        lines = drift(self._plan, self._backend)
+        lines = drift(self._plan, self._backend, in_kernel())
         now = time.monotonic()
         if not lines:
             self._has_held, self._differences = True, ()
@@ -256,8 +255,7 @@ class Keeper:
             for backend in (self._backend, *(each for each in every_backend() if each.name != self._backend.name)):
                 installed = backend.installed()
                 if installed is not None and not installed.draining():
-                    rules = (counted.rule for counted in installed.rules)
-                    backend.apply(drain_set(installed.redirect_ports(), rules, ipv6=installed.ipv6))
+                    backend.apply(installed.drain_set())
         except (CommandError, OSError) as error:
             self._is_open = False
             self._fail(error)
