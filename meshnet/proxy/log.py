@@ -11,8 +11,6 @@ from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Literal, Protocol
 
-import msgspec
-
 from meshnet.model.connection import Connection
 
 _log = logging.getLogger("meshnet.access")
@@ -41,6 +39,9 @@ class Ended(Protocol):
 
     def view(self) -> Connection: ...
 
+    def line(self) -> bytes:
+        """The same in JSON."""
+
 
 class AccessLog:
     """Call it with each ended record. A context manager; what waits is written before it closes.
@@ -53,7 +54,7 @@ class AccessLog:
     """
 
     def __init__(self, form: Format, descriptor: int = 1, lock: int | None = None) -> None:
-        self._encode = _text if form == "text" else msgspec.json.encode
+        self._line = _text if form == "text" else _json
         self._descriptor = descriptor
         self._lock = lock
         self._waiting: deque[Ended] = deque()
@@ -91,7 +92,7 @@ class AccessLog:
             while self._waiting:
                 record = self._waiting.popleft()
                 try:
-                    lines.append(self._encode(record.view()) + b"\n")
+                    lines.append(self._line(record) + b"\n")
                 except Exception:
                     _log.exception("a record could not be logged")
             if lost := self._lost:
@@ -132,7 +133,12 @@ def _write_all(descriptor: int, data: bytes) -> None:
         view = view[os.write(descriptor, view) :]
 
 
-def _text(connection: Connection) -> bytes:
+def _json(record: Ended) -> bytes:
+    return record.line()
+
+
+def _text(record: Ended) -> bytes:
+    connection = record.view()
     reason = connection.reason
     source = connection.source.identity or connection.source.address
     ended = f"{reason.code} by {reason.ended_by} in {reason.phase}" if reason else ""

@@ -119,11 +119,12 @@ class Metrics:
     def passed(self, passed: Passed) -> None:
         """As `ended`, of one that ended well under an order."""
         told, facts = passed.told, passed.facts
-        if told.key is None:
-            told.key = _key_of(
+        cell = told.cell
+        if cell is None:
+            key = _key_of(
                 told.flow.direction, told.source_identity, told.service, told.destination_identity, told.security
             )
-        cell = self._cell(self._within_bounds(told.key))
+            cell = told.cell = self._cell(self._within_bounds(key))
         cell.opened += 1
         cell.closed += 1
         cell.sent += facts.sent

@@ -6,16 +6,23 @@ Nearly all connections of a busy host are such, and a whole record for each woul
 import functools
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from meshnet.errors import EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
-from meshnet.proxy.record import Record, milliseconds, rfc3339
+from meshnet.proxy.record import Record, milliseconds, rfc3339, rfc3339_second
 from meshnet.relay import Facts, Flow, Outcome
 
 if TYPE_CHECKING:
+    from meshnet.proxy.metrics import Cell
     from meshnet.proxy.registry import Registry
 
 _PLAIN = TlsView(mode=Security.PLAIN)
+
+# Holes in a form, as JSON writes the control characters that stand for them, which are in nobody's name.
+_HOLES = {"\\u0001": "%s", "\\u0002": "%03d", '"\\u0003"': "%d", '"\\u0004"': "%.3f"}
+_TEXT, _TIME, _WHOLE, _MS = "\1", "\1.\2Z", "\3", "\4"
 
 
 class Told:
@@ -23,11 +30,12 @@ class Told:
 
     __slots__ = (
         "call",
+        "cell",
         "destination",
         "destination_identity",
         "endpoint",
         "flow",
-        "key",
+        "forms",
         "original",
         "peer_identity",
         "policy",
@@ -41,7 +49,8 @@ class Told:
     def __init__(self, of: Record, flow: Flow, endpoint: str, relay: str) -> None:
         """`of` is the record of the connection for which it was decided."""
         self.flow = flow
-        self.key: tuple[str, str, str, str, str] | None = None  # of their metrics
+        self.cell: Cell | None = None  # of their metrics
+        self.forms: dict[tuple[str, EndedBy, bool], str] = {}  # of their lines
         self.endpoint = endpoint
         self.relay = relay
         self.service = of.service
@@ -147,6 +156,37 @@ class Passed:
             idle_ms=milliseconds(ended - moved_at) if moved_at else None,
             reason=_ended(self._outcome.ended_by),
         )
+
+    def line(self) -> bytes:
+        """`view` in JSON, in half the time: what such connections say alike is put into words once."""
+        port, opened, connected, ended, sent, received, moved_at = self.facts[:7]
+        words = (self.facts.cipher, self._outcome.ended_by, moved_at > 0)
+        form = self.told.forms.get(words) or self.told.forms.setdefault(words, _form(self.view()))
+        opened_ms, closed_ms = int(self.opened_at * 1000), int((self.opened_at + ended - opened) * 1000)
+        connect_ms = (connected - opened) * 1000
+        # Where a peer has given the id, no letter of it is one that JSON would escape (open.c).
+        holes: tuple[object, ...] = (
+            *(self.id, port, connect_ms, sent, received),
+            *(rfc3339_second(opened_ms // 1000), opened_ms % 1000, rfc3339_second(closed_ms // 1000), closed_ms % 1000),
+            *((ended - opened) * 1000, connect_ms),
+        )
+        return (form % ((*holes, (ended - moved_at) * 1000) if moved_at else holes)).encode()
+
+
+def _form(view: Connection) -> str:
+    """The JSON of `view`, with a conversion for each of what differs, in the order of a Connection's fields."""
+    fields = msgspec.to_builtins(view)
+    fields["id"] = _TEXT
+    fields["source"]["address"] = fields["source"]["address"].rpartition(":")[0] + ":" + _TEXT
+    fields["attempts"][0]["ms"] = fields["durationMs"] = fields["connectMs"] = _MS
+    fields["bytesSent"] = fields["bytesReceived"] = _WHOLE
+    fields["openedAt"] = fields["closedAt"] = _TIME
+    if view.idle_ms is not None:
+        fields["idleMs"] = _MS
+    form = msgspec.json.encode(fields).decode().replace("%", "%%")
+    for hole, conversion in _HOLES.items():
+        form = form.replace(hole, conversion)
+    return form
 
 
 @functools.lru_cache(maxsize=1024)  # as many as there are peers

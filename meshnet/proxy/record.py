@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from meshnet.decide.access import Call
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
@@ -274,6 +276,10 @@ class Record:
             trace=trace,
         )
 
+    def line(self) -> bytes:
+        """`view` in JSON, as the access log has it."""
+        return msgspec.json.encode(self.view())
+
 
 def milliseconds(seconds: float) -> float:
     """As records show them."""
@@ -282,9 +288,10 @@ def milliseconds(seconds: float) -> float:
 
 def rfc3339(wall: float) -> str:
     whole = int(wall * 1000)
-    return f"{_second(whole // 1000)}.{whole % 1000:03d}Z"
+    return f"{rfc3339_second(whole // 1000)}.{whole % 1000:03d}Z"
 
 
 @functools.lru_cache(maxsize=64)  # a busy second has many records
-def _second(wall: int) -> str:
+def rfc3339_second(wall: int) -> str:
+    """Without what follows the seconds."""
     return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -232,6 +232,7 @@ class Sidecar:
         self._last_call.set()
         await trio.sleep(_LAST_CALL)
         await self._until_none_is_open(started)
+        state.registry.catch_up()
         left = len(state.registry.open)
         if left:
             _log.warning("%d connections did not end in time and are reset", left)

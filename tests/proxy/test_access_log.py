@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,17 @@ ENDED = Connection(
 )
 
 
+@dataclass(frozen=True)
 class Ended:
     """What the registry hands over."""
 
+    connection: Connection = ENDED
+
     def view(self) -> Connection:
-        return ENDED
+        return self.connection
+
+    def line(self) -> bytes:
+        return msgspec.json.encode(self.connection)
 
 
 @pytest.fixture
@@ -127,16 +134,15 @@ def test_a_reader_that_hung_up_stops_nobody(pipe: tuple[int, int]) -> None:
 # Logs lines of all lengths, short ones and such as are longer than PIPE_BUF, some at a time, once all are there.
 WRITER = """
 import sys
-from types import SimpleNamespace
 from meshnet.proxy.log import AccessLog
-from tests.proxy.test_access_log import LINES, long
+from tests.proxy.test_access_log import LINES, Ended, long
 from tests.world import wait_for
 who, lock = sys.argv[1], int(sys.argv[2])
 print("ready", file=sys.stderr, flush=True)
 sys.stdin.read()
 with AccessLog("json", 1, lock) as log:
     for number in range(LINES):
-        log(SimpleNamespace(view=lambda number=number: long(who, number)))
+        log(Ended(long(who, number)))
         if number % 20 == 0:
             wait_for(lambda: not log._waiting)
 """

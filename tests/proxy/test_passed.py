@@ -1,5 +1,6 @@
 """What is kept of a connection that came and went under an order says the same as its record would."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from meshnet.decide.access import Call
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.connection import Direction, Security
+from meshnet.model.connection import Connection, Direction, Security
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.passed import Passed, Told
 from meshnet.proxy.record import Record
@@ -63,7 +64,10 @@ def test_its_view_is_that_of_its_record(
     facts = Facts(40000, opened, connected, ended, *counts, last if moved else 0.0, True, True, 0, 0, 0, False, -1)
     facts = facts._replace(cipher="TLS_AES_128_GCM_SHA256" if tls else "")
     passed = Passed(told(direction, source, tls=tls), facts, Outcome(Reason.OK, ended_by), wall, "an id")
-    assert passed.view() == passed.record(registry(Metrics())).view()
+    record = passed.record(registry(Metrics()))
+    assert passed.view() == record.view()
+    for line in (passed.line(), passed.line(), record.line()):  # the first makes the form
+        assert msgspec.json.decode(line, type=Connection) == passed.view()
 
 
 @pytest.mark.parametrize("direction", Direction)

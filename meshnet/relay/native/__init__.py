@@ -113,13 +113,13 @@ class NativeRelay:
         for core in cores:
             core.stop()
             trio.lowlevel.notify_closing(core.fileno())
-            _wake(core)
+            _wake(core.news())
 
     async def _listen(self, core: "Core") -> None:
         try:
             while self._cores:  # or it would wait once more, had it just been woken when the relay stopped
                 await trio.lowlevel.wait_readable(core.fileno())
-                _wake(core)
+                _wake(core.news())
         except trio.ClosedResourceError:
             pass  # the relay has stopped
 
@@ -197,7 +197,7 @@ class NativeRelay:
 
     def catch_up(self) -> None:
         if self._cores:
-            _wake(self._cores[0])
+            _wake(self._cores[0].news(True))
 
 
 class _Early:
@@ -269,8 +269,8 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
     return Outcome(told.reason, told.ended_by, told.detail, reusable=reusable, late=late)
 
 
-def _wake(core: "Core") -> None:
-    for said in core.news():
+def _wake(news: list[object]) -> None:
+    for said in news:
         try:
             if type(said) is tuple:
                 who, what, about = said

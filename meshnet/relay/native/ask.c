@@ -26,7 +26,7 @@ static void make_id(struct core *core, char *id)
 }
 
 /* What the client has said so far is in core->plain, and kept; the bytes. The link may have failed for it. */
-static size_t hear(struct leg *client)
+size_t ask_early(struct leg *client)
 {
     struct link *link = client->link;
     struct core *core = link->core;
@@ -57,7 +57,7 @@ void ask(struct link *link)
     /* As long as nothing is said there is no lease to end. FIN: a RESET of the lease before may still come. */
     tunnel->sent_end = tunnel->received_end = FRAME_FIN;
     leg->in_done = true;
-    size_t early = hear(&link->client);
+    size_t early = ask_early(&link->client);
     if (link->over)
         return;
     leg->in_done = false;
@@ -75,7 +75,7 @@ void ask(struct link *link)
 void ask_along(struct leg *client)
 {
     struct link *link = client->link;
-    size_t size = link->early.size ? 0 : hear(client);
+    size_t size = link->early.size ? 0 : ask_early(client);
     if (size)
         lease_write(&link->endpoint, link->core->plain, size);
 }

@@ -130,11 +130,15 @@ int core_post(struct core *core, enum command_kind kind, void *target, const voi
     return 0;
 }
 
-/* What there is to tell since the last call, in order. Whoever takes them clears `told`, before looking at them. */
-struct news *core_take_news(struct core *core)
+/* What there is to tell since the last call, in order. Whoever takes them clears `told`, before looking at them.
+ * `everything`: also of links that are young.
+ */
+struct news *core_take_news(struct core *core, bool everything)
 {
     hush(core->bell);
     pthread_mutex_lock(&core->lock);
+    if (everything)
+        young_tell(core, core->last_told);
     struct news *news = core->told;
     core->told = NULL;
     core->last_told = &core->told;
@@ -300,6 +304,8 @@ static int patience(struct core *core)
         until = core->dial_due;
     if (core->shared && core->look_due < until)
         until = core->look_due;
+    if (core->young_due && core->young_due < until)
+        until = core->young_due;
     if (core->unrung && core->unrung_since + QUIET_NS < until)
         until = core->unrung_since + QUIET_NS;
     if (until == UINT64_MAX)
@@ -332,6 +338,7 @@ static void *run(void *argument)
         read_on(core);
         cut_lingering(core);
         dial_give_up(core);
+        young_grow(core);
         listeners_look(core);
         report(core);
     }
@@ -349,6 +356,7 @@ int core_open(struct core *core)
     sigset_t all, before;
     core->last_fresh = &core->fresh;
     core->last_lingering = &core->lingering;
+    core->last_young = &core->young;
     core->last_command = &core->commands;
     core->last_told = &core->told;
     pthread_mutex_init(&core->lock, NULL);

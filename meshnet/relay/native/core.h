@@ -8,6 +8,7 @@
  *   listen.c      connections come in: the ones that no order covers are for Python
  *   order.c       what Python has decided about all connections of a kind, until it takes that back
  *   dial.c        a connection under an order: its endpoint is dialled here
+ *   young.c       when Python hears of it, if it lives that long
  *   ask.c         or asked for through a tunnel
  *   depot.c       of those that Python has parked for that
  *   serve.c       so also one that a peer asks for through a tunnel
@@ -46,8 +47,8 @@
 #define MAX_INBOX (64 * 1024) /* bytes that wait for Python before a tunnel is read no further */
 #define MAX_HELD (1024 * 1024) /* the same of bytes that wait for a peer who makes us answer, and does not read */
 #define LINGER_NS 1000000000u /* a lease may still wait for the end that the tunnel's peer owes */
-#define QUIET_NS 10000000u    /* news that nobody waits for may wait for more of its kind */
-#define QUIET_MOST 64         /* until there are so many */
+#define QUIET_NS 50000000u    /* news that nobody waits for may wait for more of its kind */
+#define QUIET_MOST 256        /* until there are so many */
 #define ORDER_BUCKETS 1024
 #define DIRECTION_SERVED 2    /* of orders for what peers ask for; listeners have others */
 #define ORDER_ID 8            /* letters of an id that the core makes, without the suffix */
@@ -187,10 +188,14 @@ struct link {
     _Atomic uint64_t opened_at, connected_at, ended_at;
     uint64_t dial_until;
     struct link *next_dialling, **dialling_place; /* in core->dialling while it dials */
-    struct backlog early; /* what went along with OPEN, until that is answered */
+    struct backlog early; /* what the client has said, until it is known that the endpoint can be reached */
     bool handed_back; /* the endpoint could not be reached (`error`): the client leg is Python's */
     bool owes;        /* the order was revoked before the link ended: its place is still to be given back */
     struct news begun;
+    /* Guarded by core->lock: */
+    bool known; /* Python has heard of it, or is about to */
+    uint64_t young_until;
+    struct link *next_young, **young_place; /* in core->young, in the order of `young_until` */
 };
 
 enum command_kind {
@@ -232,6 +237,7 @@ struct core {
     struct link *lingering, **last_lingering;
     struct listener *shared;
     uint64_t look_due; /* when they are looked at next */
+    uint64_t young_due; /* when the first of the young may be so no more; 0: there is none */
     struct link *dialling;
     uint64_t dial_due;                /* when the first of them may be out of time; 0: none */
     struct news *fresh, **last_fresh; /* of this round */
@@ -245,6 +251,7 @@ struct core {
     struct command *commands, **last_command;
     struct news *told, **last_told;
     bool rung;
+    struct link *young, **last_young;
     struct order *orders[ORDER_BUCKETS];
     bool stopping;
     _Atomic bool asleep; /* only then does a command need to wake it */
@@ -255,7 +262,7 @@ struct core {
 int core_open(struct core *core);
 void core_close(struct core *core);
 int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size);
-struct news *core_take_news(struct core *core);
+struct news *core_take_news(struct core *core, bool everything);
 void core_forget(struct core *core, struct news *news);
 void core_tell(struct core *core, struct news *news);
 int core_watch(struct core *core, int fd, struct source *source);
@@ -289,10 +296,19 @@ void dial_on_event(struct leg *leg, uint32_t events);
 void dial_forget(struct link *link);
 void dial_done(struct link *link);
 void dial_failed(struct link *link, enum reason reason, int error);
+void dial_settle(struct link *link);
 void dial_give_up(struct core *core);
+
+/* young.c */
+void young_add(struct link *link);
+void young_forget(struct link *link);
+void young_connected(struct link *link);
+void young_grow(struct core *core);
+void young_tell(struct core *core, struct news **last);
 
 /* ask.c */
 void ask(struct link *link);
+size_t ask_early(struct leg *client);
 void ask_along(struct leg *client);
 void ask_granted(struct link *link);
 

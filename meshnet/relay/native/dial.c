@@ -26,12 +26,20 @@ static bool set(int fd, int level, int option, int value)
 static bool tune(int fd, const struct order *order)
 {
     return (!order->mark || set(fd, SOL_SOCKET, SO_MARK, (int)order->mark)) &&
-           set(fd, IPPROTO_TCP, TCP_NODELAY, 1) &&
-           (order->local || (set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) &&
-                             set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE) &&
-                             set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL) &&
-                             set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_COUNT) &&
-                             set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS)));
+           set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+}
+
+/* Its endpoint leg gets what only a connection needs that lasts. */
+void dial_settle(struct link *link)
+{
+    int fd = link->endpoint.fd;
+    if (link->order->local || link->endpoint.closed)
+        return;
+    if (!set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) || !set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE) ||
+        !set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL) ||
+        !set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_COUNT) ||
+        !set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS))
+        link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
 }
 
 /* 0, or errno. */
@@ -42,7 +50,8 @@ static int dial(struct link *link)
     if (fd < 0)
         return errno;
     link_set_plain(&link->endpoint, fd);
-    if (!tune(fd, order))
+    /* What is there to be sent goes with the last packet of the handshake, which it waits for then: tcp(7). */
+    if (!tune(fd, order) || (link->early.size && !set(fd, IPPROTO_TCP, TCP_DEFER_ACCEPT, 1)))
         return errno;
     /* It is never connected on return, as far as it says: epoll will tell, also of what is already so. */
     if (connect(fd, (const struct sockaddr *)&order->target, order->target_size) && errno != EINPROGRESS)
@@ -138,7 +147,7 @@ void dial_begin(struct order *order, int client, const struct address *source, s
     }
     link_set_plain(&link->client, client);
     begin(link, order, source);
-    core_tell(core, &link->begun);
+    young_add(link);
     if (through) {
         link_set_tunnel(&link->endpoint, through);
         through->leg = &link->endpoint;
@@ -147,6 +156,9 @@ void dial_begin(struct order *order, int client, const struct address *source, s
             link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
         return;
     }
+    ask_early(&link->client);
+    if (link->over)
+        return;
     int error = dial(link);
     if (error)
         hand_back(link, error);
@@ -164,7 +176,19 @@ void dial_done(struct link *link)
 {
     dial_forget(link);
     atomic_store(&link->connected_at, link->core->now);
-    core_tell(link->core, &link->begun);
+    if (link->client.tunnel)
+        young_add(link);
+    else
+        young_connected(link);
+}
+
+static void write_early(struct link *link)
+{
+    struct backlog early = link->early;
+    struct iovec whole = {.iov_base = early.bytes, .iov_len = early.size};
+    link->early = (struct backlog){0};
+    plain_write(&link->endpoint, &whole, 1);
+    free(early.bytes);
 }
 
 /* For a link whose client leg is a tunnel; as long as its application does not answer, Python does not hear of it. */
@@ -192,6 +216,8 @@ void dial_on_event(struct leg *leg, uint32_t events)
     dial_done(link);
     if (link->client.tunnel)
         lease_answer(&link->client);
+    else if (link->early.size)
+        write_early(link);
     if (!leg->closed)
         plain_connected(leg);
     if (!leg->closed && events & (EPOLLIN | EPOLLRDHUP))

@@ -74,6 +74,7 @@ void link_end(struct link *link)
     atomic_store(&link->ended_at, core->now);
     if (link->order) {
         dial_forget(link);
+        young_forget(link);
         link->owes = !order_leave(link->order);
     }
     core_tell(core, &link->ended);

@@ -338,14 +338,16 @@ static int add_news(PyObject *waiters, struct news *news)
     return 0;
 }
 
-static PyObject *core_news(PyObject *object, PyObject *unused)
+static PyObject *core_news(PyObject *object, PyObject *arguments)
 {
     CoreObject *self = (CoreObject *)object;
-    (void)unused;
+    int everything = false;
+    if (!PyArg_ParseTuple(arguments, "|p", &everything))
+        return NULL;
     PyObject *waiters = PyList_New(0);
     if (!waiters)
         return NULL;
-    struct news *news = core_take_news(&self->core);
+    struct news *news = core_take_news(&self->core, everything);
     int error = 0;
     while (news) {
         struct news *this = news;
@@ -440,8 +442,9 @@ static PyMethodDef core_methods[] = {
      "one that has come and gone."},
     {"depot", core_depot, METH_O,
      "depot(waiter) -> Depot\n\n`news` has (waiter, 5, (waiter of the tunnel, leases, idle_since)) for one that is given back."},
-    {"news", core_news, METH_NOARGS,
-     "news() -> list\n\nThe waiters of what has happened since; with what there is to say, for listeners and orders."},
+    {"news", core_news, METH_VARARGS,
+     "news(everything=False) -> list\n\nThe waiters of what has happened since; with what there is to say, for listeners and "
+     "orders.\n`everything`: of links under orders also those that have begun just now."},
     {"fileno", core_fileno, METH_NOARGS, "fileno() -> int\n\nReadable while `news` has something to say."},
     {"stop", core_stop, METH_NOARGS, "stop()\n\nEnds the thread. Links that still run are reset, and have ended."},
     {NULL, NULL, 0, NULL},

@@ -56,7 +56,7 @@ class Gate:
         return app
 
     def hear(self) -> None:
-        for said in self.core.news():
+        for said in self.core.news(True):
             if isinstance(said, tuple):
                 self.heard.append(said)
                 if said[1] == BEGUN:
@@ -206,7 +206,7 @@ def test_a_client_whose_endpoint_refuses_is_given_back_whole(gate: Gate) -> None
         assert (facts.connected, facts.sent, facts.received) == (0, 0, 0)
         with socket.socket(fileno=facts.client) as near:
             near.settimeout(5)
-            assert near.recv(64) == b"not lost"
+            assert (facts.early or near.recv(64)) == b"not lost"
             near.sendall(b"thanks")
         assert client.recv(64) == b"thanks"
 

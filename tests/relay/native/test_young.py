@@ -1,0 +1,136 @@
+"""When Python hears of a connection under an order, and what such a one gets if it lasts."""
+
+import os
+import select
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from meshnet.relay import Facts
+from meshnet.relay.native._core import Core
+from meshnet.relay.native.reasons import REASONS
+from tests.relay.native.test_orders import BEGUN, CONNECTED, DIALLED, ENDED, OUTBOUND, Gate, converse
+from tests.relay.native.test_orders import gate as gate  # the fixture
+from tests.world import Host, wait_for
+
+pytestmark = pytest.mark.netns
+
+
+def told(core: Core) -> list[tuple[Any, int, Any]]:
+    """What the core rings for; nothing that is only there to be asked for."""
+
+    def rung() -> list[Any]:
+        return core.news() if select.select([core.fileno()], [], [], 0.1)[0] else []
+
+    return wait_for(rung, what="the bell")
+
+
+def test_what_was_over_soon_is_told_once(gate: Gate) -> None:
+    gate.order()
+    converse(gate.client(), gate.app())
+    ((_, kind, facts),) = told(gate.core)
+    assert (kind, Facts(*facts).sent) == (ENDED, 8)
+
+
+def test_what_lasts_is_told_without_being_asked_for(gate: Gate) -> None:
+    gate.order()
+    with gate.client(), gate.app():
+        ((_, kind, link),) = told(gate.core)
+        assert kind == BEGUN
+        assert Facts(*link.facts()).connected
+        link.await_end("its end")
+    wait_for(lambda: "its end" in gate.core.news())
+
+
+def test_what_was_asked_for_is_not_told_again(gate: Gate) -> None:
+    gate.order()
+    with gate.client(), gate.app():
+        begun = wait_for(lambda: [about for _, kind, about in gate.core.news(True) if kind == BEGUN])
+        assert gate.core.news(True) == []
+        begun[0].await_end("its end")
+    # In between it grows, which is nothing to tell.
+    news = [said for said in told(gate.core) if not isinstance(said, tuple) or said[1] != CONNECTED]
+    assert news == ["its end"]
+
+
+def test_what_lasts_asks_now_and_then_whether_its_endpoint_lives(gate: Gate) -> None:
+    gate.order()
+    with gate.client(), gate.app():
+        (leg,) = wait_for(lambda: legs_to(gate.server.getsockname()))
+        with leg:
+            wait_for(lambda: leg.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            wait_for(lambda: leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000)
+            times = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            assert [leg.getsockopt(socket.IPPROTO_TCP, each) for each in times] == [60, 10, 6]
+
+
+def legs_to(address: tuple[str, int]) -> list[socket.socket]:
+    """Copies of this process's connections there."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            copy = socket.socket(fileno=os.dup(int(entry)))
+        except OSError:
+            continue  # no socket, or gone
+        try:
+            is_there = copy.getpeername() == address
+        except OSError:
+            is_there = False
+        if is_there:
+            found.append(copy)
+        else:
+            copy.close()
+    return found
+
+
+@contextmanager
+def late_gate(host: Host) -> Iterator[tuple[Gate, socket.socket]]:
+    """One whose listener the core has not been told of yet."""
+    with host.entered():
+        core = Core((b"",) * len(REASONS), "gate")
+        server = socket.create_server(("127.0.0.1", 0), backlog=100)
+        server.settimeout(5)
+        listener = socket.create_server(("127.0.0.1", 15101), backlog=100)
+    listener.setblocking(False)
+    with server, listener:
+        gate = Gate(host, core, server)
+        yield gate, listener
+    for order in gate.orders:
+        order.revoke()
+    core.stop()
+    core.news()
+
+
+def test_what_a_client_has_said_already_comes_with_the_connection(host: Host) -> None:
+    with late_gate(host) as (gate, listener):
+        gate.order(DIALLED)
+        clients = [gate.client() for _ in range(50)]
+        for client in clients:
+            client.sendall(b"at once")
+        door = gate.core.listen(os.dup(listener.fileno()), OUTBOUND, False, "door")
+        for client in clients:
+            app = gate.app()
+            with client, app:
+                assert app.recv(64, socket.MSG_DONTWAIT) == b"at once"
+                app.sendall(b"answered")
+                assert client.recv(64) == b"answered"
+        assert [facts.sent for facts in gate.facts(50)] == [7] * 50
+        door.close()
+
+
+def test_what_a_client_has_said_already_is_given_back_with_it(host: Host) -> None:
+    with late_gate(host) as (gate, listener), socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        gate.order(target=unused.getsockname())
+        with gate.client() as client:
+            client.sendall(b"not lost")
+            door = gate.core.listen(os.dup(listener.fileno()), OUTBOUND, False, "door")
+            (facts,) = gate.facts()
+            assert (facts.early, facts.sent) == (b"not lost", 0)
+            with socket.socket(fileno=facts.client) as near:
+                near.sendall(b"thanks")
+                assert client.recv(64) == b"thanks"
+        door.close()
