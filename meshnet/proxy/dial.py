@@ -44,7 +44,7 @@ async def dial_service(
         known = learned.get(endpoint.address)
         if known is None:
             return 0
-        connections = known.open + known.pending
+        connections = known.connections
         if not known.breaker.allows(now) or not below_endpoint_limit(limits, connections):
             return None
         return None if tried and endpoint.address in tried else connections

@@ -51,6 +51,8 @@ class StandingOrder:
     asking: Asking | None
     issued: float = field(default_factory=time.monotonic)
     revoked: bool = False
+    heard: int = 0
+    """How many of its connections count with its endpoint's."""
     handle: Order = field(init=False)
 
     def widen(self) -> None:
@@ -60,6 +62,10 @@ class StandingOrder:
         places, taken, _ = self.handle.state()
         if taken == places and (more := self.held.limiter.reserve(places)):
             self.handle.widen(more)
+
+    def unheard(self) -> int:
+        """How many connections it has beyond these; fewer than none, if the end of some has not been heard."""
+        return self.handle.state()[1] - self.heard
 
     def is_unused(self, now: float) -> bool:
         _, taken, used_at = self.handle.state()
@@ -74,6 +80,7 @@ class StandingOrder:
         self.state.registry.began(record)
         if self.known is not None:
             self.known.open += 1
+            self.heard += 1
         if facts.connected:
             self.state.registry.connected(record)
         if self.revoked:
@@ -189,6 +196,7 @@ class _Carried:
             self.connected()
         if self._order.known is not None:
             self._order.known.open -= 1
+            self._order.heard -= 1
         self._order.end(self._record, facts, self._link.outcome())
 
 

@@ -49,6 +49,11 @@ class EndpointState:
     last_error: str = ""
     orders: set[StandingOrder] = field(default_factory=set)
 
+    @property
+    def connections(self) -> int:
+        """As it is now: the relay tells late of what orders begin and end."""
+        return self.open + self.pending + sum(order.unheard() for order in self.orders)
+
 
 @dataclass(slots=True)
 class ServiceState:
