@@ -11,7 +11,7 @@ import msgspec
 from meshnet.errors import EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
-from meshnet.proxy.record import Record, milliseconds, rfc3339, rfc3339_second
+from meshnet.proxy.record import Record, milliseconds, rfc3339
 from meshnet.relay import Facts, Flow, Outcome
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _PLAIN = TlsView(mode=Security.PLAIN)
 
 # Holes in a form, as JSON writes the control characters that stand for them, which are in nobody's name.
-_HOLES = {"\\u0001": "%s", "\\u0002": "%03d", '"\\u0003"': "%d", '"\\u0004"': "%.3f"}
-_TEXT, _TIME, _WHOLE, _MS = "\1", "\1.\2Z", "\3", "\4"
+_HOLES = {"\\u0001": "%s", '"\\u0002"': "%d", '"\\u0003"': "%.3f"}
+_TEXT, _WHOLE, _MS = "\1", "\2", "\3"
 
 
 class Told:
@@ -162,12 +162,11 @@ class Passed:
         port, opened, connected, ended, sent, received, moved_at = self.facts[:7]
         words = (self.facts.cipher, self._outcome.ended_by, moved_at > 0)
         form = self.told.forms.get(words) or self.told.forms.setdefault(words, _form(self.view()))
-        opened_ms, closed_ms = int(self.opened_at * 1000), int((self.opened_at + ended - opened) * 1000)
         connect_ms = (connected - opened) * 1000
         # Where a peer has given the id, no letter of it is one that JSON would escape (open.c).
         holes: tuple[object, ...] = (
             *(self.id, port, connect_ms, sent, received),
-            *(rfc3339_second(opened_ms // 1000), opened_ms % 1000, rfc3339_second(closed_ms // 1000), closed_ms % 1000),
+            *(rfc3339(self.opened_at), rfc3339(self.opened_at + ended - opened)),
             *((ended - opened) * 1000, connect_ms),
         )
         return (form % ((*holes, (ended - moved_at) * 1000) if moved_at else holes)).encode()
@@ -176,11 +175,10 @@ class Passed:
 def _form(view: Connection) -> str:
     """The JSON of `view`, with a conversion for each of what differs, in the order of a Connection's fields."""
     fields = msgspec.to_builtins(view)
-    fields["id"] = _TEXT
+    fields["id"] = fields["openedAt"] = fields["closedAt"] = _TEXT
     fields["source"]["address"] = fields["source"]["address"].rpartition(":")[0] + ":" + _TEXT
     fields["attempts"][0]["ms"] = fields["durationMs"] = fields["connectMs"] = _MS
     fields["bytesSent"] = fields["bytesReceived"] = _WHOLE
-    fields["openedAt"] = fields["closedAt"] = _TIME
     if view.idle_ms is not None:
         fields["idleMs"] = _MS
     form = msgspec.json.encode(fields).decode().replace("%", "%%")

@@ -26,6 +26,7 @@ _log = logging.getLogger("meshnet.proxy")
 
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no letter looks like a digit
 _PAIRS = [high + low for high in _ALPHABET for low in _ALPHABET]
+_MILLISECONDS = [f".{number:03d}Z" for number in range(1000)]
 _sequence = itertools.count(random.randrange(512))
 
 _STATES = dict.fromkeys(
@@ -288,10 +289,9 @@ def milliseconds(seconds: float) -> float:
 
 def rfc3339(wall: float) -> str:
     whole = int(wall * 1000)
-    return f"{rfc3339_second(whole // 1000)}.{whole % 1000:03d}Z"
+    return _second(whole // 1000) + _MILLISECONDS[whole % 1000]
 
 
 @functools.lru_cache(maxsize=64)  # a busy second has many records
-def rfc3339_second(wall: int) -> str:
-    """Without what follows the seconds."""
+def _second(wall: int) -> str:
     return datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%S")

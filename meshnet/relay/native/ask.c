@@ -25,26 +25,6 @@ static void make_id(struct core *core, char *id)
     id[ORDER_ID] = 0;
 }
 
-/* What the client has said so far is in core->plain, and kept; the bytes. The link may have failed for it. */
-size_t ask_early(struct leg *client)
-{
-    struct link *link = client->link;
-    struct core *core = link->core;
-    ssize_t size = recv(client->fd, core->plain, FRAME_MAX_DATA, 0);
-    if (size < 0 && errno == EAGAIN)
-        client->readable = false;
-    else if (size < 0 && errno != EINTR)
-        plain_fail(client, errno);
-    if (size <= 0) /* an end is found again when it can be passed on */
-        return 0;
-    if (size < FRAME_MAX_DATA && !client->hung_up)
-        client->readable = false;
-    if (backlog_append(&link->early, core->plain, (size_t)size))
-        return (size_t)size;
-    link_fail(link, REASON_INTERNAL, BY_PROXY, ENOMEM);
-    return 0;
-}
-
 /* Asks for `link`, whose endpoint leg is a tunnel. The link may be over when it returns. */
 void ask(struct link *link)
 {
@@ -57,7 +37,7 @@ void ask(struct link *link)
     /* As long as nothing is said there is no lease to end. FIN: a RESET of the lease before may still come. */
     tunnel->sent_end = tunnel->received_end = FRAME_FIN;
     leg->in_done = true;
-    size_t early = ask_early(&link->client);
+    size_t early = dial_early(&link->client);
     if (link->over)
         return;
     leg->in_done = false;
@@ -75,7 +55,7 @@ void ask(struct link *link)
 void ask_along(struct leg *client)
 {
     struct link *link = client->link;
-    size_t size = link->early.size ? 0 : ask_early(client);
+    size_t size = link->early.size ? 0 : dial_early(client);
     if (size)
         lease_write(&link->endpoint, link->core->plain, size);
 }

@@ -296,6 +296,7 @@ void dial_on_event(struct leg *leg, uint32_t events);
 void dial_forget(struct link *link);
 void dial_done(struct link *link);
 void dial_failed(struct link *link, enum reason reason, int error);
+size_t dial_early(struct leg *client);
 void dial_settle(struct link *link);
 void dial_give_up(struct core *core);
 
@@ -308,7 +309,6 @@ void young_tell(struct core *core, struct news **last);
 
 /* ask.c */
 void ask(struct link *link);
-size_t ask_early(struct leg *client);
 void ask_along(struct leg *client);
 void ask_granted(struct link *link);
 

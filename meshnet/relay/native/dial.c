@@ -133,6 +133,26 @@ static void begin(struct link *link, struct order *order, const struct address *
         core->dial_due = link->dial_until;
 }
 
+/* What the client has said so far is in core->plain, and kept; the bytes. The link may have failed for it. */
+size_t dial_early(struct leg *client)
+{
+    struct link *link = client->link;
+    struct core *core = link->core;
+    ssize_t size = recv(client->fd, core->plain, FRAME_MAX_DATA, 0);
+    if (size < 0 && errno == EAGAIN)
+        client->readable = false;
+    else if (size < 0 && errno != EINTR)
+        plain_fail(client, errno);
+    if (size <= 0) /* an end is found again when it can be passed on */
+        return 0;
+    if (size < FRAME_MAX_DATA && !client->hung_up)
+        client->readable = false;
+    if (backlog_append(&link->early, core->plain, (size_t)size))
+        return (size_t)size;
+    link_fail(link, REASON_INTERNAL, BY_PROXY, ENOMEM);
+    return 0;
+}
+
 /* Owns `client`, a place of the order, and the lease on `through`, if it is not NULL. */
 void dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through)
 {
@@ -156,7 +176,7 @@ void dial_begin(struct order *order, int client, const struct address *source, s
             link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
         return;
     }
-    ask_early(&link->client);
+    dial_early(&link->client);
     if (link->over)
         return;
     int error = dial(link);
@@ -180,15 +200,6 @@ void dial_done(struct link *link)
         young_add(link);
     else
         young_connected(link);
-}
-
-static void write_early(struct link *link)
-{
-    struct backlog early = link->early;
-    struct iovec whole = {.iov_base = early.bytes, .iov_len = early.size};
-    link->early = (struct backlog){0};
-    plain_write(&link->endpoint, &whole, 1);
-    free(early.bytes);
 }
 
 /* For a link whose client leg is a tunnel; as long as its application does not answer, Python does not hear of it. */
@@ -216,8 +227,10 @@ void dial_on_event(struct leg *leg, uint32_t events)
     dial_done(link);
     if (link->client.tunnel)
         lease_answer(&link->client);
-    else if (link->early.size)
-        write_early(link);
+    if (link->early.size) {
+        leg->held = link->early;
+        link->early = (struct backlog){0};
+    }
     if (!leg->closed)
         plain_connected(leg);
     if (!leg->closed && events & (EPOLLIN | EPOLLRDHUP))

@@ -3,16 +3,13 @@
 import os
 import select
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 from meshnet.relay import Facts
 from meshnet.relay.native._core import Core
-from meshnet.relay.native.reasons import REASONS
-from tests.relay.native.test_orders import BEGUN, CONNECTED, DIALLED, ENDED, OUTBOUND, Gate, converse
+from tests.relay.native.test_orders import BEGUN, CONNECTED, ENDED, Gate, closed_gate, converse
 from tests.relay.native.test_orders import gate as gate  # the fixture
 from tests.world import Host, wait_for
 
@@ -86,31 +83,13 @@ def legs_to(address: tuple[str, int]) -> list[socket.socket]:
     return found
 
 
-@contextmanager
-def late_gate(host: Host) -> Iterator[tuple[Gate, socket.socket]]:
-    """One whose listener the core has not been told of yet."""
-    with host.entered():
-        core = Core((b"",) * len(REASONS), "gate")
-        server = socket.create_server(("127.0.0.1", 0), backlog=100)
-        server.settimeout(5)
-        listener = socket.create_server(("127.0.0.1", 15101), backlog=100)
-    listener.setblocking(False)
-    with server, listener:
-        gate = Gate(host, core, server)
-        yield gate, listener
-    for order in gate.orders:
-        order.revoke()
-    core.stop()
-    core.news()
-
-
 def test_what_a_client_has_said_already_comes_with_the_connection(host: Host) -> None:
-    with late_gate(host) as (gate, listener):
-        gate.order(DIALLED)
+    with closed_gate(host) as gate:
+        gate.order()
         clients = [gate.client() for _ in range(50)]
         for client in clients:
             client.sendall(b"at once")
-        door = gate.core.listen(os.dup(listener.fileno()), OUTBOUND, False, "door")
+        door = gate.open()
         for client in clients:
             app = gate.app()
             with client, app:
@@ -122,12 +101,12 @@ def test_what_a_client_has_said_already_comes_with_the_connection(host: Host) ->
 
 
 def test_what_a_client_has_said_already_is_given_back_with_it(host: Host) -> None:
-    with late_gate(host) as (gate, listener), socket.socket() as unused:
+    with closed_gate(host) as gate, socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         gate.order(target=unused.getsockname())
         with gate.client() as client:
             client.sendall(b"not lost")
-            door = gate.core.listen(os.dup(listener.fileno()), OUTBOUND, False, "door")
+            door = gate.open()
             (facts,) = gate.facts()
             assert (facts.early, facts.sent) == (b"not lost", 0)
             with socket.socket(fileno=facts.client) as near:
