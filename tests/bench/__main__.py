@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import click
@@ -45,6 +45,7 @@ def _names(known: Collection[str]) -> Callable[[click.Context, click.Parameter, 
 @click.option("--quick", is_flag=True, help="Fewer cells, fewer and shorter rounds: under five minutes.")
 @click.option("--pin", is_flag=True, help="Everything on one processor.")
 @click.option("--twice", is_flag=True, help="Unpinned, then pinned: two parts of one report.")
+@click.option("--times", type=click.IntRange(1), default=1, help="The whole of it that often; --write each time (1).")
 @click.option("--spin/--no-spin", default=True, help="Keep virtual processors awake (on).")
 @click.option("--patience", type=click.FloatRange(0), help="Seconds to wait for a quiet machine, six times (20; 3).")
 @click.option("--write", is_flag=True, help=f"Write the report to {os.path.relpath(RESULTS)} too.")
@@ -62,6 +63,7 @@ def main(
     quick: bool,
     pin: bool,
     twice: bool,
+    times: int,
     spin: bool,
     patience: float | None,
     write: bool,
@@ -91,29 +93,42 @@ def main(
                 with machine.pinned(pin):
                     profile(program, plan, Path(directory))
                 return
-            runs = [_run(program, plan, pin=pin or part == 1, spin=spin) for part in range(2 if twice else 1)]
-    text = markdown(runs)
-    click.echo(text)
-    if write:
-        RESULTS.write_text(text)
-    if json_file:
-        Path(json_file).write_bytes(msgspec.json.encode([_as_json(run) for run in runs]))
-    if any(sample.failure for run in runs for sample in run.samples):
+            done: list[list[Run]] = []
+            for time in range(times):
+                pinned = [pin] if not twice else [False, True]
+                done.append([_run(program, plan, pin=each, spin=spin, time=time) for each in pinned])
+                # Each time, so that the hour before is not lost with the one that is interrupted.
+                _save(done, RESULTS if write else None, Path(json_file) if json_file else None)
+    click.echo(markdown(done))
+    if any(sample.failure for runs in done for run in runs for sample in run.samples):
         context.exit(1)
 
 
-def _run(program: Path, plan: Plan, *, pin: bool, spin: bool) -> Run:
+def _save(done: Sequence[Sequence[Run]], results: Path | None, json_file: Path | None) -> None:
+    if results:
+        results.write_text(markdown(done))
+    if json_file:
+        json_file.write_bytes(msgspec.json.encode([_as_json(run) for runs in done for run in runs]))
+
+
+def _run(program: Path, plan: Plan, *, pin: bool, spin: bool, time: int) -> Run:
     with machine.pinned(pin), machine.spinners(program, spin) as spinning:
         about = machine.description(spinning)
         measured = measure(program, plan, spinning)
     about["meshnet"] = "; ".join(measured.said)
     about["rounds"] = str(plan)
     about["quiet"] = machine.quietness(measured.looks, measured.samples)
-    return Run("Pinned on one processor" if pin else "Unpinned", about, measured.samples)
+    return Run("Pinned on one processor" if pin else "Unpinned", time + 1, about, measured.samples)
 
 
 def _as_json(run: Run) -> dict[str, object]:
-    return {"title": run.title, "machine": run.machine, "rows": rows(run.samples), "samples": run.samples}
+    return {
+        "title": run.title,
+        "time": run.time,
+        "machine": run.machine,
+        "rows": rows(run.samples),
+        "samples": run.samples,
+    }
 
 
 if __name__ == "__main__":

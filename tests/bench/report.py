@@ -5,7 +5,7 @@ from itertools import groupby
 
 import msgspec
 
-from tests.bench.figures import Sample, Spread
+from tests.bench.figures import Cell, Sample, Spread
 from tests.bench.table import DIRECT, PEERS, SUBJECTS, Row, rows
 from tests.bench.targets import ITSELF
 from tests.bench.tests import MODES, TESTS
@@ -44,16 +44,48 @@ class Run(msgspec.Struct, frozen=True):
     """All that was measured under one set of circumstances, which `machine` tells."""
 
     title: str
+    time: int  # which time of it, from 1
     machine: dict[str, str]
     samples: list[Sample]
 
 
-def markdown(runs: Sequence[Run]) -> str:
-    """The whole of RESULTS.md."""
+def markdown(times: Sequence[Sequence[Run]]) -> str:
+    """The whole of RESULTS.md: what all times say together, and the last of them in full."""
     parts = ["# meshnet and its peers", _HOW]
-    for run in runs:
-        parts += [f"## {run.title}\n", *_run(run.machine, run.samples), ""]
+    if len(times) > 1:
+        parts += [f"## All {len(times)} times\n", *_all_times(times), ""]
+    for run in times[-1]:
+        title = f"{run.title}, the last time" if len(times) > 1 else run.title
+        parts += [f"## {title}\n", *_run(run.machine, run.samples), ""]
     return "\n".join(parts)
+
+
+def _all_times(times: Sequence[Sequence[Run]]) -> list[str]:
+    """Every figure with a target: the median ratio of each time, one column for each set of circumstances."""
+    lines = [
+        "The median ratio of each time, and what they say together: *met* or *missed* when all are on one side, else",
+        "*about*.\n",
+    ]
+    lines += [f"- {run.title}: {run.machine.get('quiet', '')}" for runs in times for run in runs]
+    titles = [run.title for run in times[0]]
+    lines += [f"\n| cell | figure | target | {' | '.join(titles)} |", "|---" * (3 + len(titles)) + "|"]
+    parts = [[{(row.cell, row.figure): row for row in rows(run.samples)} for run in runs] for runs in times]
+    for key, row in parts[0][0].items():
+        if row.target:
+            seen = [[tables[part].get(key) for tables in parts] for part in range(len(titles))]
+            cells = [_title(row.cell), row.label, row.target, *map(_together, seen)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _together(seen: Sequence[Row | None]) -> str:
+    ratios = [row.ratio.median for row in seen if row and row.ratio]
+    row = seen[0]
+    if row is None or len(ratios) < len(seen):
+        return "-"
+    good = [row.met_by(ratio) for ratio in ratios]
+    said = "met" if all(good) else "about" if any(good) else "missed"
+    return f"{', '.join(map(number, ratios))}: {said}"
 
 
 def _run(machine: Mapping[str, str], samples: Sequence[Sample]) -> list[str]:
@@ -80,7 +112,7 @@ def _targets(aims: Sequence[Row]) -> list[str]:
     for row in aims:
         theirs = row.seen.get(row.against)
         cells = [
-            f"{row.cell.test} {row.cell.mode}, {_workers(row.cell.workers)}",
+            _title(row.cell),
             row.label,
             _cell(row, "meshnet"),
             f"{SUBJECTS[row.against]} {number(theirs.median)}" if theirs else "-",
@@ -120,6 +152,10 @@ def _ratio(row: Row) -> str:
 
 def _verdict(row: Row) -> str:
     return str(row.verdict) if row.verdict else "-"
+
+
+def _title(cell: Cell) -> str:
+    return f"{cell.test} {cell.mode}, {_workers(cell.workers)}"
 
 
 def _workers(count: int) -> str:

@@ -33,8 +33,13 @@ class Row(msgspec.Struct, frozen=True):
     missing: dict[str, str]
     against: str
     ratio: Spread | None
+    limit: Limit
+    lower_is_better: bool
     target: str
     verdict: Verdict | None
+
+    def met_by(self, ratio: float) -> bool:
+        return ratio <= self.limit.value if self.lower_is_better else ratio >= self.limit.value
 
 
 def rows(samples: Sequence[Sample]) -> list[Row]:
@@ -69,6 +74,8 @@ def _row(cell: Cell, figure: Figure, subjects: Mapping[str, Sequence[Sample]]) -
         missing={name: why for name, samples in subjects.items() if (why := _missing(samples))},
         against=against,
         ratio=seen,
+        limit=limit,
+        lower_is_better=figure.lower_is_better,
         target=_said(goal, figure) if goal else "",
         verdict=verdict(seen, limit, lower_is_better=figure.lower_is_better) if seen else None,
     )

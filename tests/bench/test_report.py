@@ -81,7 +81,7 @@ def test_without_a_peer_there_is_no_ratio_and_no_verdict() -> None:
 def test_what_there_is_not_says_so_in_its_cell() -> None:
     cell = Cell("rr64", PLAIN, 2)
     missing = Sample(cell=cell, peer=MESHNET, round=0, absent="not yet")
-    text = markdown([Run("Unpinned", {}, [*shown("nginx", CPU, [5] * 3, cell), missing])])
+    text = markdown([[Run("Unpinned", 1, {}, [*shown("nginx", CPU, [5] * 3, cell), missing])]])
     assert "### Plain, two workers" in text
     line = next(line for line in text.splitlines() if line.startswith("|  | CPU us/request"))
     assert [part.strip() for part in line.strip("|").split("|")][2:] == ["5 [5..5]", "not yet", "-", "-"]
@@ -109,7 +109,7 @@ def test_the_report_shows_medians_ratio_target_and_verdict() -> None:
         *shown("haproxy", CPU, [3000, 2000, 2000]),
         *shown(MESHNET, CPU, [300, 400, 300]),
     ]
-    text = markdown([Run("Unpinned", {"kernel": "6.1"}, samples)])
+    text = markdown([[Run("Unpinned", 1, {"kernel": "6.1"}, samples)]])
     assert "- kernel: 6.1" in text
     summary, details = (
         [part.strip() for part in line.strip("|").split("|")]
@@ -128,7 +128,7 @@ def test_the_report_shows_medians_ratio_target_and_verdict() -> None:
 
 def test_a_failure_is_told_in_the_table_and_below_it() -> None:
     broken = Sample(cell=CRR, peer=MESHNET, round=2, failure="7 errors, the first: recv")
-    text = markdown([Run("Unpinned", {}, [*shown("haproxy", CPU, [1]), broken])])
+    text = markdown([[Run("Unpinned", 1, {}, [*shown("haproxy", CPU, [1]), broken])]])
     line = next(line for line in text.splitlines() if line.startswith("|  | CPU us/connection"))
     assert re.search(r"\| failed \| - \| - \|$", line)
     assert "crr meshnet mtls one worker in round 2: 7 errors, the first: recv" in text
@@ -145,3 +145,26 @@ def test_how_noisy_it_was_is_told_before_and_while_measuring() -> None:
         "2.0% (most in a cell: 50%) of the processors' time, and 0.0% (most in a cell: 0%) was stolen"
     )
     assert quietness(looks[:1], []) == "waited 0 s in all for a quiet machine"
+
+
+def test_times_are_told_together_and_the_last_in_full() -> None:
+    def run(time: int, title: str, ours: float) -> Run:
+        samples = [*shown("haproxy", CPU, [1000] * 3), *shown(MESHNET, CPU, [ours] * 3)]
+        return Run(title, time, {"quiet": f"time {time}"}, samples)
+
+    pinned, unpinned = (200, 250, 299), (290, 310, 280)
+    text = markdown(
+        [
+            [run(time, "Unpinned", one), run(time, "Pinned", other)]
+            for time, one, other in zip((1, 2, 3), unpinned, pinned, strict=True)
+        ]
+    )
+    together, rest = text.split("## Unpinned, the last time")
+    line = next(line for line in together.splitlines() if "CPU us/connection" in line)
+    assert [part.strip() for part in line.strip("|").split("|")] == [
+        *("crr mtls, one worker", "CPU us/connection", "at most 0.3"),
+        *("0.29, 0.31, 0.28: about", "0.2, 0.25, 0.299: met"),
+    ]
+    assert "280 [280..280]" in rest
+    assert "310 [310..310]" not in rest
+    assert "- Unpinned: time 2" in together
