@@ -1,7 +1,10 @@
 """The whole run happens in network namespaces of its own; see tests/world.py."""
 
+import os
 import signal
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.world"]
@@ -13,3 +16,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # The machines are shared: how long an example takes, or takes to be made, says nothing about the code.
 settings.register_profile("shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("shared machine")
+
+
+@pytest.fixture
+def real_root() -> bool:
+    """Whether users and groups beside 0 exist here; they do not in the user namespace of somebody without root."""
+    return os.getuid() == 0 and int(Path("/proc/self/gid_map").read_text().split()[2]) > 1

@@ -2,8 +2,11 @@
 
 import importlib
 import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import msgspec
 import pytest
 
@@ -13,10 +16,11 @@ from meshnet.model import resource
 from meshnet.model.settings import Settings
 from meshnet_cli import init
 from meshnet_cli.kubernetes.wishes import ANNOTATIONS
-from meshnet_cli.main import ENTRIES
+from meshnet_cli.main import ENTRIES, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = "\n".join([README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.md")))])
 SETTINGS = [
     (f"{section.name}.{field.name}", field.default)
     for section in msgspec.structs.fields(Settings)
@@ -79,3 +83,44 @@ def test_its_yaml_makes_a_mesh() -> None:
 def test_every_flag_of_the_rules_is_told_with_an_example(flag: str) -> None:
     page = (ROOT / "docs" / "capture.md").read_text()
     assert re.search(rf"^\| `{flag}` \| `{flag} \S+` \|", page, re.MULTILINE), flag
+
+
+def commands(group: click.Group, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        if isinstance(command, click.Group):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+COMMANDS = dict(commands(main))
+SHARED = {"--output", "--color", "--socket", "--timeout", "--config", "--no-header", "--columns"}
+ROW = r"^\| `[^|]*{flag}\b.*?` \| `[^|]*{words}"
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] not in ("inject", "uninject", "install")])
+def test_every_flag_is_told_with_an_example(words: tuple[str, ...]) -> None:
+    for option in COMMANDS[words].params:
+        if not isinstance(option, click.Option) or option.hidden:
+            continue
+        for flag in (*option.opts, *option.secondary_opts):
+            if flag.startswith("--"):
+                command = "" if flag in SHARED else f"meshnet {words[0]} "
+                assert re.search(ROW.format(flag=flag, words=command), PAGES, re.MULTILINE), flag
+
+
+EXAMPLES = re.findall(r"\| `((?:sudo )?meshnet [^`]+)`", (ROOT / "docs" / "commands.md").read_text())
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_example_of_a_flag_can_be_typed(example: str) -> None:
+    words = shlex.split(re.split(r" (?:\\\||&&) ", example.removeprefix("sudo "))[0])[1:]
+    command: click.Command = main
+    while isinstance(command, click.Group):
+        found = command.get_command(click.Context(command), words[0])
+        assert found is not None
+        command, words = found, words[1:]
+    command.make_context("meshnet", words)  # raises what a wrong flag or value would be told

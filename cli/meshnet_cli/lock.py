@@ -12,6 +12,11 @@ NAME = "supervise.lock"
 ORPHANED = "its supervisor was killed: if it dies, nothing starts it again; sudo meshnet down && sudo meshnet up"
 
 
+def folder_of(admin_socket: str) -> Path:
+    """Where a supervisor has its lock and its log: root's alone, inside the folder where the sidecar has its socket."""
+    return Path(admin_socket).parent / "supervisor"
+
+
 def take(folder: Path) -> IO[bytes] | None:
     """The lock, or None if another has it. It is held until the last copy is closed. Raises OSError."""
     while True:

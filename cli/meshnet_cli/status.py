@@ -1,7 +1,6 @@
 """`meshnet status`: how this host's sidecar is. Exit code 0 if it is ready, 1 if not, 4 if there is none."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import click
 
@@ -28,7 +27,7 @@ def command(*, output: str, socket_path: str, timeout: float) -> None:
 
     def table() -> None:
         rows = [*_rows(status)]
-        if lock.is_orphaned(Path(socket_path).parent):
+        if lock.is_orphaned(lock.folder_of(socket_path)):
             rows.insert(1, ("problem", lock.ORPHANED))
         for label, text in rows:
             click.echo(_painted(printable(f"{label:<{_LABEL_WIDTH}} {text}"), label))

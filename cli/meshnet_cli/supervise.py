@@ -30,6 +30,7 @@ from meshnet_cli.client import EXIT_UNREACHABLE, ask
 from meshnet_cli.configuration import DEFAULT_CONFIG, read_settings
 from meshnet_cli.keeper_process import KeeperProcess
 from meshnet_cli.main import EXIT_CONFIG
+from meshnet_cli.vm import account
 
 LOG_SIZE, LOG_FILES = 10_000_000, 3
 _LOOK_EVERY = 0.5  # seconds between looks at meshnet.toml meanwhile
@@ -42,7 +43,7 @@ _ENDED = "supervise: the sidecar ended with "
 
 
 def log_file(settings: Settings) -> Path:
-    return Path(settings.admin.socket).parent / "sidecar.log"
+    return lock.folder_of(settings.admin.socket) / "sidecar.log"
 
 
 def running(settings: Settings) -> Status | None:
@@ -57,10 +58,13 @@ def running(settings: Settings) -> Status | None:
 
 def start(settings: Settings, config: str | None) -> None:
     """Starts it detached from this terminal. Raises CommandError if one already runs for this admin socket."""
-    folder = Path(settings.admin.socket).parent
+    folder, own = Path(settings.admin.socket).parent, lock.folder_of(settings.admin.socket)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = lock.take(folder)
+        own.mkdir(mode=0o700, exist_ok=True)
+        if account.user_id() is not None:
+            account.give_folder(folder, settings.capture.gid)
+        held = lock.take(own)
     except OSError as error:
         raise CommandError(
             f"cannot write to {folder}, where the admin socket and the sidecar's log are to be",
@@ -70,7 +74,7 @@ def start(settings: Settings, config: str | None) -> None:
     if held is None:
         raise CommandError(
             "a sidecar is already being looked after here",
-            why=f"{folder}/{lock.NAME} is held",
+            why=f"{own}/{lock.NAME} is held",
             fix="meshnet status, or: sudo meshnet down",
         )
     with held:
@@ -88,7 +92,7 @@ def start(settings: Settings, config: str | None) -> None:
 
 def is_supervised(settings: Settings) -> bool:
     """Whether somebody looks after a sidecar here."""
-    return lock.is_held(Path(settings.admin.socket).parent)
+    return lock.is_held(lock.folder_of(settings.admin.socket))
 
 
 def try_again(settings: Settings) -> None:
@@ -113,7 +117,7 @@ class Supervised:
 
     def keep_rules(self) -> None:
         """Has the supervisor look after a keeper of the rules, too, unless it does already. Raises CommandError."""
-        if not _knows(lock.holder(Path(self._settings.admin.socket).parent), signal.SIGUSR2):
+        if not _knows(lock.holder(lock.folder_of(self._settings.admin.socket)), signal.SIGUSR2):
             return  # an older version's: the signal would end it
         _signal_supervisor(self._settings, signal.SIGUSR2)
         deadline = time.monotonic() + _KEEPER_TIMEOUT
@@ -215,7 +219,7 @@ def _stop_supervisor(settings: Settings) -> bool:
 
 def _signal_supervisor(settings: Settings, number: signal.Signals) -> int:
     """Its process id; 0 if it is just about to end."""
-    pid = lock.holder(Path(settings.admin.socket).parent)
+    pid = lock.holder(lock.folder_of(settings.admin.socket))
     if pid:
         try:
             os.kill(pid, number)
@@ -236,17 +240,18 @@ def _knows(pid: int, number: signal.Signals) -> bool:
 
 def _remove_what_is_left(settings: Settings) -> None:
     """Of those that were killed: a socket at which nobody listens. And the lock, which nobody holds any more."""
-    path = Path(settings.admin.socket)
-    if not (path.is_socket() or (path.parent / lock.NAME).exists()):
+    path, own = Path(settings.admin.socket), lock.folder_of(settings.admin.socket)
+    if not (path.is_socket() or (own / lock.NAME).exists()):
         return
     try:
-        held = lock.take(path.parent)
+        own.mkdir(mode=0o700, exist_ok=True)
+        held = lock.take(own)
         if held is None:  # another sidecar is being started
             return
         with held:
             if path.is_socket() and _is_dead(path):
                 path.unlink()
-            (path.parent / lock.NAME).unlink()
+            (own / lock.NAME).unlink()
     except OSError:
         pass  # it is in nobody's way: a new sidecar takes both over
 
@@ -258,6 +263,7 @@ def remove_output(settings: Settings) -> None:
         file.unlink(missing_ok=True)
     try:
         log.parent.rmdir()
+        log.parent.parent.rmdir()
     except OSError:
         pass  # others use it
 
@@ -272,7 +278,7 @@ def _is_dead(path: Path) -> bool:
 
 
 def sidecar_command(settings: Settings, config: str | None) -> list[str]:
-    """The sidecar with the proxy's group, which the rules let pass, and no right but NET_ADMIN (for SO_MARK).
+    """The sidecar as its user, with the proxy's group, which the rules let pass, and no right but NET_ADMIN (SO_MARK).
 
     In the group that may look at it, too, where there is one: a process without rights gives files to its own groups.
     """
@@ -288,8 +294,11 @@ def sidecar_command(settings: Settings, config: str | None) -> list[str]:
     group = [f"--regid={settings.capture.gid}", groups]
     if not any(settings.capture.gid in gids for gids in mapped):
         group = []  # a user namespace without that group: the mark alone keeps us out
-    limits = ["--no-new-privs", "--inh-caps=-all", "--bounding-set=-all,+net_admin"]
-    return ["setpriv", *group, *limits, "--", *command]
+    user = account.user_id()
+    kept = "-all" if user is None else "-all,+net_admin"  # a user that is not root keeps what is ambient
+    rights = [f"--inh-caps={kept}", f"--ambient-caps={kept}", "--bounding-set=-all,+net_admin"]
+    who = [] if user is None else [f"--reuid={user}"]
+    return ["setpriv", *who, *group, "--no-new-privs", *rights, "--", *command]
 
 
 class Supervisor:
@@ -400,9 +409,9 @@ def main() -> int:
         settings = read_settings(config)
     except ConfigError:
         return EXIT_CONFIG
-    lock.own(Path(settings.admin.socket).parent)
+    lock.own(lock.folder_of(settings.admin.socket))
     code = Supervisor(settings, config).run()
-    lock.disown(Path(settings.admin.socket).parent)
+    lock.disown(lock.folder_of(settings.admin.socket))
     return code
 
 

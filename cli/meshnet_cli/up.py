@@ -83,7 +83,7 @@ def command(
         snapshot = _mesh(settings)
         there = "a sidecar runs already" if status else "a sidecar is to come up again" if kept else ""
         say(f"rules by {backend}, {there or 'ports and group are free'}")
-    if status is not None and lock.is_orphaned(Path(settings.admin.socket).parent):
+    if status is not None and lock.is_orphaned(lock.folder_of(settings.admin.socket)):
         warn(f"nobody looks after the sidecar (pid {status.pid}), nor after the rules: {lock.ORPHANED}")
     with phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
@@ -122,7 +122,7 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
         changed |= _capture(settings, status, switch)
         if isinstance(keeper, systemd.Service):
             changed |= _serve(keeper, ledger)
-        elif not lock.is_orphaned(Path(settings.admin.socket).parent):
+        elif not lock.is_orphaned(lock.folder_of(settings.admin.socket)):
             keeper.keep_rules()
         switch.disarm()
     except (CommandError, KeyboardInterrupt) as error:
@@ -169,14 +169,17 @@ def _mesh(settings: Settings) -> "Snapshot | None":
 def _start(wanted: _Wanted, kept: bool, ledger: Ledger, switch: Switch) -> Status:
     """The sidecar, with everything that it needs first. Returns when it is ready."""
     settings, keeper = wanted.settings, wanted.keeper
-    if isinstance(keeper, systemd.Service):
-        with phase("account") as say:
+    with phase("account") as say:
+        stays_root = account.why_none()
+        if stays_root and not isinstance(keeper, systemd.Service):
+            say(f"none is made: {stays_root}; the sidecar is root with the right to NET_ADMIN alone", mark="-")
+        else:
             say(account.make(settings.capture.gid, ledger))
     with phase("identity") as say:
         say(make_identity(settings, wanted.trust_domain, wanted.snapshot, ledger))
     _make_folder(Path(settings.mesh.directory), ledger)
     ledger.note_file(Path(settings.mesh.last_good))
-    if isinstance(keeper, systemd.Service):
+    if isinstance(keeper, systemd.Service) or not stays_root:
         account.hand_over(settings, ledger)
         account.need_readable(settings, wanted.config)
     with phase("proxy") as say:

@@ -169,11 +169,11 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.duration(("pool", "idle_timeout"), settings.pool.idle_timeout, zero=True)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
-    if capture.proof_interval != "off":
-        if fields.duration(("capture", "proof_interval"), capture.proof_interval) < _SHORTEST_PROOF:
-            wrong = f"{quoted(capture.proof_interval)} is shorter than {_SHORTEST_PROOF:g} s"
-            fields.wrong(("capture", "proof_interval"), wrong)
-    elif capture.required:
+    for key in ("proof_interval", "inbound_proof_interval"):
+        interval = getattr(capture, key)
+        if interval != "off" and fields.duration(("capture", key), interval) < _SHORTEST_PROOF:
+            fields.wrong(("capture", key), f"{quoted(interval)} is shorter than {_SHORTEST_PROOF:g} s")
+    if capture.proof_interval == "off" and capture.required:
         wrong = 'cannot be true while capture.proof_interval is "off"'
         fields.wrong(("capture", "required"), wrong, "nothing would prove it: write an interval such as 30s")
     for key in _OF_PORTS:

@@ -29,6 +29,7 @@ class Machine:
         self.home = self.host.directory / "home"
         self.config = self.home / "meshnet.toml"
         self.admin = self.home / "run" / "admin.sock"
+        self.log = self.admin.parent / "supervisor" / "sidecar.log"
         self.identity = self.home / "identity"
         self.mesh = self.home / "mesh.d"
         self.environment = {
@@ -81,6 +82,10 @@ class Machine:
 
     def files(self) -> dict[Path, bytes]:
         return {file: file.read_bytes() for file in self.home.rglob("*") if file.is_file()}
+
+    def run_files(self) -> set[str]:
+        """What sidecar and supervisor have in the folder of the admin socket."""
+        return {file.name for file in self.admin.parent.rglob("*") if not file.is_dir()}
 
     def programs(self) -> list[int]:
         """The process ids of meshnet's here, workers included, the keeper of the rules left out."""

@@ -126,3 +126,4 @@ def test_without_rights_it_says_so(machine: Machine) -> None:
     found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
     assert done.returncode == 1
     assert found["rights.net_admin"]["fix"] == "sudo meshnet check"
+    assert (found["rules.foreign"]["level"], found["rules.foreign"]["fix"]) == ("warning", "sudo meshnet check")

@@ -26,7 +26,7 @@ def test_a_killed_sidecar_is_started_again_and_traffic_goes_on(machine: Machine,
     with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
         assert talk(client, app)
     assert len(machine.connections()) == 1
-    assert "the sidecar ended with -9" in (machine.home / "run" / "sidecar.log").read_text()
+    assert "the sidecar ended with -9" in machine.log.read_text()
 
 
 def test_a_killed_supervisor_is_told_by_up_and_status_with_what_to_type(machine: Machine, peer: Host) -> None:
@@ -60,7 +60,7 @@ def test_the_rules_are_kept_and_whoever_keeps_them_too(machine: Machine) -> None
     machine.host.run("nft", "delete", "table", "inet", "meshnet")
     wait_for(lambda: "table inet meshnet" in machine.rules(), what="the rules again")
     os.kill(keeper, signal.SIGKILL)
-    log = machine.home / "run" / "sidecar.log"
+    log = machine.log
     wait_for(lambda: "the keeper of the rules ended with -9" in log.read_text(), what="that its end is told")
     wait_for(lambda: (now := machine.keepers()) and keeper not in now, what="another keeper")
     assert machine.meshnet("down").returncode == 0
@@ -91,11 +91,11 @@ def test_down_after_everything_was_killed_leaves_nothing(machine: Machine) -> No
     rules = machine.rules()
     machine.up()
     machine.close()
-    assert {file.name for file in machine.admin.parent.iterdir()} == {"admin.sock", "supervise.lock", "sidecar.log"}
+    assert machine.run_files() == {"admin.sock", "supervise.lock", "sidecar.log"}
     done = machine.meshnet("down")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"✓ (\w+) +(.+)", done.stdout) == [("rules", "removed"), ("proxy", "there was none")]
-    assert {file.name for file in machine.admin.parent.iterdir()} == {"sidecar.log"}
+    assert machine.run_files() == {"sidecar.log"}
     assert machine.rules() == rules
 
 
@@ -115,7 +115,7 @@ def test_up_does_not_wait_for_a_sidecar_that_does_not_stay_up(machine: Machine) 
     rules = machine.rules()
     up = machine.start("up", MESHNET_ADMIN__HEALTH_ADDRESS="192.0.2.9")  # which is not an address of this host
     assert up.popen.wait(15) == 7
-    log = machine.home / "run" / "sidecar.log"
+    log = machine.log
     assert log.read_text().count("the sidecar ended with 1; again") == 3
     assert "error: the sidecar does not stay up: it ended with exit code 1\n" in up.output
     assert "why: no address to listen on for health\n" in up.output
@@ -128,7 +128,7 @@ def test_a_sidecar_restarted_with_bad_settings_comes_back_when_they_are_mended(m
     with bad_settings_at_a_restart(machine), listen(peer, 8080):
         with pytest.raises(ConnectionRefusedError):  # closed, not around the mesh
             machine.host.connect(peer.address, 8080)
-        log = (machine.home / "run" / "sidecar.log").read_text()
+        log = machine.log.read_text()
         assert f"it is in {machine.config}:11" in log
         assert f"sooner if {machine.config} changes" in log
         assert "sudo meshnet down" in log
@@ -156,7 +156,7 @@ def test_down_works_with_bad_settings(machine: Machine, peer: Host, mistake: str
 
 def test_up_has_a_sidecar_that_is_looked_after_tried_again(machine: Machine) -> None:
     machine.up()
-    log = machine.home / "run" / "sidecar.log"
+    log = machine.log
     with port_taken_from_the_sidecar(machine):
         wait_for(lambda: "again in 1.6 s" in log.read_text(), what="starts in vain")
         done = machine.meshnet("up")
@@ -174,7 +174,7 @@ def test_down_ends_a_sidecar_that_does_not_stay_up(machine: Machine) -> None:
     rules = machine.rules()
     machine.up()
     with port_taken_from_the_sidecar(machine):
-        log = machine.home / "run" / "sidecar.log"
+        log = machine.log
         wait_for(lambda: "cannot listen on port 15106" in log.read_text(), what="a start in vain")
         done = machine.meshnet("down")
         assert done.returncode == 0, done.stderr
@@ -223,7 +223,7 @@ def bad_settings_at_a_restart(machine: Machine, mistake: str = "[proxy]\noutboun
     rules = machine.rules()
     machine.configure(mistake)
     os.kill(pid, signal.SIGKILL)
-    log = machine.home / "run" / "sidecar.log"
+    log = machine.log
     wait_for(lambda: "the sidecar ended with 78" in log.read_text(), what="a restart in vain")
     assert machine.rules() == rules
     yield
@@ -231,8 +231,8 @@ def bad_settings_at_a_restart(machine: Machine, mistake: str = "[proxy]\noutboun
 
 
 def test_a_supervisor_whose_starter_was_killed_before_it_wrote_the_number_down_can_be_ended(machine: Machine) -> None:
-    folder = machine.admin.parent
-    folder.mkdir()
+    folder = machine.log.parent
+    folder.mkdir(parents=True)
     (folder / lock.NAME).touch()
     with listen(machine.host, 15106):  # it is between two lives most of the time
         program = (sys.executable, "-m", "meshnet_cli.supervise", str(machine.config))

@@ -130,7 +130,7 @@ def test_down_and_up_and_the_keeper_that_up_has_started(machine: Machine) -> Non
     wait_for(lambda: not other.alive)
     assert "another keeper looks after the rules" in other.output
     assert machine.meshnet("down").returncode == 0
-    log = machine.home / "run" / "sidecar.log"
+    log = machine.log
     assert "told to stand down" in log.read_text()
     assert "table inet meshnet" not in machine.rules()
     assert machine.keepers() == []

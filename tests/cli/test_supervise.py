@@ -31,7 +31,9 @@ Run = Callable[..., "subprocess.Popen[bytes]"]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
-    return Settings(admin=AdminSection(socket=str(tmp_path / "admin.sock")))
+    found = Settings(admin=AdminSection(socket=str(tmp_path / "admin.sock")))
+    supervise.log_file(found).parent.mkdir()
+    return found
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def test_bytes_that_are_no_text_do_not_stop_it(run: Run, settings: Settings) -> 
 
 
 def test_two_for_one_admin_socket_are_refused(settings: Settings) -> None:
-    held = lock.take(Path(settings.admin.socket).parent)
+    held = lock.take(supervise.log_file(settings).parent)
     assert held is not None
     with held:
         assert supervise.is_supervised(settings)

@@ -53,7 +53,7 @@ def test_a_killed_parent_is_started_again_while_its_workers_still_drain(machine:
             assert talk(client, app)
     old = {worker.pid for worker in before.workers}
     wait_for(lambda: not old & set(machine.programs()), what="the end of the old workers")
-    log = (machine.home / "run" / "sidecar.log").read_text()
+    log = machine.log.read_text()
     assert "the sidecar ended with -9" in log
     assert "worker 1: the parent is gone" in log
 

@@ -60,6 +60,10 @@ def test_the_time_between_proofs_is_one_or_off() -> None:
     assert refusal("[capture]\nproof_interval = 'off'\nrequired = true\n").startswith(
         'meshnet.toml:3: capture.required: cannot be true while capture.proof_interval is "off"'
     )
+    assert load_settings("[capture]\ninbound_proof_interval = 'off'\n", {}).capture.inbound_proof_interval == "off"
+    assert refusal("[capture]\ninbound_proof_interval = '50ms'\n").startswith(
+        'meshnet.toml:2: capture.inbound_proof_interval: "50ms" is shorter than 0.1 s'
+    )
     assert 'not one of "closed", "open"' in refusal("[capture]\nfail = 'maybe'\n")
 
 

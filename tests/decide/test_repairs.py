@@ -1,6 +1,8 @@
 """The pace of repairs: at once, and then not so that two programs do nothing but undo each other's work."""
 
-from meshnet.decide.repairs import RepairPace
+import math
+
+from meshnet.decide.repairs import InboundPace, RepairPace
 
 
 def test_the_first_few_are_made_at_once() -> None:
@@ -37,3 +39,27 @@ def test_one_now_and_then_is_no_fight() -> None:
     for number in range(100):
         pace.repaired(number * 20.0)
         assert not pace.is_fight(number * 20.0)
+
+
+def test_what_comes_in_is_proved_by_the_clock_at_once_on_demand_and_soon_after_others() -> None:
+    pace = InboundPace()
+    assert pace.is_due(0.0)
+    pace.proved(10.0, interval=600.0)
+    assert not pace.is_due(609.0)
+    assert pace.is_due(610.0)
+    pace.others_changed_rules()  # some do so all the time: not before a minute is over
+    assert not pace.is_due(69.0)
+    assert pace.is_due(70.0)
+    pace.proved(70.0, interval=5.0)
+    pace.others_changed_rules()  # puts nothing off
+    assert pace.is_due(75.0)
+    pace.proved(75.0, interval=math.inf)
+    assert not pace.is_due(1e9)
+    pace.at_once()
+    assert pace.is_due(75.0)
+
+
+def test_before_the_first_proof_it_is_due_whatever_others_do() -> None:
+    pace = InboundPace()
+    pace.others_changed_rules()
+    assert pace.is_due(0.0)

@@ -1,9 +1,7 @@
 """A lab for each backend: what holds for one holds for all."""
 
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
@@ -30,9 +28,3 @@ def family(request: pytest.FixtureRequest) -> str:
 def sides(lab: Lab, family: str) -> Iterator[Sides]:
     with ExitStack() as stack:
         yield Sides(lab, family, stack)
-
-
-@pytest.fixture
-def real_root() -> bool:
-    """Whether groups beside 0 exist here; they do not in the user namespace of somebody without root."""
-    return os.getuid() == 0 and int(Path("/proc/self/gid_map").read_text().split()[2]) > 1

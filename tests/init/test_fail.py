@@ -167,6 +167,22 @@ def test_what_comes_in_and_is_taken_by_another_program_makes_the_sidecar_not_rea
     wait_for(lambda: value(web, "meshnet_rules_in_place", direction="inbound", family="ipv4") == 1)
 
 
+def test_inbound_capture_that_another_program_takes_later_is_noticed_by_the_clock(world: World, mesh: Mesh) -> None:
+    """Our rules are as planned, so nothing is repaired: only a visitor can tell."""
+    site = Site(world, mesh, inbound_proof_interval="500ms")
+
+    def inbound() -> float:
+        return value(site.web, "meshnet_rules_in_place", direction="inbound", family="ipv4")
+
+    wait_for(lambda: inbound() == 1)
+    ahead = "table inet ahead { chain c { type nat hook prerouting priority -150; tcp dport 15122 redirect to :9; }; }"
+    site.web.run("nft", "-f", "-", stdin=ahead)
+    wait_for(lambda: inbound() == 0)
+    wait_for(lambda: any("inbound IPv4 is not captured" in line for line in site.sidecar.status().not_ready_because))
+    site.web.run("nft", "delete", "table", "inet", "ahead")
+    wait_for(lambda: inbound() == 1)
+
+
 def test_the_sidecar_tells_of_the_keepers_repairs(world: World, mesh: Mesh) -> None:
     site = Site(world, mesh)
     for family in ("ipv4", "ipv6"):  # which the sidecar cannot see by itself

@@ -1,4 +1,4 @@
-"""The user and the groups that a sidecar of systemd's runs with, and what of its files has to be theirs.
+"""The user and the groups that the sidecar of a host runs with, and what of its files has to be theirs.
 
 The group `meshnet` may look at the sidecar (meshnet.model.admin); the sidecar's own primary group is `capture.gid`,
 whose traffic the rules let pass. They are two, or whoever may look could also get past the rules.
@@ -7,17 +7,31 @@ whose traffic the rules let pass. They are two, or whoever may look could also g
 import grp
 import os
 import pwd
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import GROUP
 from meshnet.model.settings import Settings
+from meshnet_cli.configuration import DEFAULT_CONFIG
 from meshnet_cli.vm.ledger import Entry, Ledger, rights_of
 from meshnet_cli.vm.units import USER
 
 PROXY_GROUP = "meshnet-proxy"
 _STATE_MODE = 0o1770  # sticky: the sidecar keeps its own files in it, and cannot touch those of root
+
+
+def why_none() -> str:
+    """Why no user can be made here, or could not run the sidecar. Empty: one can."""
+    if os.geteuid() != 0 or _mapped_users() == 1:
+        return "this user namespace has one user"
+    if not _files_are_the_hosts():
+        return "/etc belongs to another mount namespace"  # of a host, which a user would be left on
+    if missing := [name for name in ("useradd", "groupadd") if shutil.which(name) is None]:
+        return f"there is no {missing[0]}"
+    return next((f"{path} is closed to others" for path in _way_to(sys.executable) if not path.stat().st_mode & 1), "")
 
 
 def make(gid: int, ledger: Ledger) -> str:
@@ -87,7 +101,9 @@ def is_own_folder(folder: Path, ledger: Ledger) -> bool:
 
 def need_readable(settings: Settings, config: str | None) -> None:
     """Raises CommandError for the first file that the sidecar has to read and its user may not."""
-    for path in filter(None, (config, settings.mesh.directory, settings.identity.key, settings.identity.certificate)):
+    identity = settings.identity
+    files = (identity.key, identity.certificate, identity.bundle)
+    for path in (sys.executable, config or DEFAULT_CONFIG, settings.mesh.directory, *files):
         if not os.path.exists(path):
             continue
         done = subprocess.run(
@@ -110,6 +126,36 @@ def need_readable(settings: Settings, config: str | None) -> None:
                 why="the file or a folder above it is closed to others",
                 fix=f"namei -l {path}; chmod a+r {path}",
             )
+
+
+def give_folder(folder: Path, gid: int) -> None:
+    """Lets the sidecar have files of its own in it, beside those of root, which it cannot touch. Raises OSError."""
+    os.chown(folder, 0, gid)
+    folder.chmod(_STATE_MODE | 0o005)
+
+
+def user_id() -> int | None:
+    """The sidecar's user, where there is one that it can run as."""
+    user = _user()
+    return None if user is None or why_none() else user.pw_uid
+
+
+def _files_are_the_hosts() -> bool:
+    try:
+        return os.path.samestat(os.stat("/proc/1/ns/mnt"), os.stat("/proc/self/ns/mnt"))
+    except OSError:
+        return False  # not even root may look at process 1 from in here
+
+
+def _mapped_users() -> int:
+    """Of this user namespace: user_namespaces(7), /proc/PID/uid_map."""
+    lines = Path("/proc/self/uid_map").read_text().splitlines()
+    return sum(int(line.split()[2]) for line in lines)
+
+
+def _way_to(program: str) -> list[Path]:
+    """The folders that lead to it, by name and where its links lead."""
+    return [folder for path in (Path(program), Path(program).resolve()) for folder in path.parents]
 
 
 def _give(path: Path, user: int, group: int, mode: int, ledger: Ledger) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from meshnet.model.settings import Settings
 from meshnet_cli.finding import Finding
+from meshnet_init.host import may_change_rules
 
 _OLDEST_KERNEL = (5, 4)  # the oldest that Debian and Ubuntu still look after; pidfd_open, inet nat chains
 _CONNTRACK = Path("/proc/sys/net/netfilter")
@@ -46,7 +47,11 @@ def kernel() -> Finding:
 def foreign_rules() -> Finding:
     """Other software's rules, by the names that it gives them; ours stand beside them, and are first."""
     code = "rules.foreign"
-    text = "\n".join(map(_printed, (("nft", "list", "ruleset"), ("iptables-legacy-save",))))
+    try:
+        text = "\n".join(map(_printed, (("nft", "list", "ruleset"), ("iptables-legacy-save",))))
+    except PermissionError as error:
+        what = "whether other software has rules here cannot be seen"
+        return Finding(code=code, level="warning", what=what, why=str(error), fix="sudo meshnet check")
     found = {
         what: sorted(set(re.findall(names, text)))
         for what, names in _OTHERS.items()
@@ -124,8 +129,11 @@ def descriptors() -> Finding:
 
 
 def _printed(command: tuple[str, ...]) -> str:
-    """Nothing where it is not installed, or we may not look."""
+    """Nothing where it is not installed. Raises PermissionError where we may not look."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return ""
+    if done.returncode and not may_change_rules():
+        raise PermissionError(f"{command[0]}: {done.stderr.strip().partition(chr(10))[0]}")
+    return done.stdout

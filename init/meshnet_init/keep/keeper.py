@@ -5,6 +5,7 @@ Rules vanish when another program flushes the tables, and others come in their w
 """
 
 import logging
+import math
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Literal
 
-from meshnet.decide.repairs import RepairPace
+from meshnet.decide.repairs import InboundPace, RepairPace
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.canary import FAMILIES, PROOF_PORT, IpFamily
 from meshnet.model.capture import KeeperReport, Proof, Repair, StandDown, TakeUp
@@ -63,7 +64,7 @@ class Keeper:
         self._differences: Sequence[str] = ()
         self._proofs: dict[IpFamily, Proof] = {}
         self._inbound: tuple[Proof, ...] = ()
-        self._inbound_due = True
+        self._inbound_pace = InboundPace()
         self._repairs = 0
         self._last_repair: Repair | None = None
         self._problem = ""
@@ -161,7 +162,8 @@ class Keeper:
         self._pace.repaired(now)
         self._differences = ()
         self._repairs += 1
-        self._inbound_due = not self._pace.is_fight(now)
+        if not self._pace.is_fight(now):
+            self._inbound_pace.at_once()
         self._last_repair = Repair(at=_now(), differences=tuple(lines), by=", ".join(by))
         _log.warning("rules repaired, %s had changed them: %s", whom, "; ".join(lines))
         if self._pace.is_fight(now):
@@ -189,12 +191,12 @@ class Keeper:
                 say("outbound %s: %s: %s", family, proof.result, proof.detail)
 
     def _prove_inbound(self) -> None:
-        """At the beginning, after a repair and until it is well: the interface it takes disturbs others."""
+        """Not at every look: the interface it takes disturbs others."""
         if self._line is None or self._is_open or self._problem or self._differences:
             return
-        if not self._inbound_due and all(proof.result != "not captured" for proof in self._inbound):
+        is_lost = any(proof.result == "not captured" for proof in self._inbound)
+        if not (is_lost or self._inbound_pace.is_due(time.monotonic())):
             return
-        self._inbound_due = False
         port = self._settings.proxy.inbound_port
         canaries = fly_in(self._plan, port, self._backend, self._backend.installed(), proxy_runs=True)
         found = tuple(
@@ -205,6 +207,8 @@ class Keeper:
                 say = _log.error if proof.result == "not captured" else _log.info
                 say("inbound %s: %s: %s", proof.family, proof.result, proof.detail)
         self._inbound = found
+        interval = self._settings.capture.inbound_proof_interval
+        self._inbound_pace.proved(time.monotonic(), math.inf if interval == "off" else parse_duration(interval))
 
     def _canary(self, family: IpFamily) -> Proof:
         def proof(result: Literal["not tried"], detail: str) -> Proof:
@@ -240,7 +244,7 @@ class Keeper:
             # It has read the settings of now, which may be others.
             self._came_back = self._was_there and not self._stood_down
             self._was_there = True
-            self._inbound_due = True
+            self._inbound_pace.at_once()
             self._next_look = 0.0
         if self._is_open and (status := self._line.status()) is not None and status.waits_for_rules:
             self._is_open = self._has_held = False
@@ -294,7 +298,7 @@ class Keeper:
         self._stood_down = self._has_held = False
         self._is_open = stays_open
         self._pace = RepairPace()
-        self._inbound_due = True
+        self._inbound_pace.at_once()
         self._next_look = 0.0
 
     def _wait(self, notifier: Notifier | None) -> list[str]:
@@ -314,6 +318,7 @@ class Keeper:
         if self._news is None or self._news.fileno() not in happened:
             return []
         self._next_look = min(self._next_look, self._last_look + _GAP)
+        self._inbound_pace.others_changed_rules()
         return self._settled()
 
     def _settled(self) -> list[str]:

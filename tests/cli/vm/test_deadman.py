@@ -15,7 +15,7 @@ from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
 
-PHASES = ("discover", "identity", "proxy", "rules", "verify")
+PHASES = ("discover", "account", "identity", "proxy", "rules", "verify")
 
 
 class Before:
