@@ -29,8 +29,9 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "CONNS": lambda endpoint: str(endpoint.connections),
     "PENDING": lambda endpoint: str(endpoint.pending),
     "FAILS": lambda endpoint: str(endpoint.failures),
-    "EJECTED_FOR": lambda endpoint: age(endpoint.open_for_seconds) if endpoint.breaker == "open" else "-",
+    "EJECTED_FOR": lambda endpoint: age(_out_for(endpoint)) if _state(endpoint) == "ejected" else "-",
     "LAST_ERROR": lambda endpoint: endpoint.last_error or "-",
+    "CONNECT": lambda endpoint: "-" if endpoint.connect_ms is None else f"{endpoint.connect_ms:.1f}ms",
     "WORKERS": lambda endpoint: str(endpoint.workers) if endpoint.workers else "-",
     "IDENTITY": lambda endpoint: endpoint.identity or "-",
 }
@@ -91,7 +92,11 @@ def command(
 
 
 def _state(endpoint: EndpointView) -> str:
-    return STATES.get(endpoint.breaker, endpoint.breaker)
+    return "ejected" if endpoint.ejected_for_seconds else STATES.get(endpoint.breaker, endpoint.breaker)
+
+
+def _out_for(endpoint: EndpointView) -> float:
+    return max(endpoint.open_for_seconds, endpoint.ejected_for_seconds)
 
 
 def _totals(items: Sequence[EndpointView]) -> str:

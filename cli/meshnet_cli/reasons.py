@@ -91,6 +91,30 @@ ADVICE: Mapping[Reason, Advice] = {
         "every endpoint failed so often of late that its breaker is open; it lets a probe through after a while",
         "meshnet endpoints SERVICE shows each one's last error and when it is probed; mend the endpoint",
     ),
+    Reason.ENDPOINT_EJECTED: Advice(
+        "its endpoint failed so often that it was ejected, and the TrafficPolicy says onEject: close",
+        "meshnet endpoints SERVICE shows for how long, and the last error; the next connection goes elsewhere",
+    ),
+    Reason.ENDPOINT_REMOVED: Advice(
+        "its endpoint was taken out of the mesh, and the connection outlived timeouts.removed of the TrafficPolicy",
+        "nothing, if it was to go; else raise timeouts.removed (0s: such connections live as long as they like)",
+    ),
+    Reason.IDLE: Advice(
+        "nothing moved for as long as timeouts.idle of the TrafficPolicy lets it",
+        "raise timeouts.idle for SERVICE, or have the application send something now and then",
+    ),
+    Reason.HALF_CLOSE_TIMEOUT: Advice(
+        "one side had ended, and the other neither ended nor sent anything for timeouts.halfClosed",
+        "the application that did not end forgets its connections; raise timeouts.halfClosed if it means to be so slow",
+    ),
+    Reason.MAX_AGE: Advice(
+        "it was older than timeouts.maxAge of the TrafficPolicy; it ended while nothing moved, if that was in time",
+        "nothing: the application makes a new one; if it cannot, set timeouts.maxAge: 0s for SERVICE",
+    ),
+    Reason.REBALANCE: Advice(
+        "its endpoint had far more connections than its share, and the TrafficPolicy has such ones made anew elsewhere",
+        "nothing: the application makes a new one; if it cannot, set rebalance.above: 0 for SERVICE",
+    ),
     Reason.DRAIN: Advice(
         "a sidecar was stopping, and the connection outlived the drain time",
         "nothing if the stop was meant; proxy.drain_timeout in meshnet.toml gives connections longer",

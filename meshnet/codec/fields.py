@@ -32,10 +32,13 @@ class Fields:
     def port(self, path: Path, value: int) -> int:
         return self.number(path, value, 1, 65535)
 
-    def share(self, path: Path, value: float) -> float:
-        if not 0 <= value <= 1:
-            self.wrong(path, f"{str(value)[:40]} is not between 0 and 1")
+    def fraction(self, path: Path, value: float, least: float = 0.0, most: float = 1.0) -> float:
+        if not least <= value <= most:
+            self.wrong(path, f"{str(value)[:40]} is not between {least:g} and {most:g}")
         return value
+
+    def share(self, path: Path, value: float) -> float:
+        return self.fraction(path, value)
 
     def duration(self, path: Path, text: str, *, zero: bool = False) -> float:
         """Seconds; `zero`: whether no time at all makes sense."""

@@ -28,7 +28,7 @@ from meshnet.model.resource import (
     Service,
     TrafficPolicy,
 )
-from meshnet.model.service import Endpoint, ServicePort, Traffic, TunnelKind
+from meshnet.model.service import NOWHERE, Endpoint, Locality, ServicePort, Traffic, TunnelKind
 from meshnet.model.snapshot import Snapshot
 
 R = TypeVar("R", bound=Resource)
@@ -212,6 +212,7 @@ def _ports(entry: _Entry[Service], config: MeshConfigSpec, treated: Traffic) -> 
                     tunnel_port=endpoint.tunnel_port,
                     identity=endpoint.identity,
                     weight=endpoint.weight,
+                    locality=_locality(endpoint),
                 )
                 for host, endpoint in endpoints.items()
             ),
@@ -241,6 +242,10 @@ def _endpoints(entry: _Entry[Service]) -> dict[str, EndpointSpec]:
         if structs.replace(first, address="") != structs.replace(each, address=""):
             fields.wrong(at, f"the endpoint {quoted(host)} is given twice, and not the same")
     return endpoints
+
+
+def _locality(endpoint: EndpointSpec) -> Locality:
+    return Locality(zone=endpoint.zone, region=endpoint.region) if endpoint.zone or endpoint.region else NOWHERE
 
 
 def _by_address(services: dict[Key, _Entry[Service]], ports: list[ServicePort]) -> dict[Address, ServicePort]:

@@ -1,6 +1,7 @@
 """What one policy says: a TrafficPolicy over the defaults, an AccessPolicy with its rules checked."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,10 +15,17 @@ from meshnet.model.service import (
     Balance,
     BreakerSettings,
     ConnectSettings,
+    HashOn,
     Limits,
+    LocalitySettings,
+    OnEject,
+    Outlier,
+    Rebalance,
     Rule,
+    SlowStart,
     Source,
     Target,
+    Timeouts,
     Traffic,
 )
 
@@ -69,7 +77,71 @@ def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
         ("spec", "connect"),
         {"attempt_timeout": fields.duration, "total_timeout": fields.duration, "attempts": some},
     )
-    return Traffic(balance=spec.balance or Balance.LEAST_CONN, limits=limits, breaker=breaker, connect=connect)
+    slow_start = _merged(
+        SlowStart(),
+        spec.slow_start,
+        ("spec", "slowStart"),
+        {"window": wait, "least": partial(fields.fraction, least=0.01)},
+    )
+    locality = _merged(
+        LocalitySettings(),
+        spec.locality,
+        ("spec", "locality"),
+        {"overprovisioning": partial(fields.fraction, least=1.0, most=100.0), "strict": _as_it_is},
+    )
+    rebalance = _merged(
+        Rebalance(),
+        spec.rebalance,
+        ("spec", "rebalance"),
+        {"above": partial(fields.fraction, most=1000.0), "per_minute": some},
+    )
+    if 0 < rebalance.above <= 1:
+        fields.wrong(("spec", "rebalance", "above"), "everybody has more than that", "write 1.5, or 0 for never")
+    return Traffic(
+        balance=spec.balance or Balance.LEAST_CONN,
+        hash_on=spec.hash_on or HashOn.ADDRESS,
+        slow_start=slow_start,
+        locality=locality,
+        limits=limits,
+        breaker=breaker,
+        outlier=_outlier(spec, fields),
+        on_eject=spec.on_eject or OnEject.KEEP,
+        connect=connect,
+        timeouts=_merged(
+            Timeouts(),
+            spec.timeouts,
+            ("spec", "timeouts"),
+            dict.fromkeys(("idle", "half_closed", "max_age", "max_age_grace", "removed"), wait),
+        ),
+        rebalance=rebalance,
+    )
+
+
+def _outlier(spec: TrafficPolicySpec, fields: Fields) -> Outlier:
+    outlier = _merged(
+        Outlier(),
+        spec.outlier,
+        ("spec", "outlier"),
+        {
+            "failure_share": fields.share,
+            "min_connects": partial(fields.number, least=1),
+            "min_endpoints": partial(fields.number, least=2),
+            "window": fields.duration,
+            "interval": fields.duration,
+            "ejection_time": fields.duration,
+            "max_ejection_time": fields.duration,
+            "max_ejected_share": fields.share,
+        },
+    )
+    if outlier.max_ejection_time < outlier.ejection_time:
+        longest = format_duration(outlier.max_ejection_time)
+        at = ("spec", "outlier", "ejectionTime")
+        fields.wrong(at, f"longer than maxEjectionTime, {longest}", "raise maxEjectionTime too")
+    return outlier
+
+
+def _as_it_is(_: Path, value: object) -> object:
+    return value
 
 
 def _merged(default: S, spec: msgspec.Struct, at: Path, checks: Mapping[str, Callable[[Path, Any], object]]) -> S:

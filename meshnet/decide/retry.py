@@ -89,10 +89,8 @@ class Dial:
         self, now: float, candidates_left: bool, last: Reason | None, budget: RetryBudget, dice: Dice
     ) -> Try | Wait | GiveUp:
         """`candidates_left`: there is an endpoint that has not been tried. `last`: how the last attempt ended."""
-        if last is not None and (not is_retryable(last) or self._tried >= self._attempts):
-            return GiveUp(last)
-        if now >= self._until:
-            return GiveUp(last or Reason.CONNECT_TIMEOUT)
+        if (over := self.over(now, last)) is not None:
+            return over
         if not candidates_left:
             return self._pause(now, last, dice)
         if self._tried and not budget.take(now):
@@ -102,6 +100,12 @@ class Dial:
         self._tried += 1
         self._waited = False
         return _TRY
+
+    def over(self, now: float, last: Reason | None) -> GiveUp | None:
+        """What `next` would say whoever is left: then no endpoint need be looked for, and lose its turn."""
+        if last is not None and (not is_retryable(last) or self._tried >= self._attempts):
+            return GiveUp(last)
+        return GiveUp(last or Reason.CONNECT_TIMEOUT) if now >= self._until else None
 
     def _pause(self, now: float, last: Reason | None, dice: Dice) -> Wait | GiveUp:
         if last is None:

@@ -160,6 +160,8 @@ class EndpointView(Shape, frozen=True):
     pending: int
     failures: int  # consecutive
     open_for_seconds: float = 0.0
+    ejected_for_seconds: float = 0.0  # as an outlier, whatever its breaker does
+    connect_ms: float | None = None  # of late
     last_error: str = ""
     workers: int = 0  # how many workers say so of the breaker, which each has of its own; 0 without workers
 

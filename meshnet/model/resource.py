@@ -4,7 +4,7 @@ Durations are text here (`3s`); `meshnet.codec.mesh` turns resources into what a
 """
 
 from meshnet.model import Model
-from meshnet.model.service import Action, Balance, Mode, Rule, TunnelKind
+from meshnet.model.service import Action, Balance, HashOn, Mode, OnEject, Rule, TunnelKind
 
 API_VERSION = "meshnet.dev/v1"
 
@@ -29,6 +29,8 @@ class EndpointSpec(Model, frozen=True, kw_only=True):
     tunnel_port: int = 15108
     identity: str = ""
     weight: int = 1
+    zone: str = ""
+    region: str = ""
 
 
 class ServiceSpec(Model, frozen=True, kw_only=True):
@@ -58,12 +60,53 @@ class ConnectSpec(Model, frozen=True, kw_only=True):
     attempts: int | None = None
 
 
+class SlowStartSpec(Model, frozen=True, kw_only=True):
+    window: str | None = None
+    least: float | None = None
+
+
+class LocalitySpec(Model, frozen=True, kw_only=True):
+    overprovisioning: float | None = None
+    strict: bool | None = None
+
+
+class OutlierSpec(Model, frozen=True, kw_only=True):
+    failure_share: float | None = None
+    min_connects: int | None = None
+    min_endpoints: int | None = None
+    window: str | None = None
+    interval: str | None = None
+    ejection_time: str | None = None
+    max_ejection_time: str | None = None
+    max_ejected_share: float | None = None
+
+
+class TimeoutsSpec(Model, frozen=True, kw_only=True):
+    idle: str | None = None
+    half_closed: str | None = None
+    max_age: str | None = None
+    max_age_grace: str | None = None
+    removed: str | None = None
+
+
+class RebalanceSpec(Model, frozen=True, kw_only=True):
+    above: float | None = None
+    per_minute: int | None = None
+
+
 class TrafficPolicySpec(Model, frozen=True, kw_only=True):
     services: tuple[str, ...]
     balance: Balance | None = None
+    hash_on: HashOn | None = None
+    slow_start: SlowStartSpec = SlowStartSpec()
+    locality: LocalitySpec = LocalitySpec()
     limits: LimitsSpec = LimitsSpec()
     breaker: BreakerSpec = BreakerSpec()
+    outlier: OutlierSpec = OutlierSpec()
+    on_eject: OnEject | None = None
     connect: ConnectSpec = ConnectSpec()
+    timeouts: TimeoutsSpec = TimeoutsSpec()
+    rebalance: RebalanceSpec = RebalanceSpec()
 
 
 class AccessPolicySpec(Model, frozen=True, kw_only=True):

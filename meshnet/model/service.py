@@ -32,6 +32,26 @@ class Balance(enum.StrEnum):
 
     LEAST_CONN = "least_conn"
     ROUND_ROBIN = "round_robin"
+    RANDOM = "random"
+    MAGLEV = "maglev"  # the same source, the same endpoint
+    FIRST = "first"  # as many as the first takes, then the next
+
+
+class HashOn(enum.StrEnum):
+    """What Balance.MAGLEV takes for the source."""
+
+    ADDRESS = "address"
+    IDENTITY = "identity"
+
+
+class Locality(Model, frozen=True, kw_only=True, gc=False):
+    """Where something is; empty where nobody says."""
+
+    zone: str = ""
+    region: str = ""
+
+
+NOWHERE = Locality()
 
 
 class Limits(Model, frozen=True, kw_only=True, gc=False):
@@ -64,13 +84,78 @@ class ConnectSettings(Model, frozen=True, kw_only=True, gc=False):
     attempts: int = 3
 
 
+class SlowStart(Model, frozen=True, kw_only=True, gc=False):
+    """How many seconds an endpoint that is new, or has come back, takes to get its share, and the least part of it."""
+
+    window: float = 30.0
+    least: float = 0.1
+
+
+class LocalitySettings(Model, frozen=True, kw_only=True, gc=False):
+    """Near endpoints first; how much more than its share a tier bears; `strict`: never beyond the nearest."""
+
+    overprovisioning: float = 1.4
+    strict: bool = False
+
+
+class Outlier(Model, frozen=True, kw_only=True, gc=False):
+    """Ejecting endpoints that fail more often than others, however that is spread; a `failure_share` of 0 does not.
+
+    Times in seconds: what is counted, how often it is looked at, the first and the longest of an ejection.
+    """
+
+    failure_share: float = 0.5
+    min_connects: int = 10
+    min_endpoints: int = 3
+    window: float = 30.0
+    interval: float = 10.0
+    ejection_time: float = 30.0
+    max_ejection_time: float = 300.0
+    max_ejected_share: float = 0.5
+
+
+class OnEject(enum.StrEnum):
+    """What becomes of the open connections of an endpoint whose breaker opens, or that is ejected."""
+
+    KEEP = "keep"
+    CLOSE = "close"
+
+
+class Timeouts(Model, frozen=True, kw_only=True, gc=False):
+    """Seconds; 0 for never. `idle`: nothing moved. `half_closed`: one side has ended, and nothing moved since.
+
+    `max_age`, a fifth more or less: then it is ended at a moment when it is idle, or `max_age_grace` later in any case.
+    `removed`: what the connections of an endpoint that is in the mesh no more get to end.
+    """
+
+    idle: float = 0.0
+    half_closed: float = 300.0
+    max_age: float = 0.0
+    max_age_grace: float = 600.0
+    removed: float = 0.0
+
+
+class Rebalance(Model, frozen=True, kw_only=True, gc=False):
+    """Ending idle connections of endpoints that have `above` times their share, so many in a minute; 0: none."""
+
+    above: float = 0.0
+    per_minute: int = 10
+
+
 class Traffic(Model, frozen=True, kw_only=True, gc=False):
     """Everything a TrafficPolicy says, with the defaults that hold without one."""
 
     balance: Balance = Balance.LEAST_CONN
+    hash_on: HashOn = HashOn.ADDRESS
+    slow_start: SlowStart = SlowStart()
+    locality: LocalitySettings = LocalitySettings()
     limits: Limits = Limits()
     breaker: BreakerSettings = BreakerSettings()
+    outlier: Outlier = Outlier()
+    on_eject: OnEject = OnEject.KEEP
     connect: ConnectSettings = ConnectSettings()
+    timeouts: Timeouts = Timeouts()
+    rebalance: Rebalance = Rebalance()
 
 
 class Endpoint(Model, frozen=True, kw_only=True, gc=False):
@@ -81,6 +166,7 @@ class Endpoint(Model, frozen=True, kw_only=True, gc=False):
     tunnel_port: int = 15108
     identity: str = ""
     weight: int = 1
+    locality: Locality = NOWHERE
 
     @property
     def name(self) -> str:

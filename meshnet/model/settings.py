@@ -20,6 +20,8 @@ class ProxySection(Section, frozen=True):
     relay: Literal["auto", "native", "python"] = "auto"  # auto: the fastest that is there
     relay_threads: int = 1  # of the Python relay
     workers: int = 1  # processes that share the listeners
+    zone: str = ""  # where this host is: endpoints of the same zone, then region, come first
+    region: str = ""
     drain_timeout: str = "30s"
 
 

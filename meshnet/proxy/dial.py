@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import trio
 
 from meshnet.codec.frames import MAX_DATA
-from meshnet.decide.breaker import counts_against_endpoint
-from meshnet.decide.limits import below_endpoint_limit
+from meshnet.decide.balance import Balancer
+from meshnet.decide.breaker import BreakerState, counts_against_endpoint
 from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
-from meshnet.model.service import Endpoint, ServicePort, TunnelKind
+from meshnet.model.service import Endpoint, HashOn, OnEject, ServicePort, TunnelKind
 from meshnet.net.strand import in_task
 from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
+from meshnet.proxy.candidates import Candidates
 from meshnet.proxy.record import Record
 from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import EndpointState, ProxyState
@@ -34,25 +35,16 @@ async def dial_service(
     patience = Patience(started + connect.total_timeout, connect.attempt_timeout)
     budget = state.service(service).budget
     endpoints = (pinned,) if pinned else service.endpoints
-    limits, learned, balancer = service.traffic.limits, state.endpoints, state.balancer(service)
-    tried = {endpoint.address for endpoint in endpoints if before.failed and endpoint.name == record.endpoint}
+    balancer = state.balancer(service)
     last, early = before.failed, before.early
-    now = started
-
-    def load(endpoint: Endpoint) -> int | None:
-        """The connections it has, if it may be tried now: breaker willing, below its own limit, not tried before."""
-        known = learned.get(endpoint.address)
-        if known is None:
-            return 0
-        connections = known.connections
-        if not known.breaker.allows(now) or not below_endpoint_limit(limits, connections):
-            return None
-        return None if tried and endpoint.address in tried else connections
+    tried = {endpoint.address for endpoint in endpoints if last and endpoint.name == record.endpoint}
+    candidates = Candidates(service, state, tried, started)
 
     while True:
-        now = time.monotonic()
-        endpoint = balancer.pick(service.traffic.balance, endpoints, load, state.dice)
-        step = plan.next(now, endpoint is not None, last.reason if last else None, budget, state.dice)
+        now = candidates.now = time.monotonic()
+        why = last.reason if last else None
+        endpoint = None if plan.over(now, why) else _pick(balancer, service, endpoints, candidates, record, state)
+        step = plan.next(now, endpoint is not None, why, budget, state.dice)
         if isinstance(step, GiveUp):
             raise last or _nothing_to_try(service, endpoints, state, now)
         if isinstance(step, Wait):
@@ -73,6 +65,34 @@ async def dial_service(
             last = failure
 
 
+def _pick(
+    balancer: Balancer,
+    service: ServicePort,
+    endpoints: Sequence[Endpoint],
+    candidates: Candidates,
+    record: Record,
+    state: ProxyState,
+) -> Endpoint | None:
+    """An endpoint that will do; where there is none, one that is ejected: better a doubtful one than none at all."""
+
+    def source() -> str:
+        by_address = service.traffic.hash_on is HashOn.ADDRESS
+        return record.source.host if by_address else record.source_identity or record.source.host
+
+    def pick() -> Endpoint | None:
+        return balancer.pick(
+            service.traffic, endpoints, candidates, state.dice, now=candidates.now, here=state.here, source=source
+        )
+
+    candidates.panics = False
+    found = pick()
+    if found is None:
+        candidates.panics = True
+        if (found := pick()) is not None:
+            state.panicked(service, candidates.now)
+    return found
+
+
 async def _try(
     endpoint: Endpoint,
     known: EndpointState,
@@ -85,9 +105,15 @@ async def _try(
     """An attempt, which counts for or against the endpoint's breaker once, or not at all if it was cut short."""
     known.pending += 1
     judged = False
+    started, window = time.monotonic(), service.traffic.outlier.window
     try:
         leg = await reach_endpoint(endpoint, service, early, patience, record, state)
-        known.breaker.succeeded(time.monotonic())
+        now = time.monotonic()
+        if known.breaker.state(now) is not BreakerState.CLOSED:
+            state.warming[endpoint.address] = now
+        known.breaker.succeeded(now)
+        known.outcomes.note(True, window, now)
+        known.connect_time.took(now - started, now)
         judged = True
         known.open += 1
         leg.known = known
@@ -95,9 +121,13 @@ async def _try(
     except ConnectionFailed as failure:
         known.last_error = f"{failure.reason}: {failure.detail}"
         if counts_against_endpoint(failure.reason):
-            known.breaker.failed(time.monotonic(), state.dice)
+            now = time.monotonic()
+            known.breaker.failed(now, state.dice)
+            known.outcomes.note(False, window, now)
             state.orders.revoke(known.orders)
             judged = True
+            if service.traffic.on_eject is OnEject.CLOSE and known.breaker.state(now) is BreakerState.OPEN:
+                state.close_endpoint(endpoint, "its breaker has opened")
         raise
     finally:
         known.pending -= 1

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 
 from meshnet import __version__
 from meshnet.decide.breaker import BreakerState
+from meshnet.decide.outlier import PANIC
 from meshnet.errors import Reason
 from meshnet.model.admin import Family, Sample
 from meshnet.model.connection import Direction, Security
@@ -93,6 +94,7 @@ class Metrics:
         self._ordered = 0
         self._authorized: dict[tuple[str, str], int] = {}
         self.config_refused = 0
+        self.ejections = 0
         self.renewals = 0
         self.lag = Histogram(_LAGS)
         self.more: Callable[[], Iterable[Family]] = tuple
@@ -179,6 +181,7 @@ class Metrics:
         yield _counter("meshnet_dropped_series", "Label sets counted under other.", self._dropped_series)
         yield _counter("meshnet_ordered_connections", "Connections that a standing order covered.", self._ordered)
         yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
+        yield _counter("meshnet_ejections", "Endpoints that were ejected as outliers.", self.ejections)
         yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)
         yield self.lag.family("meshnet_event_loop_lag_seconds", "How late the event loop was, looked at now and then.")
         build = GaugeMetricFamily("meshnet_build_info", "The version that runs.", labels=["version"])
@@ -305,17 +308,24 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
         "meshnet_breaker_state", "0 closed, 1 half-open, 2 open, of endpoints dialled.", labels=["service", "endpoint"]
     )
     counts = GaugeMetricFamily("meshnet_endpoints", "Endpoints by state.", labels=["service", "state"])
+    panic = GaugeMetricFamily(
+        "meshnet_service_panic", "1 where ejected endpoints are used, for want of others.", labels=["service"]
+    )
     for service in state.snapshot.services:
         name, ejected = service.name, 0
         for endpoint in service.endpoints:
             if (known := state.endpoints.get(endpoint.address)) is not None:
                 breaker = known.breaker.state(now)
                 breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
-                ejected += breaker is BreakerState.OPEN
+                ejected += breaker is BreakerState.OPEN or known.outcomes.is_ejected(now)
         counts.add_metric([name, "healthy"], len(service.endpoints) - ejected)
         counts.add_metric([name, "ejected"], ejected)
+        held = state.services.get((service.namespace, service.service))
+        if held is not None:
+            panic.add_metric([name], float(now - held.panicked_at < PANIC))
     yield breakers
     yield counts
+    yield panic
     tunnels = GaugeMetricFamily("meshnet_tunnels", "Tunnels this side opened, or opens.", labels=["state"])
     idle, leased = state.pool.tunnels()
     under_way, waiting = state.pool.handshakes()

@@ -34,6 +34,7 @@ from meshnet.proxy.registry import Registry
 from meshnet.proxy.standing_order import Before, fail
 from meshnet.proxy.state import ProxyState
 from meshnet.proxy.status import count_services
+from meshnet.proxy.upkeep import Upkeep
 from meshnet.relay.ladder import best_relay
 from meshnet.tunnel.pool import Pool
 
@@ -127,6 +128,7 @@ class Sidecar:
             nursery.start_soon(state.identity.watch, self._renewed)
             nursery.start_soon(state.pool.run)
             nursery.start_soon(state.orders.run)
+            nursery.start_soon(Upkeep(state).run)
             nursery.start_soon(self._lag.run)
             strands = Strands(nursery)
             nursery.start_soon(self._follow_addresses)

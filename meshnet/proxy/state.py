@@ -1,21 +1,25 @@
 """The only mutable object of a sidecar: what it knows, and what it has in hand."""
 
+import logging
 import random
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
 from meshnet.decide.access import AccessRules, Call, Deny
-from meshnet.decide.balance import Balancer
+from meshnet.decide.balance import Balancer, Prepared, prepare
 from meshnet.decide.breaker import Breaker
 from meshnet.decide.limits import Admitted, Limiter, Queued, Rejected, Ticket
+from meshnet.decide.outlier import Outcomes
 from meshnet.decide.retry import RetryBudget
+from meshnet.decide.warmth import ConnectTime
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.service import Endpoint, Limits, Mode, ServicePort
+from meshnet.model.connection import Direction
+from meshnet.model.service import Balance, Endpoint, Limits, Locality, Mode, ServicePort
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
@@ -36,6 +40,9 @@ if TYPE_CHECKING:
 ServiceKey = tuple[str, str]
 """Namespace and name."""
 
+_log = logging.getLogger("meshnet.proxy")
+
+_PANIC_SAID_EVERY = 60.0
 _LOCAL_SERVICES_KEPT = 5.0  # seconds; an address can come and go with its interface
 
 
@@ -48,6 +55,8 @@ class EndpointState:
     pending: int = 0
     last_error: str = ""
     orders: set[StandingOrder] = field(default_factory=set)
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    connect_time: ConnectTime = field(default_factory=ConnectTime)
 
     @property
     def connections(self) -> int:
@@ -63,6 +72,7 @@ class ServiceState:
     budget: RetryBudget = field(default_factory=RetryBudget)
     waiting: dict[Ticket, trio.Event] = field(default_factory=dict)
     orders: set[StandingOrder] = field(default_factory=set)  # which have places of the limits
+    panicked_at: float = float("-inf")  # when ejected endpoints were last used, for want of others
 
 
 class ProxyState:
@@ -90,7 +100,10 @@ class ProxyState:
         self.mark = mark
         self.dice = random.Random()
         self.services: dict[ServiceKey, ServiceState] = {}
+        self.here = Locality(zone=settings.proxy.zone, region=settings.proxy.region)
         self.endpoints: dict[Address, EndpointState] = {}
+        self.warming: dict[Address, float] = {}  # since when an endpoint is there, or there again; in force soon
+        self.removed: dict[str, float] = {}  # until when the connections of endpoints that are gone may live
         self._balancers: dict[tuple[str, str, int], Balancer] = {}  # by namespace and name of the service, and port
         self._local_services: dict[int, tuple[float, ServicePort | None]] = {}  # by the application's port
         self.snapshot = snapshot
@@ -114,9 +127,17 @@ class ProxyState:
         When it returns, those have ended, and what is gone is forgotten. Other tasks run meanwhile; calls must not
         overlap.
         """
-        access, limits = await trio.to_thread.run_sync(_compiled, snapshot)
+        compiled = await trio.to_thread.run_sync(_compiled, snapshot, self.snapshot, self.here)
+        access, limits = compiled.access, compiled.limits
         self.snapshot = snapshot
         self.applied_at = time.monotonic()
+        for service, prepared in compiled.prepared:
+            self.balancer(service).adopt(prepared)
+        self.warming |= dict.fromkeys(compiled.added, self.applied_at)
+        for name, seconds in compiled.removed.items():
+            self.removed.setdefault(name, self.applied_at + seconds)
+        for endpoint in compiled.added:
+            self.removed.pop(str(endpoint), None)
         self.config_problem = ""
         self.access = access
         self.orders.revoke_all()
@@ -182,6 +203,20 @@ class ProxyState:
         if held is None:
             held = self.services[key] = ServiceState(Limiter(service.traffic.limits))
         return held
+
+    def panicked(self, service: ServicePort, now: float) -> None:
+        """Ejected endpoints of it are used, for want of others."""
+        held = self.service(service)
+        if now - held.panicked_at > _PANIC_SAID_EVERY:
+            _log.warning("%s has no endpoint that is well: those that are ejected are used again", service.name)
+        held.panicked_at = now
+
+    def close_endpoint(self, endpoint: Endpoint, why: str) -> None:
+        """Ends what is open to it: its caller finds another one."""
+        self.registry.catch_up()
+        for record in list(self.registry.open.values()):
+            if record.endpoint == endpoint.name and record.direction is Direction.OUTBOUND:
+                record.abort(Reason.ENDPOINT_EJECTED, EndedBy.POLICY, f"{endpoint.name}: {why}")
 
     async def enter(self, held: ServiceState) -> float | None:
         """Takes one of the service's connections, in turn. The seconds it had to wait, None if it had not.
@@ -265,6 +300,7 @@ class ProxyState:
                 if address not in snapshot.by_endpoint and not known.open and not known.pending:
                     del self.endpoints[address]
             await trio.lowlevel.checkpoint()
+        self.warming = {address: since for address, since in self.warming.items() if address in snapshot.by_endpoint}
 
     def _local_service(self, port: int) -> ServicePort | None:
         for address, (service, _) in self.snapshot.by_endpoint.items():
@@ -277,7 +313,32 @@ class ProxyState:
             held.waiting[ticket].set()
 
 
-def _compiled(snapshot: Snapshot) -> tuple[AccessRules, dict[ServiceKey, Limits]]:
+class _Compiled(NamedTuple):
+    access: AccessRules
+    limits: dict[ServiceKey, Limits]
+    prepared: list[tuple[ServicePort, Prepared]]
+    added: list[Address]
+    """Endpoints that are new beside others, which are not."""
+    removed: dict[str, float]
+    """Names of endpoints that are gone, and the seconds their connections get, where they get some."""
+
+
+def _compiled(snapshot: Snapshot, before: Snapshot, here: Locality) -> _Compiled:
     """What takes long of a snapshot that is not in force yet."""
     limits = {(service.namespace, service.service): service.traffic.limits for service in snapshot.services}
-    return AccessRules(snapshot.policies, snapshot.default_action), limits
+    prepared = [
+        (service, prepare(service.traffic, service.endpoints, here))
+        for service in snapshot.services
+        if service.traffic.balance is Balance.MAGLEV
+    ]
+    added = []
+    for service in snapshot.services:
+        new = [each.address for each in service.endpoints if each.address not in before.by_endpoint]
+        if len(new) < len(service.endpoints):  # or there is nobody to take the rest meanwhile
+            added += new
+    removed = {
+        endpoint.name: service.traffic.timeouts.removed
+        for address, (service, endpoint) in before.by_endpoint.items()
+        if service.traffic.timeouts.removed and address not in snapshot.by_endpoint
+    }
+    return _Compiled(AccessRules(snapshot.policies, snapshot.default_action), limits, prepared, added, removed)

@@ -105,10 +105,12 @@ def _endpoint(service: ServicePort, endpoint: Endpoint, state: ProxyState, now: 
     return EndpointView(
         **view,  # type: ignore[arg-type] # mixed values
         breaker=str(known.breaker.state(now)),
-        connections=known.open,
+        connections=known.connections - known.pending,
         pending=known.pending,
         failures=known.breaker.failures,
         open_for_seconds=round(known.breaker.open_for(now), 1),
+        ejected_for_seconds=round(max(0.0, known.outcomes.ejected_until - now), 1),
+        connect_ms=round(known.connect_time.seconds * 1000, 3) or None,
         last_error=known.last_error,
     )
 

@@ -24,6 +24,7 @@ class App:
         self._server = listen(host, port, backlog=1024)
         self._server.setblocking(False)
         self._stop, self._stopped = socket.socketpair()
+        self._refusing = threading.Event()
         for sock in (self._server, self._stopped):
             self._selector.register(sock, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._serve)
@@ -31,6 +32,11 @@ class App:
     def __enter__(self) -> Self:
         self._thread.start()
         return self
+
+    def refuse(self) -> None:
+        """Takes no more connections; those that are open live on."""
+        self._stop.send(b"!")
+        self._refusing.wait()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -45,8 +51,12 @@ class App:
         while True:
             ready = {key.fileobj for key, _ in self._selector.select()}
             if self._stopped in ready:
-                return
-            if self._server in ready:
+                if not self._stopped.recv(1):
+                    return
+                self._selector.unregister(self._server)
+                self._server.close()
+                self._refusing.set()
+            elif self._server in ready:
                 self._accept()
             for client in self._clients & ready:
                 self._answer(client)

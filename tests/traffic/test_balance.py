@@ -3,12 +3,13 @@
 from collections import Counter
 from contextlib import ExitStack
 
+import msgspec
 import pytest
 
 from tests.proxy.programs import Records
 from tests.traffic.calls import Call, who
 from tests.traffic.conftest import Hosts, Name, traffic
-from tests.world import wait_for
+from tests.world import into_the_mesh, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -65,3 +66,62 @@ def test_an_endpoint_of_weight_zero_keeps_its_connections_and_gets_no_new_ones(h
         assert held["api-1"].say("still here") == "still here"
         held["api-1"].close()
         wait_for(lambda: hosts.endpoints(name)["api-1"].connections == 0)
+
+
+def test_maglev_sends_a_host_to_the_same_endpoint_and_elsewhere_while_that_is_out(hosts: Hosts, name: Name) -> None:
+    once = {"failures": 1, "openTime": "60s"}
+    hosts.write(hosts.service(name, hosts.apis), traffic(name, balance="maglev", breaker=once))
+    with hosts.apps(name.port, hosts.apis) as apps:
+        (home,) = {who(hosts.web, name) for _ in range(8)}
+        apps[home].refuse()
+        (other,) = {who(hosts.web, name) for _ in range(8)}
+        assert other != home
+    with hosts.apps(name.port, hosts.apis):
+        assert {who(hosts.cron, name) for _ in range(4)} <= {"api-1", "api-2", "api-3"}
+
+
+def test_random_reaches_all_of_them_and_first_fills_one_before_the_next(hosts: Hosts, name: Name) -> None:
+    service = hosts.service(name, hosts.apis)
+    hosts.write(service, traffic(name, balance="random"))
+    with hosts.apps(name.port, hosts.apis), ExitStack() as stack:
+        assert {who(hosts.web, name) for _ in range(40)} == {"api-1", "api-2", "api-3"}
+        hosts.write(service, traffic(name, balance="first", limits={"maxConnectionsPerEndpoint": 2}))
+        calls = [stack.enter_context(Call(hosts.web, name)) for _ in range(5)]
+        assert [call.server for call in calls] == ["api-1", "api-1", "api-2", "api-2", "api-3"]
+        calls[1].close()
+        wait_for(lambda: hosts.endpoints(name)["api-1"].connections == 1)
+        assert who(hosts.web, name) == "api-1"
+
+
+def test_endpoints_of_the_own_zone_come_first_and_then_those_of_the_region(hosts: Hosts, name: Name) -> None:
+    """The sidecars of this file are in no zone; one of its own is."""
+    places = [("b", "north"), ("a", "north"), ("a", "south")]
+    service = hosts.service(name, hosts.apis)
+    near = tuple(
+        msgspec.structs.replace(endpoint, zone=zone, region=region)
+        for endpoint, (zone, region) in zip(service.spec.endpoints, places, strict=True)
+    )
+    service = msgspec.structs.replace(service, spec=msgspec.structs.replace(service.spec, endpoints=near))
+    hosts.write(service, traffic(name, breaker={"failures": 1, "openTime": "60s"}))
+    caller = hosts.world.host(f"near-{name.name}")
+    into_the_mesh(hosts.mesh, [caller], proxy={"zone": "a", "region": "north"})
+    with hosts.apps(name.port, hosts.apis) as apps:
+        assert {who(caller, name) for _ in range(8)} == {"api-2"}
+        apps["api-2"].refuse()
+        assert {who(caller, name) for _ in range(8)} == {"api-1"}
+        apps["api-1"].refuse()
+        assert {who(caller, name) for _ in range(8)} == {"api-3"}
+        assert {who(hosts.web, name) for _ in range(4)} == {"api-3"}
+
+
+def test_an_endpoint_that_is_added_beside_others_gets_its_share_little_by_little(hosts: Hosts, name: Name) -> None:
+    slow = {"window": "1h", "least": 0.01}
+    policy = traffic(name, balance="random", slowStart=slow)
+    with hosts.apps(name.port, hosts.apis):
+        hosts.write(hosts.service(name, hosts.apis[:2]), policy)
+        assert {who(hosts.web, name) for _ in range(30)} == {"api-1", "api-2"}  # at the beginning all are new
+        hosts.write(hosts.service(name, hosts.apis), policy)
+        seen = Counter(who(hosts.web, name) for _ in range(60))
+        assert seen["api-3"] < 8  # an even share would be 20, this is 0.3
+        hosts.write(hosts.service(name, hosts.apis), traffic(name, balance="random", slowStart={"window": "0s"}))
+        assert Counter(who(hosts.web, name) for _ in range(60))["api-3"] > 8

@@ -43,7 +43,14 @@ def merge_endpoints(lists: Iterable[Sequence[EndpointView]]) -> tuple[EndpointVi
 
 
 def _endpoint(views: Sequence[EndpointView]) -> EndpointView:
-    worst = max(views, key=lambda view: (_BREAKERS.index(view.breaker), view.open_for_seconds, view.failures))
+    worst = max(
+        views,
+        key=lambda view: (
+            _BREAKERS.index(view.breaker),
+            max(view.open_for_seconds, view.ejected_for_seconds),
+            view.failures,
+        ),
+    )
     return structs.replace(
         worst,
         connections=sum(view.connections for view in views),

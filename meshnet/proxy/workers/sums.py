@@ -15,6 +15,7 @@ GAUGES: Mapping[str, Callable[[float, float], float]] = {
     "meshnet_build_info": max,  # 1 each
     "meshnet_breaker_state": max,  # each has breakers of its own: the worst
     "meshnet_endpoints": max,  # of healthy ones the fewest
+    "meshnet_service_panic": max,
     "meshnet_cert_expiry_timestamp_seconds": min,
     "meshnet_config_revision": min,  # the one that is behind
     "meshnet_config_age_seconds": max,

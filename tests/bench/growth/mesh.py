@@ -18,7 +18,7 @@ import trio
 
 from meshnet.decide.balance import Balancer
 from meshnet.model.address import Address
-from meshnet.model.service import Balance, Endpoint
+from meshnet.model.service import Balance, Endpoint, Traffic
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
@@ -49,14 +49,34 @@ def services() -> str:
     return table(head, [trio.run(_growing, services, endpoints) for services, endpoints in MESHES])
 
 
+class _Alike:
+    """Every endpoint has one connection and is as good as any."""
+
+    warming = False
+
+    def __call__(self, _: Endpoint) -> int:
+        return 1
+
+    def warmth(self, _: Endpoint) -> float:
+        return 1.0
+
+    def connect_time(self, _: Endpoint) -> float:
+        return 0.0
+
+
+_ALIKE = _Alike()
+
+
 def _choosing(count: int) -> tuple[object, ...]:
     """CPU time of one choice, nobody being out."""
     endpoints = tuple(Endpoint(address=_address(number)) for number in range(count))
     dice = random.Random(1)
 
     def cost(kind: Balance) -> float:
-        balancer = Balancer()
-        choices = timeit.Timer(lambda: balancer.pick(kind, endpoints, lambda _: 1, dice), timer=thread_time)
+        balancer, traffic = Balancer(), Traffic(balance=kind)
+        choices = timeit.Timer(
+            lambda: balancer.pick(traffic, endpoints, _ALIKE, dice, source=lambda: "a"), timer=thread_time
+        )
         return round(min(choices.repeat(repeat=5, number=10_000)) / 10_000 * 1e6, 2)
 
     return count, *map(cost, Balance)

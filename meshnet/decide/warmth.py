@@ -1,0 +1,32 @@
+"""Slow start: an endpoint that is new, or has come back, gets a part of its share, and all of it after a while."""
+
+import math
+
+from meshnet.model.service import SlowStart
+
+
+def warmth(settings: SlowStart, age: float) -> float:
+    """The part of its weight that counts when it has been there for `age` seconds."""
+    if age >= settings.window:
+        return 1.0
+    return max(settings.least, age / settings.window)
+
+
+class ConnectTime:
+    """How long connecting takes of late, in seconds: what is older fades, to a third in ten seconds.
+
+    It hears of connections that came up and of nothing else, or an endpoint that refuses at once would seem near.
+    """
+
+    FADES = 10.0
+
+    __slots__ = ("_at", "seconds")
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._at = 0.0
+
+    def took(self, seconds: float, now: float) -> None:
+        kept = math.exp(min(0.0, self._at - now) / self.FADES) if self.seconds else 0.0
+        self.seconds = seconds + (self.seconds - seconds) * kept
+        self._at = now

@@ -1,0 +1,60 @@
+"""Which of a service's endpoints may be tried now, and what is known of them: what the balancer asks."""
+
+from meshnet.decide.limits import below_endpoint_limit
+from meshnet.decide.warmth import warmth
+from meshnet.model.address import Address
+from meshnet.model.service import Endpoint, ServicePort
+from meshnet.proxy.state import ProxyState
+
+
+class Candidates:
+    """Of one connection, as of `now`; see meshnet.decide.balance.Load."""
+
+    __slots__ = ("_known", "_state", "_traffic", "now", "panics", "tried", "warming")
+
+    def __init__(self, service: ServicePort, state: ProxyState, tried: set[Address], now: float) -> None:
+        self._state, self._known, self._traffic = state, state.endpoints, service.traffic
+        self.tried, self.now = tried, now
+        self.panics = False
+        """Whether those that are ejected are taken all the same."""
+        self.warming = bool(state.warming)
+
+    def __call__(self, endpoint: Endpoint, /) -> int | None:
+        """None: its breaker is open, it is ejected, at its own limit, or was tried before."""
+        known = self._known.get(endpoint.address)
+        if known is None:
+            return 0
+        connections, now = known.connections, self.now
+        if not known.breaker.allows(now) or not below_endpoint_limit(self._traffic.limits, connections):
+            return None
+        if known.outcomes.ejected_until > now and not self.panics:
+            return None
+        return None if self.tried and endpoint.address in self.tried else connections
+
+    def warmth(self, endpoint: Endpoint, /) -> float:
+        since = self._state.warming.get(endpoint.address)
+        if since is None:
+            return 1.0
+        found = warmth(self._traffic.slow_start, self.now - since)
+        if found >= 1.0:
+            del self._state.warming[endpoint.address]
+        return found
+
+    def connect_time(self, endpoint: Endpoint, /) -> float:
+        known = self._known.get(endpoint.address)
+        return known.connect_time.seconds if known is not None else 0.0
+
+    def why_not(self, endpoint: Endpoint) -> str:
+        """In words; empty if it may be tried."""
+        known = self._known.get(endpoint.address)
+        if not endpoint.weight:
+            return "its weight is 0"
+        if known is None:
+            return ""
+        if not known.breaker.allows(self.now):
+            return f"its breaker is open for {known.breaker.open_for(self.now):.1f} s more"
+        if (left := known.outcomes.ejected_until - self.now) > 0:
+            return f"it is ejected for {left:.1f} s more"
+        if not below_endpoint_limit(self._traffic.limits, known.connections):
+            return f"it has {known.connections} connections, its limit"
+        return "it was tried" if endpoint.address in self.tried else ""
