@@ -43,15 +43,16 @@ def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: fl
 
     ID is as `meshnet conns` shows it; it is the same on both hosts.
 
-    With HOST:PORT instead: whether a connection to there would be captured, by which rule, or why not. It comes FROM
-    this host unless you say so, or it goes to this host. The kernel's rules are read for that, ours and those of other
+    With HOST:PORT instead: whether a connection to there would be captured, by which rule, or why not; and where it
+    would go then: the service, its endpoints in order of preference, and why some are passed over. It comes FROM this
+    host unless you say so, or it goes to this host. The kernel's rules are read for that, ours and those of other
     programs, which takes the right to.
     """
     id, *more = what
     if more or ":" in id:
         if len(what) > 2:
             raise click.UsageError("at most FROM and HOST:PORT")
-        explain_capture("" if not more else id, what[-1], output)
+        explain_capture("" if not more else id, what[-1], output, socket_path, timeout)
         return
     try:
         connection = ask(socket_path, ExplainConnection(id=id), Connection, timeout=timeout)

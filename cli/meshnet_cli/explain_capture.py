@@ -12,6 +12,8 @@ import msgspec
 
 from meshnet.errors import CommandError
 from meshnet.model.address import Address, canonical_host
+from meshnet.model.admin import Candidate, ExplainRoute, RouteView
+from meshnet_cli.client import ask
 from meshnet_cli.output import print_json, print_json_line, printable
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
@@ -45,13 +47,16 @@ class CaptureExplanation(msgspec.Struct, frozen=True, kw_only=True, rename="came
     others: "tuple[Foreign, ...]" = ()
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    route: RouteView | None = None  # where it would go, if a sidecar runs and it leaves this host
     api_version: str = "meshnet.dev/v1"
     kind: str = "CaptureExplanation"
 
 
-def explain_capture(source: str, target: str, output: str) -> None:
+def explain_capture(source: str, target: str, output: str, socket_path: str, timeout: float) -> None:
     """Prints it. Raises CommandError: code 2 for what is no address, 5 without the right to read rules."""
     found = _explained(source, target)
+    if found.direction == "outbound":
+        found = _routed(found, socket_path, timeout)
     if output in {"json", "jsonl"}:
         (print_json if output == "json" else print_json_line)(found)
         return
@@ -99,6 +104,15 @@ def _explained(source: str, target: str) -> CaptureExplanation:
         unless=tuple(_step(step, reasons) for step in way.unless),
         notes=tuple(notes),
     )
+
+
+def _routed(found: CaptureExplanation, socket_path: str, timeout: float) -> CaptureExplanation:
+    try:
+        route = ask(socket_path, ExplainRoute(target=found.target), RouteView, timeout=timeout)
+    except CommandError as error:
+        note = f"the sidecar does not say where it would go: {error.what}"
+        return msgspec.structs.replace(found, notes=(*found.notes, note))
+    return msgspec.structs.replace(found, route=route)
 
 
 def _call(target: Address, source: str) -> "tuple[Call, list[str]]":
@@ -184,10 +198,38 @@ def _lines(it: CaptureExplanation) -> Iterator[str]:
     for other in it.others:
         if not other.ahead:
             yield f"asked later {_other(other)}"
+    if it.route is not None:
+        yield from _route(it.route)
     for text in it.notes:
         yield f"note        {text}"
     for text in it.unread:
         yield f"not read    {text}"
+
+
+def _route(route: RouteView) -> Iterator[str]:
+    count = len(route.candidates) + route.more
+    among = f"{route.balance} among {count} endpoints" if route.route == "service" else route.route
+    yield f"route       {': '.join(filter(None, (route.service and f'{route.service}, {among}', route.detail)))}"
+    for place, each in enumerate(route.candidates):
+        label = "endpoints" if not place else ""
+        yield f"{label:<11} {each.endpoint}  {_candidate(each)}"
+    if route.more:
+        yield f"{'':<11} and {route.more} more"
+
+
+def _candidate(each: Candidate) -> str:
+    if each.why_not:
+        return f"passed over: {each.why_not}"
+    warming = f", {each.warmth:.0%} of it while it is warming" if each.warmth < 1 else ""
+    parts = [
+        "in plain TCP" if each.tunnel == "none" else f"by tunnel ({each.tunnel})",
+        each.near and {"zone": "same zone", "region": "same region", "any": "far"}[each.near],
+        f"weight {each.weight}{warming}",
+        f"{each.connections} connections",
+        "" if each.connect_ms is None else f"connects in {each.connect_ms:.1f} ms",
+        f"score {each.score:.3g}",
+    ]
+    return ", ".join(filter(None, parts))
 
 
 def _verdict(step: RuleStep) -> str:

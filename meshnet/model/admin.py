@@ -23,6 +23,12 @@ class ExplainConnection(Shape, frozen=True, tag="explain"):
     id: str
 
 
+class ExplainRoute(Shape, frozen=True, tag="explain-route"):
+    """Where an outbound connection to `target` (HOST:PORT) would go now."""
+
+    target: str
+
+
 class GetStatus(Shape, frozen=True, tag="status"):
     pass
 
@@ -45,7 +51,7 @@ class GetMetrics(Shape, frozen=True, tag="metrics"):
     """What /metrics is made of, in numbers."""
 
 
-Question = ListConnections | ExplainConnection | GetStatus | ListEndpoints | Drain | Reload | GetMetrics
+Question = ListConnections | ExplainConnection | ExplainRoute | GetStatus | ListEndpoints | Drain | Reload | GetMetrics
 """It has one answer."""
 Request = Question | FollowConnections
 
@@ -164,6 +170,34 @@ class EndpointView(Shape, frozen=True):
     connect_ms: float | None = None  # of late
     last_error: str = ""
     workers: int = 0  # how many workers say so of the breaker, which each has of its own; 0 without workers
+
+
+class Candidate(Shape, frozen=True):
+    """An endpoint that the next connection may get. The lowest `score` is first with least_conn."""
+
+    endpoint: str
+    tunnel: str
+    near: str  # zone, region or any; empty where nobody says where it is
+    weight: int
+    warmth: float  # the part of its weight that counts while it is new, or has just come back
+    connections: int
+    connect_ms: float | None = None  # of late
+    score: float | None = None  # (connections + 1) / (weight * warmth); None: it is passed over
+    why_not: str = ""
+
+
+class RouteView(Shape, frozen=True):
+    """`route`: service, endpoint (the client names it itself), passthrough or refused. The best candidate is first."""
+
+    target: str
+    route: str
+    detail: str = ""
+    service: str = ""
+    balance: str = ""
+    candidates: tuple[Candidate, ...] = ()
+    more: int = 0  # endpoints that are not listed
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "Route"
 
 
 class EndpointList(Shape, frozen=True):

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 import msgspec
 import trio
 
+from meshnet.model.address import parse_address
 from meshnet.model.admin import (
     Accepted,
     ConnectionEvent,
@@ -14,6 +15,7 @@ from meshnet.model.admin import (
     ConnectionListMetadata,
     Drain,
     ExplainConnection,
+    ExplainRoute,
     FamilyList,
     GetMetrics,
     GetStatus,
@@ -22,11 +24,12 @@ from meshnet.model.admin import (
     Question,
     Refused,
     Reload,
+    RouteView,
 )
 from meshnet.model.connection import Connection, Security, Shape
 from meshnet.proxy import status
 from meshnet.proxy.capture import CaptureProof
-from meshnet.proxy.explain import trace
+from meshnet.proxy.explain import explain_route, trace
 from meshnet.proxy.sidecar import Sidecar
 from meshnet.proxy.slices import slices
 
@@ -48,6 +51,8 @@ class OwnAnswers:
                 return await self._connections(recent, everything)
             case ExplainConnection(id=connection_id):
                 return self._explain(connection_id)
+            case ExplainRoute(target=target):
+                return self._explain_route(target)
             case GetStatus():
                 return status.status(self._state, self._listeners, self._capture)
             case ListEndpoints(service=service):
@@ -93,6 +98,13 @@ class OwnAnswers:
             metadata=_metadata(still_open, failed, plaintext),
             items=msgspec.Raw(b"[%b]" % b",".join(pieces)),  # type: ignore[arg-type] # they are encoded already
         )
+
+    def _explain_route(self, target: str) -> RouteView | Refused:
+        try:
+            address = parse_address(target)
+        except ValueError as error:
+            return Refused(error=str(error), fix="write HOST:PORT, as in 10.0.0.1:80")
+        return explain_route(address, self._state)
 
     def _explain(self, connection_id: str) -> Connection | Refused:
         record = self._state.registry.find(connection_id)

@@ -1,8 +1,20 @@
-"""A connection told step by step, from its record: what was decided, what happened, where it stopped."""
+"""A connection told step by step, from its record; and where one would go that is not there yet."""
 
+import time
+
+from meshnet.decide.locality import distance
+from meshnet.decide.route import Passthrough, Refuse, ToService, route
+from meshnet.model.address import Address
+from meshnet.model.admin import Candidate, RouteView
 from meshnet.model.canary import is_canary
 from meshnet.model.connection import Direction, Security
+from meshnet.model.service import NOWHERE, Endpoint, ServicePort
+from meshnet.proxy.candidates import Candidates
 from meshnet.proxy.record import Record
+from meshnet.proxy.state import ProxyState
+
+_LISTED = 100  # candidates
+_NEAR = ("zone", "region", "any")
 
 
 def trace(record: Record) -> tuple[str, ...]:
@@ -44,3 +56,52 @@ def trace(record: Record) -> tuple[str, ...]:
         detail = f": {record.detail}" if record.detail else ""
         steps.append(f"end: {record.reason} by {record.ended_by} in phase {record.phase}{detail}")
     return tuple(steps)
+
+
+def explain_route(target: Address, state: ProxyState) -> RouteView:
+    """Where a connection to `target` would go now, and why every other endpoint is passed over."""
+    match route(state.snapshot, target, state.own_ports, state.is_local(target.host)):
+        case Refuse(reason=reason, detail=detail):
+            return RouteView(target=str(target), route="refused", detail=f"{reason}: {detail}")
+        case Passthrough():
+            detail = "no service has this address: it is dialled as it is, in plain text"
+            return RouteView(target=str(target), route="passthrough", detail=detail)
+        case ToService(service=service, pinned=pinned):
+            return _to_service(target, service, (pinned,) if pinned else service.endpoints, state)
+
+
+def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint, ...], state: ProxyState) -> RouteView:
+    candidates = Candidates(service, state, set(), time.monotonic())
+    found = [_candidate(endpoint, candidates, state) for endpoint in endpoints]
+    found.sort(key=lambda each: (each.score is None, _NEAR.index(each.near or "any"), each.score or 0.0))
+    willing = sum(each.score is not None for each in found)
+    detail = "" if willing else "there is none that may be tried now"
+    if not willing and any(each.why_not.startswith("it is ejected") for each in found):
+        detail = "all are out: those that are ejected would be used all the same"
+    return RouteView(
+        target=str(target),
+        route="service" if endpoints is service.endpoints else "endpoint",
+        detail=detail,
+        service=service.name,
+        balance=str(service.traffic.balance),
+        candidates=tuple(found[:_LISTED]),
+        more=max(0, len(found) - _LISTED),
+    )
+
+
+def _candidate(endpoint: Endpoint, candidates: Candidates, state: ProxyState) -> Candidate:
+    known = state.endpoints.get(endpoint.address)
+    connections, why_not = known.connections if known else 0, candidates.why_not(endpoint)
+    warmth = candidates.warmth(endpoint)
+    placed = state.here != NOWHERE and endpoint.locality != NOWHERE
+    return Candidate(
+        endpoint=endpoint.name,
+        tunnel=str(endpoint.tunnel),
+        near=_NEAR[distance(state.here, endpoint.locality)] if placed else "",
+        weight=endpoint.weight,
+        warmth=round(warmth, 3),
+        connections=connections,
+        connect_ms=(round(known.connect_time.seconds * 1000, 3) or None) if known else None,
+        score=None if why_not else round((connections + 1) / (endpoint.weight * warmth), 6),
+        why_not=why_not,
+    )

@@ -114,6 +114,29 @@ def test_endpoints_of_the_own_zone_come_first_and_then_those_of_the_region(hosts
         assert {who(hosts.web, name) for _ in range(4)} == {"api-3"}
 
 
+def test_explain_tells_where_a_connection_would_go_and_why_not_elsewhere(hosts: Hosts, name: Name) -> None:
+    hosts.write(hosts.service(name, hosts.apis), traffic(name, breaker={"failures": 1, "openTime": "60s"}))
+    first, second, third = (f"{host.address}:{name.port}" for host in hosts.apis)
+
+    def explained(target: str, *words: str) -> str:
+        socket = hosts.sidecar(hosts.web).settings.admin.socket
+        return hosts.web.run("meshnet", "explain", target, "--socket", socket, *words).stdout
+
+    target = f"{name.address}:{name.port}"
+    with hosts.apps(name.port, hosts.apis[:2]), Call(hosts.web, hosts.apis[0].address, name.port):
+        wait_for(lambda: bool([who(hosts.web, name)]) and hosts.endpoints(name)["api-3"].breaker == "open")
+        text = explained(target)
+        assert f"route       {name.name}:{name.port}, least_conn among 3 endpoints\n" in text
+        assert f"endpoints   {second}  by tunnel (meshnet), weight 1, 0 connections, connects in " in text
+        assert f"            {first}  by tunnel (meshnet), weight 1, 1 connections, " in text
+        assert f"            {third}  passed over: its breaker is open for " in text
+        told = msgspec.json.decode(explained(target, "-o", "json"))["route"]
+        assert [each["endpoint"] for each in told["candidates"]] == [second, first, third]
+        assert [each["score"] for each in told["candidates"]] == [1, 2, None]
+    assert f"route       {name.name}:{name.port}, endpoint\n" in explained(first)
+    assert "route       no service has this address: it is dialled as it is" in explained("10.1.2.3:80")
+
+
 def test_an_endpoint_that_is_added_beside_others_gets_its_share_little_by_little(hosts: Hosts, name: Name) -> None:
     slow = {"window": "1h", "least": 0.01}
     policy = traffic(name, balance="random", slowStart=slow)

@@ -19,6 +19,7 @@ from meshnet.model.admin import (
     Drain,
     EndpointList,
     ExplainConnection,
+    ExplainRoute,
     Family,
     FamilyList,
     GetMetrics,
@@ -29,6 +30,7 @@ from meshnet.model.admin import (
     Refused,
     RelayStatus,
     Reload,
+    RouteView,
     Sample,
     Status,
     WorkerStatus,
@@ -77,6 +79,8 @@ class JointAnswers:
                 return connection_list(items, silent_workers=len(self._workers) - len(lists))
             case ExplainConnection(id=connection_id):
                 return await self._explain(connection_id)
+            case ExplainRoute():
+                return await self._explain_route(question)
             case GetStatus():
                 return await self._status()
             case ListEndpoints():
@@ -139,6 +143,15 @@ class JointAnswers:
             error=f"no connection {connection_id} here" + (f", but {silent} workers do not answer" if silent else ""),
             fix=f"meshnet conns --all lists the open ones and the last {self._settings.admin.recent} of each worker",
         )
+
+    async def _explain_route(self, question: ExplainRoute) -> Shape:
+        """As the first worker that answers sees it; each has breakers and connections of its own."""
+        for line in (await self._lines(question)).values():
+            try:
+                return msgspec.json.decode(line, type=RouteView)
+            except msgspec.ValidationError:
+                return msgspec.json.decode(line, type=Refused)
+        return Refused(error="no worker answers", fix="meshnet status")
 
     async def _status(self) -> Status:
         answers = await self._ask(GetStatus(), Status)
