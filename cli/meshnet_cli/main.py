@@ -51,6 +51,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "Admin": {
         "set": Entry("meshnet_cli.set", "Change settings; what is in force is changed with them."),
         "get": Entry("meshnet_cli.get", "The settings, and where each comes from."),
+        "drain": Entry("meshnet_cli.drain", "Have the sidecar end when what is open has ended."),
         "proxy": Entry("meshnet_cli.proxy", "Run the sidecar in the foreground."),
         "ca": Entry("meshnet_cli.ca", "The certificate authority: create it, issue identities."),
     },

@@ -60,7 +60,7 @@ async def front(
         if "probes" in listeners:
             relay = ProbeRelay(read_checks(settings.probes.checks), _mark(settings))
             nursery.start_soon(trio.serve_listeners, guarded(relay.handle), _streams(listeners["probes"]))
-        nursery.start_soon(notify.keep_told, answers)
+        nursery.start_soon(notify.keep_told, answers, listeners)
         nursery.start_soon(capture.run)
         _log.info("listening: %s", ", ".join(told.values()))
         yield

@@ -3,10 +3,12 @@
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
 
 from meshnet.errors import CommandError
 from meshnet.model.settings import Settings
 from meshnet.net import sockets
+from meshnet.net.handover import handed_over
 
 _LOOPBACK = ("127.0.0.1", "::1")  # redirected output arrives there (man iptables-extensions, REDIRECT)
 _ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the interface it came in by
@@ -19,7 +21,11 @@ OWN = frozenset({"health", "probes"})
 
 
 def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socket.socket]]:
-    """All of them; `stack` closes them. Raises CommandError."""
+    """All of them; `stack` closes them. Raises CommandError.
+
+    Those of an earlier process that an init system has kept are taken over, with whoever waits there meanwhile.
+    """
+    kept = handed_over()
     proxy, admin = settings.proxy, settings.admin
     # What is rerouted from behind a bridge arrives at that interface's address, too.
     outbound = _ANY if settings.capture.reroute_interfaces else _LOOPBACK
@@ -32,7 +38,15 @@ def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socke
     if settings.probes.checks:
         wanted["probes"] = (settings.probes.port, _ANY)
     transparent = {"inbound"} if settings.capture.inbound_mode == "tproxy" else set()
-    return {name: _listen(name, port, hosts, stack, name in transparent) for name, (port, hosts) in wanted.items()}
+    listeners = {
+        name: _listen(name, port, hosts, stack, name in transparent, kept.get(name, ()))
+        for name, (port, hosts) in wanted.items()
+    }
+    taken_over = set(chain(*listeners.values()))
+    for sock in chain(*kept.values()):
+        if sock not in taken_over:
+            sock.close()  # settings have changed: nobody would ever take who waits there
+    return listeners
 
 
 def addresses_of(listeners: Listeners) -> dict[str, str]:
@@ -43,9 +57,23 @@ def addresses_of(listeners: Listeners) -> dict[str, str]:
     }
 
 
-def _listen(name: str, port: int, hosts: tuple[str, ...], stack: ExitStack, transparent: bool) -> list[socket.socket]:
+def _listen(
+    name: str,
+    port: int,
+    hosts: tuple[str, ...],
+    stack: ExitStack,
+    transparent: bool,
+    kept: Sequence[socket.socket],
+) -> list[socket.socket]:
     found = []
+    by_address = {sock.getsockname()[:2]: sock for sock in kept}
     for host in hosts:
+        before = by_address.get((host, port))
+        if before is not None and sockets.is_transparent(before) == transparent:
+            found.append(stack.enter_context(before))
+            continue
+        if before is not None:
+            before.close()
         try:
             sock = sockets.listen(host, port, transparent=transparent)
         except PermissionError as error:

@@ -12,7 +12,9 @@ from typing import Self
 import trio
 
 from meshnet.model.admin import GetStatus, Status
+from meshnet.net.handover import messages
 from meshnet.proxy.admin import Answers
+from meshnet.proxy.listen import OWN, Listeners
 
 _log = logging.getLogger("meshnet.proxy")
 
@@ -55,6 +57,15 @@ class Notifier:
         except OSError as error:  # it is restarted, or has more to read than it can
             _log.debug("systemd did not hear us: %s", error.strerror)
 
+    def keep(self, listeners: Listeners) -> None:
+        """Has whoever started us keep copies of them for the process after us: who connects meanwhile waits there."""
+        for text, descriptors in messages([(name, found) for name, found in listeners.items() if name not in OWN]):
+            try:
+                socket.send_fds(self._sock, [text], descriptors)
+            except OSError as error:
+                _log.warning("systemd does not keep the listeners over a restart: %s", error.strerror)
+                return
+
     def __enter__(self) -> Self:
         return self
 
@@ -62,7 +73,7 @@ class Notifier:
         self._sock.close()
 
 
-async def keep_told(answers: Answers) -> None:
+async def keep_told(answers: Answers, listeners: Listeners) -> None:
     """Until it is cancelled; returns at once where nobody wants to hear."""
     notifier = Notifier.from_environment()
     if notifier is None:
@@ -70,6 +81,7 @@ async def keep_told(answers: Answers) -> None:
     with notifier:
         if not notifier.connect():
             return
+        notifier.keep(listeners)
         said = ["READY=1"]
         while True:
             notifier.tell(*said, *await _status(answers))

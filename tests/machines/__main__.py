@@ -96,8 +96,8 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
     with step("systemctl stop while it starts again: traffic goes direct"):
         cases.stop_between_lives(api)
         cases.start_service(api)
-    with step("systemctl restart: the rules never go"):
-        cases.restart_service(api)
+    with step("systemctl restart: the rules never go, and nobody is refused"):
+        cases.restart_service(api, web)
         traffic.all_programs(web, api)
     with step("systemctl stop: what is captured drains, new goes direct"):
         captured = traffic.OpenConnection(api, web)

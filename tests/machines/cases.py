@@ -137,10 +137,13 @@ def wait_for_capture(machine: Machine) -> None:
     machine.run("meshnet wait && meshnet rules verify")
 
 
-def restart_service(machine: Machine) -> None:
-    """The rules' handles are those of before: they were not away for a moment."""
+def restart_service(machine: Machine, other: Machine) -> None:
+    """The rules' handles are those of before: they were not away for a moment. And nobody is refused, in or out."""
     rules, pid = _rules(machine), _sidecar(machine)
+    callers = (traffic.Caller(machine, other), traffic.Caller(other, machine))
     machine.run("systemctl restart meshnet && meshnet wait")
+    for caller in callers:
+        caller.need_all_served()
     wait_for(lambda: _state(machine) == "active active", f"both units: {_state(machine)}")
     if _rules(machine) != rules or _sidecar(machine) == pid:
         raise Failed(f"{machine.name}: a restart has changed the rules, or started no other sidecar")

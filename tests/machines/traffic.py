@@ -1,6 +1,7 @@
 """Ordinary programs between two machines, none of which knows of meshnet, and whether the sidecars carried them."""
 
 import json
+import re
 import subprocess
 
 from tests.machines.machine import Failed, Machine, wait_for
@@ -31,6 +32,22 @@ _ECHO_CLIENT = (
     "import socket, sys; c = socket.create_connection(('{address}', 7777)); f = c.makefile();"
     " [(c.sendall(line.encode()), print(f.readline(), end='', flush=True)) for line in iter(sys.stdin.readline, '')]"
 )
+
+
+# PostgreSQL answers a request for TLS with one letter (protocol-message-formats, SSLRequest).
+_CALLER = """
+import select, socket, sys
+served = 0
+while not select.select([sys.stdin], [], [], 0.005)[0]:
+    try:
+        with socket.create_connection(('{address}', 5432), 20) as sock:
+            sock.sendall(bytes([0, 0, 0, 8, 4, 210, 22, 47]))
+            assert sock.recv(1) in (b'S', b'N'), 'no answer'
+        served += 1
+    except (OSError, AssertionError) as error:
+        print('after', served, type(error).__name__, error)
+print(served, 'served')
+"""
 
 
 def install(machine: Machine) -> None:
@@ -88,6 +105,24 @@ def need_mtls(client: Machine, server: Machine) -> None:
             for item in found:
                 if item["tls"]["mode"] != "mtls" or f"/sa/{other.name}" not in item["tls"]["peerIdentity"]:
                     raise Failed(f"{machine.name}: {name} is not by mTLS with {other.name}: {item}")
+
+
+class Caller:
+    """Connects from `client` to PostgreSQL at `server` again and again, until it is asked how that went."""
+
+    def __init__(self, client: Machine, server: Machine) -> None:
+        self._name = f"{client.name} to {server.name}"
+        self._client = client.start(f'python3 -c "{_CALLER.format(address=server.address)}"')
+
+    def need_all_served(self) -> None:
+        assert self._client.stdin is not None
+        self._client.stdin.close()
+        self._client.wait(30)
+        assert self._client.stdout is not None
+        said = self._client.stdout.read()
+        self._client.stdout.close()
+        if not re.fullmatch(r"[1-9]\d+ served\n", said):
+            raise Failed(f"{self._name}: {said}")
 
 
 class OpenConnection:

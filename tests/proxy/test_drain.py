@@ -5,6 +5,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from meshnet.codec.frames import GoAway, Open, Refused, encode
@@ -121,6 +122,38 @@ def test_the_admin_socket_can_ask_for_a_drain(restarted: Hosts) -> None:
         client.sendall(b'{"type":"drain","timeout":5}\n')
         assert b"draining 0 connections" in client.makefile("rb").readline()
     assert process.popen.wait(5) == 0
+
+
+def test_the_drain_command_waits_for_what_is_open_and_says_what_is_left(restarted: Hosts) -> None:
+    hosts = restarted
+    process = process_of(hosts)
+    path = hosts.sidecar(hosts.web).settings.admin.socket
+    with listen(hosts.api, 8080) as server, hosts.web.connect(API, 8080) as client, accept(server) as app:
+        drain = hosts.web.spawn("meshnet", "drain", "--socket", path, "--timeout", "30s", name="drain")
+        wait_for(lambda: "draining 1 connections, for 30s at most\n" in drain.output)
+        client.sendall(b"still here")
+        assert read(app, 10) == b"still here"
+        assert process.popen.poll() is None
+        client.close()
+        app.close()
+        assert drain.popen.wait(20) == 0
+    assert "✓ ended after " in drain.output
+    assert process.popen.wait(5) == 0
+    unreachable = hosts.web.run("meshnet", "drain", "--socket", path, check=False)
+    assert unreachable.returncode == 4
+
+
+def test_a_second_drain_command_cuts_what_is_left(restarted: Hosts) -> None:
+    hosts = restarted
+    path = hosts.sidecar(hosts.web).settings.admin.socket
+    with listen(hosts.api, 8080) as server, hosts.web.connect(API, 8080) as client, accept(server):
+        told = hosts.web.run("meshnet", "drain", "--socket", path, "--no-wait", "-o", "json").stdout
+        assert msgspec.json.decode(told)["connections"] == 1
+        assert not msgspec.json.decode(told)["ended"]
+        assert "✓ ended" in hosts.web.run("meshnet", "drain", "--socket", path).stdout
+        with pytest.raises(ConnectionResetError):
+            client.recv(1)
+    assert process_of(hosts).popen.wait(5) == 0
 
 
 # Whoever may open it may be anybody; what it is let in by is the mode of the file.

@@ -122,9 +122,11 @@ class Sidecar:
         self.spawn()
         self.wait_until_ready()
 
-    def spawn(self, *, by: tuple[str, ...] = (), **environment: str) -> None:
+    def spawn(self, *, by: tuple[str, ...] = (), pass_fds: Sequence[int] = (), **environment: str) -> None:
         """Start it, through the command `by`. Several that start at once are ready sooner than one after the other."""
-        self.process = self.host.spawn(*by, *self._proxy, name="sidecar", **_PYTHONPATH, **environment)
+        self.process = self.host.spawn(
+            *by, *self._proxy, name="sidecar", pass_fds=pass_fds, **_PYTHONPATH, **environment
+        )
 
     def wait_until_ready(self, timeout: float = READY_TIMEOUT) -> None:
         """Raises ProgramFailed with its log when it ends instead, or TimeoutError."""

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +156,9 @@ class Host:
             raise ProgramFailed(self.name, command, done.returncode, done.stdout + done.stderr)
         return done
 
-    def spawn(self, *command: str | Path, name: str = "", **environment: str) -> "Process":
+    def spawn(
+        self, *command: str | Path, name: str = "", pass_fds: Sequence[int] = (), **environment: str
+    ) -> "Process":
         """Start a program; what it prints goes to `name`.log in the host's directory. It ends with the world."""
         name = name or Path(command[0]).name
         log = self.directory / f"{name}.log"
@@ -167,6 +169,7 @@ class Host:
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
+                pass_fds=pass_fds,
                 env=_environment() | environment,
             )
         process = Process(name, popen, log)

@@ -87,6 +87,8 @@ RestartSec=1
 TimeoutStartSec=60
 TimeoutStopSec={round(drain) + _SLACK}
 LimitNOFILE=1048576
+# Its listeners: who connects while it is started again waits, and is not refused.
+FileDescriptorStoreMax=16
 {runtime}# No StateDirectory=: systemd would make a present of the authority's key in it to the sidecar's user.
 ReadWritePaths={" ".join(f"-{_word(str(path))}" for path in written)}
 
