@@ -22,7 +22,7 @@ STATES = {"closed": "healthy", "open": "ejected", "half-open": "probing"}
 
 COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "SERVICE": lambda endpoint: endpoint.service,
-    "ENDPOINT": lambda endpoint: endpoint.endpoint,
+    "ENDPOINT": lambda endpoint: _address(endpoint),
     "TUNNEL": lambda endpoint: endpoint.tunnel,
     "WEIGHT": lambda endpoint: str(endpoint.weight),
     "STATE": lambda endpoint: _state(endpoint),
@@ -30,14 +30,14 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "PENDING": lambda endpoint: str(endpoint.pending),
     "FAILS": lambda endpoint: str(endpoint.failures),
     "EJECTED_FOR": lambda endpoint: age(_out_for(endpoint)) if _state(endpoint) == "ejected" else "-",
-    "LAST_ERROR": lambda endpoint: endpoint.last_error or "-",
+    "LAST_ERROR": lambda endpoint: endpoint.last_error or endpoint.dns_problem or "-",
     "CONNECT": lambda endpoint: "-" if endpoint.connect_ms is None else f"{endpoint.connect_ms:.1f}ms",
     "WORKERS": lambda endpoint: str(endpoint.workers) if endpoint.workers else "-",
     "IDENTITY": lambda endpoint: endpoint.identity or "-",
 }
 WIDE = tuple(COLUMNS)
 TABLE = WIDE[: WIDE.index("LAST_ERROR") + 1]
-COLORS: Colors = {"STATE": {"ejected": "red", "probing": "yellow"}}
+COLORS: Colors = {"STATE": {"ejected": "red", "probing": "yellow", "unresolved": "red"}}
 
 SORT_KEYS: Mapping[str, Callable[[EndpointView], float]] = {
     "conns": lambda endpoint: endpoint.connections,
@@ -67,8 +67,9 @@ def command(
 ) -> None:
     """Endpoints behind each service: healthy or ejected, and why.
 
-    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. Where there are
-    workers, each judges for itself: STATE is the worst of theirs, and WORKERS says how many see it so.
+    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. An endpoint
+    that the Service gives by a DNS name has that beside its address. Where there are workers, each judges for itself:
+    STATE is the worst of theirs, and WORKERS says how many see it so.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     answer = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)
@@ -88,10 +89,18 @@ def command(
             click.echo(_totals(items))
 
     whole = EndpointList(items=tuple(items))
-    print_as(output, whole, items, name=lambda endpoint: endpoint.endpoint, table=table)
+    print_as(output, whole, items, name=lambda endpoint: endpoint.endpoint or endpoint.dns_name, table=table)
+
+
+def _address(endpoint: EndpointView) -> str:
+    """With the name beside it, if it has one; the name alone while no address of it is known."""
+    name = f"({endpoint.dns_name})" if endpoint.dns_name else ""
+    return " ".join(part for part in (endpoint.endpoint, name) if part)
 
 
 def _state(endpoint: EndpointView) -> str:
+    if not endpoint.endpoint:
+        return "unresolved"
     return "ejected" if endpoint.ejected_for_seconds else STATES.get(endpoint.breaker, endpoint.breaker)
 
 

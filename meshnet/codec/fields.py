@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field
 
 from meshnet.codec.problem import Path, Problem, quoted
-from meshnet.model.address import canonical_host
+from meshnet.model.address import canonical_host, is_dns_name
 from meshnet.model.duration import parse_duration
 from meshnet.model.identity import is_spiffe_id
 
@@ -65,6 +65,17 @@ class Fields:
         if address.is_unspecified or address.is_multicast or "%" in host:
             self.wrong(path, f"{quoted(text)} is not an address of one host")
         return host
+
+    def host_or_name(self, path: Path, text: str) -> str:
+        """As `host`, or a DNS name in small letters."""
+        if is_dns_name(text):
+            return text.lower()
+        without_port = text.rpartition(":")[0]
+        if _is_address(text) or _is_address(without_port.strip("[]")):
+            return self.host(path, text)
+        hint = f"write {quoted(without_port)}: ports are given apart" if is_dns_name(without_port) else ""
+        self.wrong(path, f"{quoted(text)} is neither an IP address nor a DNS name", hint)
+        return text
 
     def network(self, path: Path, text: str) -> str:
         """The canonical text of a CIDR."""

@@ -6,7 +6,7 @@ A service's or policy's full name is `namespace/name`; in namespace `default` ju
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from msgspec import structs
 
@@ -15,7 +15,7 @@ from meshnet.codec.policies import access_policy, traffic
 from meshnet.codec.problem import Path, did_you_mean, in_one, in_words, quoted
 from meshnet.codec.resources import Document, parse_documents
 from meshnet.errors import ConfigError
-from meshnet.model.address import Address
+from meshnet.model.address import Address, is_dns_name
 from meshnet.model.identity import is_spiffe_id
 from meshnet.model.resource import (
     AccessPolicy,
@@ -28,7 +28,7 @@ from meshnet.model.resource import (
     Service,
     TrafficPolicy,
 )
-from meshnet.model.service import NOWHERE, Endpoint, Locality, ServicePort, Traffic, TunnelKind
+from meshnet.model.service import NOWHERE, Endpoint, Locality, NamedEndpoint, ServicePort, Traffic, TunnelKind
 from meshnet.model.snapshot import Snapshot
 
 R = TypeVar("R", bound=Resource)
@@ -206,28 +206,27 @@ def _ports(entry: _Entry[Service], config: MeshConfigSpec, treated: Traffic) -> 
             port=each.port,
             mode=each.mode or config.mode,
             endpoints=tuple(
-                Endpoint(
-                    address=Address(host, each.target_port or each.port),
-                    tunnel=endpoint.tunnel,
-                    tunnel_port=endpoint.tunnel_port,
-                    identity=endpoint.identity,
-                    weight=endpoint.weight,
-                    locality=_locality(endpoint),
-                )
+                Endpoint(address=Address(host, each.target_port or each.port), **_treated(endpoint))
                 for host, endpoint in endpoints.items()
+                if not is_dns_name(host)
             ),
             traffic=treated,
+            named=tuple(
+                NamedEndpoint(dns_name=host, port=each.target_port or each.port, **_treated(endpoint))
+                for host, endpoint in endpoints.items()
+                if is_dns_name(host)
+            ),
         )
     return [ports[port] for port in sorted(ports)]
 
 
 def _endpoints(entry: _Entry[Service]) -> dict[str, EndpointSpec]:
-    """By canonical address; the same endpoint given twice is one endpoint."""
+    """By canonical address or DNS name; the same endpoint given twice is one endpoint."""
     fields = entry.fields
     endpoints: dict[str, EndpointSpec] = {}
     for index, each in enumerate(entry.resource.spec.endpoints):
         at = ("spec", "endpoints", index)
-        host = fields.host((*at, "address"), each.address)
+        host = fields.host_or_name((*at, "address"), each.address)
         fields.port((*at, "tunnelPort"), each.tunnel_port)
         fields.number((*at, "weight"), each.weight, 0, 1_000_000)
         meshed = each.tunnel is not TunnelKind.NONE
@@ -244,8 +243,11 @@ def _endpoints(entry: _Entry[Service]) -> dict[str, EndpointSpec]:
     return endpoints
 
 
-def _locality(endpoint: EndpointSpec) -> Locality:
-    return Locality(zone=endpoint.zone, region=endpoint.region) if endpoint.zone or endpoint.region else NOWHERE
+def _treated(endpoint: EndpointSpec) -> dict[str, Any]:
+    """What holds for an endpoint, wherever it is."""
+    same = {name: getattr(endpoint, name) for name in ("tunnel", "tunnel_port", "identity", "weight")}
+    placed = Locality(zone=endpoint.zone, region=endpoint.region) if endpoint.zone or endpoint.region else NOWHERE
+    return same | {"locality": placed}
 
 
 def _by_address(services: dict[Key, _Entry[Service]], ports: list[ServicePort]) -> dict[Address, ServicePort]:

@@ -205,6 +205,8 @@ def _value_problems(settings: Settings) -> list[Problem]:
     paths = {
         ("admin", "socket"): admin.socket,
         ("mesh", "directory"): settings.mesh.directory,
+        ("mesh", "resolv_conf"): settings.mesh.resolv_conf,
+        ("mesh", "hosts_file"): settings.mesh.hosts_file,
         ("identity", "certificate"): settings.identity.certificate,
         ("identity", "key"): settings.identity.key,
         ("identity", "bundle"): settings.identity.bundle,

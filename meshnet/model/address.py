@@ -12,6 +12,9 @@ CGROUPS = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9_.@:-]+(?:/[A-Za-z0-
 # (dev_valid_name) that which no program has to quote.
 INTERFACES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}|[A-Za-z0-9_][A-Za-z0-9_.@-]{0,13}\*", re.ASCII)
 
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_DNS_NAMES = re.compile(rf"{_LABEL}(?:\.{_LABEL})*\.?", re.ASCII)
+
 
 class Address(msgspec.Struct, frozen=True, order=True, gc=False):
     """An IP address in canonical text and a TCP port."""
@@ -49,6 +52,12 @@ def parse_address(text: str) -> Address:
     elif ":" in host:
         raise ValueError(f"{text!r}: write an IPv6 address as [ADDRESS]:PORT")
     return Address(canonical_host(host), int(port))
+
+
+def is_dns_name(text: str) -> bool:
+    """Whether it can be the name of a host, with or without the dot at its end; an IP address is none."""
+    last = text.rstrip(".").rpartition(".")[2]
+    return len(text) <= 254 and not last.isdecimal() and _DNS_NAMES.fullmatch(text) is not None
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network

@@ -157,7 +157,7 @@ class Status(Shape, frozen=True):
 
 class EndpointView(Shape, frozen=True):
     service: str
-    endpoint: str
+    endpoint: str  # empty for a name of which no address is known
     tunnel: str
     identity: str
     weight: int
@@ -170,6 +170,8 @@ class EndpointView(Shape, frozen=True):
     connect_ms: float | None = None  # of late
     last_error: str = ""
     workers: int = 0  # how many workers say so of the breaker, which each has of its own; 0 without workers
+    dns_name: str = ""  # whose address it is, where the Service gives a name
+    dns_problem: str = ""  # why that could not be asked for the last time: what was known of it stays
 
 
 class Candidate(Shape, frozen=True):

@@ -24,7 +24,7 @@ class PortSpec(Model, frozen=True, kw_only=True):
 
 
 class EndpointSpec(Model, frozen=True, kw_only=True):
-    address: str
+    address: str  # an IP address, or a DNS name
     tunnel: TunnelKind = TunnelKind.NONE
     tunnel_port: int = 15108
     identity: str = ""

@@ -159,7 +159,7 @@ class Traffic(Model, frozen=True, kw_only=True, gc=False):
 
 
 class Endpoint(Model, frozen=True, kw_only=True, gc=False):
-    """One address behind a service port, ready to be dialled."""
+    """One address behind a service port, ready to be dialled. `dns_name`: the name whose address it is, if it is."""
 
     address: Address
     tunnel: TunnelKind = TunnelKind.NONE
@@ -167,6 +167,7 @@ class Endpoint(Model, frozen=True, kw_only=True, gc=False):
     identity: str = ""
     weight: int = 1
     locality: Locality = NOWHERE
+    dns_name: str = ""
 
     @property
     def name(self) -> str:
@@ -177,8 +178,20 @@ class Endpoint(Model, frozen=True, kw_only=True, gc=False):
         return Address(self.address.host, self.tunnel_port)
 
 
+class NamedEndpoint(Model, frozen=True, kw_only=True, gc=False):
+    """As many endpoints as its DNS name has addresses, which whoever dials has to ask for."""
+
+    dns_name: str
+    port: int
+    tunnel: TunnelKind = TunnelKind.NONE
+    tunnel_port: int = 15108
+    identity: str = ""
+    weight: int = 1
+    locality: Locality = NOWHERE
+
+
 class ServicePort(Model, frozen=True, kw_only=True, gc=False):
-    """One port of one service: what a connection is routed to."""
+    """One port of one service: what a connection is routed to. `endpoints` has those of `named` that are known."""
 
     service: str
     namespace: str
@@ -186,6 +199,12 @@ class ServicePort(Model, frozen=True, kw_only=True, gc=False):
     mode: Mode
     endpoints: tuple[Endpoint, ...]
     traffic: Traffic = Traffic()
+    named: tuple[NamedEndpoint, ...] = ()
+
+    @property
+    def given(self) -> tuple[Endpoint | NamedEndpoint, ...]:
+        """Every endpoint that is known, and the names by which some are given."""
+        return (*self.endpoints, *self.named)
 
     @property
     def name(self) -> str:

@@ -35,6 +35,8 @@ class AdminSection(Section, frozen=True):
 class MeshSection(Section, frozen=True):
     directory: str = "/etc/meshnet/mesh.d"
     last_good: str = "/var/lib/meshnet/last-good.json"  # what a restart goes on with when the directory is bad
+    resolv_conf: str = "/etc/resolv.conf"  # where the names of endpoints are asked for, and by which rules
+    hosts_file: str = "/etc/hosts"  # where they are looked up first
 
 
 class IdentitySection(Section, frozen=True):

@@ -9,6 +9,7 @@ import trio
 from meshnet.codec.frames import MAX_DATA
 from meshnet.decide.balance import Balancer
 from meshnet.decide.breaker import BreakerState, counts_against_endpoint
+from meshnet.decide.names import nameless
 from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.service import Endpoint, HashOn, OnEject, ServicePort, TunnelKind
@@ -139,7 +140,9 @@ def _nothing_to_try(
     service: ServicePort, endpoints: Sequence[Endpoint], state: ProxyState, now: float
 ) -> ConnectionFailed:
     if not any(endpoint.weight for endpoint in endpoints):
-        return ConnectionFailed(Reason.NO_ENDPOINT, f"{service.name} has no endpoint")
+        names = [f"{name} ({state.names.problem(name) or 'no answer yet'})" for name in nameless(service)]
+        why = f": no address is known of {', '.join(names)}" if names else ""
+        return ConnectionFailed(Reason.NO_ENDPOINT, f"{service.name} has no endpoint{why}")
     learned = [known.breaker for endpoint in endpoints if (known := state.endpoints.get(endpoint.address))]
     waits = [breaker.open_for(now) for breaker in learned if not breaker.allows(now)]
     if waits:

@@ -337,6 +337,12 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
         yield _gauge(
             "meshnet_cert_expiry_timestamp_seconds", "When our certificate ends.", state.identity.credentials.not_after
         )
+    names = state.names
+    lookups = CounterMetricFamily("meshnet_dns_lookups", "Names of endpoints asked for.", labels=["result"])
+    lookups.add_metric(["answered"], names.answered)
+    lookups.add_metric(["failed"], names.failed)
+    yield lookups
+    yield _gauge("meshnet_dns_failing_names", "Names that cannot be resolved; what was known stays.", names.failing())
     yield _gauge("meshnet_config_revision", "The snapshot in force.", state.snapshot.version)
     yield _gauge("meshnet_config_age_seconds", "How long it has been.", now - state.applied_at)
 

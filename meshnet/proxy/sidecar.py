@@ -11,10 +11,8 @@ from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 
 import trio
-from msgspec import structs
 
-from meshnet.decide.share import share_of_mesh
-from meshnet.errors import CommandError, ConfigError, EndedBy, Reason
+from meshnet.errors import CommandError, EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.model.duration import parse_duration
@@ -23,8 +21,9 @@ from meshnet.model.snapshot import Snapshot
 from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import Strands
-from meshnet.proxy import follow, inbound, last_good, outbound
+from meshnet.proxy import inbound, outbound
 from meshnet.proxy.identity import Identity
+from meshnet.proxy.in_force import MeshInForce
 from meshnet.proxy.lag import LoopLag
 from meshnet.proxy.listen import Listeners
 from meshnet.proxy.log import AccessLog, access_format
@@ -33,7 +32,6 @@ from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.standing_order import Before, fail
 from meshnet.proxy.state import ProxyState
-from meshnet.proxy.status import count_services
 from meshnet.proxy.upkeep import Upkeep
 from meshnet.relay.ladder import best_relay
 from meshnet.tunnel.pool import Pool
@@ -124,7 +122,7 @@ class Sidecar:
         """Until it has been asked to drain, and has drained."""
         state = self.state
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._follow)
+            nursery.start_soon(MeshInForce(state, self._first_look.set).run, self._reloads)
             nursery.start_soon(state.identity.watch, self._renewed)
             nursery.start_soon(state.pool.run)
             nursery.start_soon(state.orders.run)
@@ -251,39 +249,6 @@ class Sidecar:
                 await state.registry.empty.wait()
             if not state.registry.open:
                 await trio.sleep(_LAST_CALL)
-
-    async def _follow(self) -> None:
-        state, mesh, workers = self.state, self.state.settings.mesh, self.state.settings.proxy.workers
-
-        async def put_in_force(snapshot: Snapshot) -> None:
-            if workers > 1:
-                snapshot = await trio.to_thread.run_sync(share_of_mesh, snapshot, workers)
-            await state.apply(snapshot)
-
-        async def refused(problem: ConfigError) -> None:
-            if state.snapshot.version == 0:
-                stored = await trio.to_thread.run_sync(last_good.load, mesh.last_good, 1)
-                if stored is not None:
-                    await put_in_force(stored)
-                    _log.warning("going on with the mesh that was good before the restart, from %s", mesh.last_good)
-            state.config_problem = str(problem)
-            state.metrics.config_refused += 1
-            _log.error("mesh files refused, the last good state stays: %s", problem)
-            self._first_look.set()
-
-        async def apply(snapshot: Snapshot) -> None:
-            # The follower does not count the one that was kept from before a restart.
-            snapshot = structs.replace(snapshot, version=state.snapshot.version + 1)
-            try:
-                # First, so that whatever has been in force is so after a restart too.
-                await trio.to_thread.run_sync(last_good.save, snapshot, mesh.last_good)
-            except OSError as error:
-                _log.warning("the mesh could not be kept for a restart: %s", error)
-            await put_in_force(snapshot)
-            _log.info("mesh version %d: %d services", snapshot.version, count_services(snapshot))
-            self._first_look.set()
-
-        await follow.follow(mesh.directory, state.snapshot.version, apply, refused, reload=self._reloads)
 
     async def _follow_addresses(self) -> None:
         addresses = self.state.addresses

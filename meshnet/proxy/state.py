@@ -13,6 +13,7 @@ from meshnet.decide.access import AccessRules, Call, Deny
 from meshnet.decide.balance import Balancer, Prepared, prepare
 from meshnet.decide.breaker import Breaker
 from meshnet.decide.limits import Admitted, Limiter, Queued, Rejected, Ticket
+from meshnet.decide.names import nameless
 from meshnet.decide.outlier import Outcomes
 from meshnet.decide.retry import RetryBudget
 from meshnet.decide.warmth import ConnectTime
@@ -26,6 +27,7 @@ from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import in_task
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
+from meshnet.proxy.names import Names
 from meshnet.proxy.orders import Orders
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
@@ -103,7 +105,8 @@ class ProxyState:
         self.here = Locality(zone=settings.proxy.zone, region=settings.proxy.region)
         self.endpoints: dict[Address, EndpointState] = {}
         self.warming: dict[Address, float] = {}  # since when an endpoint is there, or there again; in force soon
-        self.removed: dict[str, float] = {}  # until when the connections of endpoints that are gone may live
+        # Endpoints that are gone, by name, and until when their connections may live.
+        self.removed: dict[str, tuple[Address, float]] = {}
         self._balancers: dict[tuple[str, str, int], Balancer] = {}  # by namespace and name of the service, and port
         self._local_services: dict[int, tuple[float, ServicePort | None]] = {}  # by the application's port
         self.snapshot = snapshot
@@ -111,6 +114,7 @@ class ProxyState:
         self.config_problem = ""
         self.access = AccessRules(snapshot.policies, snapshot.default_action)
         self.orders = Orders(self)
+        self.names = Names(settings.mesh, mark)
         addresses.on_change = self._addresses_changed
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
@@ -134,11 +138,13 @@ class ProxyState:
         for service, prepared in compiled.prepared:
             self.balancer(service).adopt(prepared)
         self.warming |= dict.fromkeys(compiled.added, self.applied_at)
-        for name, seconds in compiled.removed.items():
-            self.removed.setdefault(name, self.applied_at + seconds)
-        for endpoint in compiled.added:
-            self.removed.pop(str(endpoint), None)
-        self.config_problem = ""
+        self.removed = {
+            name: (address, until)
+            for name, (address, until) in self.removed.items()
+            if address not in snapshot.by_endpoint
+        }
+        for endpoint, seconds in compiled.removed:
+            self.removed.setdefault(endpoint.name, (endpoint.address, self.applied_at + seconds))
         self.access = access
         self.orders.revoke_all()
         self._local_services.clear()
@@ -306,6 +312,10 @@ class ProxyState:
         for address, (service, _) in self.snapshot.by_endpoint.items():
             if address.port == port and self.is_local(address.host):
                 return service
+        # A name that nobody could resolve yet may be this host's: nobody gets past its service's policies that way.
+        for service in self.snapshot.services:
+            if service.named and service.named[0].port == port and nameless(service):
+                return service
         return None
 
     def _wake(self, held: ServiceState, admitted: list[Ticket]) -> None:
@@ -319,8 +329,8 @@ class _Compiled(NamedTuple):
     prepared: list[tuple[ServicePort, Prepared]]
     added: list[Address]
     """Endpoints that are new beside others, which are not."""
-    removed: dict[str, float]
-    """Names of endpoints that are gone, and the seconds their connections get, where they get some."""
+    removed: list[tuple[Endpoint, float]]
+    """Those that are gone, and the seconds their connections get, where they get some."""
 
 
 def _compiled(snapshot: Snapshot, before: Snapshot, here: Locality) -> _Compiled:
@@ -336,9 +346,9 @@ def _compiled(snapshot: Snapshot, before: Snapshot, here: Locality) -> _Compiled
         new = [each.address for each in service.endpoints if each.address not in before.by_endpoint]
         if len(new) < len(service.endpoints):  # or there is nobody to take the rest meanwhile
             added += new
-    removed = {
-        endpoint.name: service.traffic.timeouts.removed
+    removed = [
+        (endpoint, service.traffic.timeouts.removed)
         for address, (service, endpoint) in before.by_endpoint.items()
         if service.traffic.timeouts.removed and address not in snapshot.by_endpoint
-    }
+    ]
     return _Compiled(AccessRules(snapshot.policies, snapshot.default_action), limits, prepared, added, removed)

@@ -6,8 +6,9 @@ import time
 from collections.abc import Mapping
 
 from meshnet import __version__
+from meshnet.decide.names import nameless
 from meshnet.model.admin import ConfigStatus, EndpointList, EndpointView, RelayStatus, Status, TunnelStatus
-from meshnet.model.service import Endpoint, ServicePort, TunnelKind
+from meshnet.model.service import Endpoint, NamedEndpoint, ServicePort, TunnelKind
 from meshnet.model.snapshot import Snapshot
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.state import ProxyState
@@ -86,19 +87,27 @@ def endpoints(state: ProxyState, service_name: str) -> EndpointList:
             _endpoint(service, endpoint, state, now)
             for service in state.snapshot.services
             if service_name in ("", service.name, service.service)
-            for endpoint in service.endpoints
+            for endpoint in _shown(service)
         )
     )
 
 
-def _endpoint(service: ServicePort, endpoint: Endpoint, state: ProxyState, now: float) -> EndpointView:
-    known = state.endpoints.get(endpoint.address)
+def _shown(service: ServicePort) -> tuple[Endpoint | NamedEndpoint, ...]:
+    """Its endpoints, and the names of which no address is known."""
+    names = nameless(service)
+    return (*service.endpoints, *(each for each in service.named if each.dns_name in names))
+
+
+def _endpoint(service: ServicePort, endpoint: Endpoint | NamedEndpoint, state: ProxyState, now: float) -> EndpointView:
+    known = state.endpoints.get(endpoint.address) if isinstance(endpoint, Endpoint) else None
     view = {
         "service": service.name,
-        "endpoint": endpoint.name,
+        "endpoint": endpoint.name if isinstance(endpoint, Endpoint) else "",
         "tunnel": str(endpoint.tunnel),
         "identity": endpoint.identity,
         "weight": endpoint.weight,
+        "dns_name": endpoint.dns_name,
+        "dns_problem": state.names.problem(endpoint.dns_name),
     }
     if known is None:
         return EndpointView(**view, breaker="closed", connections=0, pending=0, failures=0)  # type: ignore[arg-type] # mixed values
@@ -117,5 +126,5 @@ def _endpoint(service: ServicePort, endpoint: Endpoint, state: ProxyState, now: 
 
 def _needs_identity(state: ProxyState) -> bool:
     return any(
-        endpoint.tunnel is not TunnelKind.NONE for service in state.snapshot.services for endpoint in service.endpoints
+        endpoint.tunnel is not TunnelKind.NONE for service in state.snapshot.services for endpoint in service.given
     )

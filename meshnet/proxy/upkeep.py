@@ -73,14 +73,16 @@ class Upkeep:
                 self._look_at(record, now)
             await trio.lowlevel.checkpoint()
         state.removed = {
-            name: until for name, until in state.removed.items() if time.monotonic() < until + _REBALANCE_EVERY
+            name: (address, until)
+            for name, (address, until) in state.removed.items()
+            if time.monotonic() < until + _REBALANCE_EVERY
         }
 
     def _look_at(self, record: Record, now: float) -> None:
         if record.connected is None:
             return
-        until = self._state.removed.get(record.endpoint)
-        if until is not None and now >= until and record.direction is Direction.OUTBOUND:
+        gone = self._state.removed.get(record.endpoint)
+        if gone is not None and now >= gone[1] and record.direction is Direction.OUTBOUND:
             record.abort(Reason.ENDPOINT_REMOVED, EndedBy.POLICY, f"{record.endpoint} is not in the mesh any more")
             return
         tally = record.tally

@@ -61,6 +61,23 @@ def test_the_table_says_which_endpoints_get_no_connections_and_why(meshnet: Mesh
     )
 
 
+def test_a_name_is_beside_its_address_and_stands_alone_while_it_has_none(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    named = msgspec.structs.replace(PROBING, dns_name="db.example.com")
+    unresolved = msgspec.structs.replace(
+        HEALTHY, endpoint="", dns_name="api.example.com", dns_problem="there is no such name"
+    )
+    sidecar.will_answer(EndpointList(items=(named, unresolved)))
+    result = meshnet("endpoints", "--columns", "endpoint,state,last_error")
+    assert result.output == (
+        "ENDPOINT                        STATE       LAST_ERROR\n"
+        "10.9.0.4:5432 (db.example.com)  probing     refused\n"
+        "(api.example.com)               unresolved  there is no such name\n"
+        "0 of 2 healthy.\n"
+    )
+    sidecar.will_answer(EndpointList(items=(named, unresolved)))
+    assert meshnet("endpoints", "-o", "name").output == "10.9.0.4:5432\napi.example.com\n"
+
+
 def test_wide_adds_identities(meshnet: Meshnet, sidecar: Sidecar) -> None:
     sidecar.will_answer(ALL)
     last_cells = [line.split()[-1] for line in meshnet("endpoints", "-o", "wide").output.splitlines()[:-1]]

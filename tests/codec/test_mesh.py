@@ -186,8 +186,14 @@ def test_a_weight_of_zero_keeps_a_drained_endpoint_known() -> None:
         ("port: 443", "port: 80", "b.yaml:10: Service web, spec.ports[1].port: the port 80 is given twice"),
         ("address: 10.1.0.1\n", "address: 10.1.0.1:8080\n", "b.yaml:13: Service web, spec.endpoints[0].address: "
          '"10.1.0.1:8080" is not an IP address (write "10.1.0.1": ports are given apart)'),
-        ("address: 10.1.0.1\n", "address: web-1\n",
-         'b.yaml:13: Service web, spec.endpoints[0].address: "web-1" is not an IP address'),
+        ("address: 10.1.0.1\n", "address: web_1!\n", "b.yaml:13: Service web, spec.endpoints[0].address: "
+         '"web_1!" is neither an IP address nor a DNS name'),
+        ("address: 10.1.0.1\n", "address: 10.1.0.300\n", "b.yaml:13: Service web, spec.endpoints[0].address: "
+         '"10.1.0.300" is neither an IP address nor a DNS name'),
+        ("address: 10.1.0.1\n", "address: web-1.example.com:80\n", "b.yaml:13: Service web, spec.endpoints[0].address: "
+         '"web-1.example.com:80" is neither an IP address nor a DNS name (write "web-1.example.com": '
+         "ports are given apart)"),
+        ("address: 10.1.0.1\n", "address: Web-1.example.com.\n", None),
         ("      identity: spiffe://prod/ns/default/sa/web\n", "", "b.yaml:13: Service web, spec.endpoints[0]: "
          "a meshed endpoint needs an identity (add identity: spiffe://...)"),
         ("      tunnel: meshnet\n", "", "b.yaml:14: Service web, spec.endpoints[0].identity: "

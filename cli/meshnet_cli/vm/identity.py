@@ -25,7 +25,7 @@ def make_identity(settings: Settings, domain: str, snapshot: "Snapshot | None", 
 
     home = preflight.authority_home(certificate)
     services = snapshot.services if snapshot else ()
-    named = {trust_domain(endpoint.identity) for service in services for endpoint in service.endpoints} - {"", domain}
+    named = {trust_domain(endpoint.identity) for service in services for endpoint in service.given} - {"", domain}
     if named and not (home / authority.CA_CERTIFICATE).exists():
         raise CommandError(
             "this host has no certificate yet",

@@ -64,7 +64,9 @@ def sidecar_unit(settings: Settings, meshnet: tuple[str, ...], config: str | Non
     else:
         written.append(socket.parent)
     drain = parse_duration(settings.proxy.drain_timeout)
-    seen = (*meshnet, config or "", settings.mesh.directory, settings.identity.certificate, str(last_good))
+    mesh = settings.mesh
+    read = (mesh.directory, mesh.resolv_conf, mesh.hosts_file, settings.identity.certificate)
+    seen = (*meshnet, config or "", *read, str(last_good))
     return f"""\
 {_WRITTEN_BY} {SIDECAR.removesuffix(".service")}
 [Unit]

@@ -35,10 +35,10 @@ def choose(found: Sequence[Connection]) -> Connection | None:
 
 def merge_endpoints(lists: Iterable[Sequence[EndpointView]]) -> tuple[EndpointView, ...]:
     """Connections added up; the breaker as the worker sees it who sees the worst, and how many see that."""
-    views: dict[tuple[str, str], list[EndpointView]] = {}
+    views: dict[tuple[str, str, str], list[EndpointView]] = {}
     for listed in lists:
         for view in listed:
-            views.setdefault((view.service, view.endpoint), []).append(view)
+            views.setdefault((view.service, view.endpoint, view.dns_name if not view.endpoint else ""), []).append(view)
     return tuple(map(_endpoint, views.values()))
 
 
@@ -57,6 +57,7 @@ def _endpoint(views: Sequence[EndpointView]) -> EndpointView:
         pending=sum(view.pending for view in views),
         last_error=worst.last_error or next((view.last_error for view in views if view.last_error), ""),
         workers=sum(view.breaker == worst.breaker for view in views),
+        dns_problem=next((view.dns_problem for view in views if view.dns_problem), ""),
     )
 
 

@@ -69,6 +69,14 @@ def test_an_endpoint_has_the_connections_of_all_and_the_worst_breaker() -> None:
     assert (merged.breaker, merged.workers, merged.last_error) == ("closed", 2, "once")
 
 
+def test_a_name_that_one_worker_cannot_resolve_is_told_and_names_without_an_address_stay_apart() -> None:
+    known = replace(VIEW, dns_name="db.example.com")
+    (merged,) = merge_endpoints([[known], [replace(known, dns_problem="SERVFAIL")]])
+    assert (merged.endpoint, merged.dns_problem, merged.workers) == ("10.0.0.1:80", "SERVFAIL", 2)
+    one, other = (replace(VIEW, endpoint="", dns_name=name) for name in ("one", "other"))
+    assert [each.dns_name for each in merge_endpoints([[one, other], [one, other]])] == ["one", "other"]
+
+
 def test_endpoints_of_different_services_stay_apart() -> None:
     other = replace(VIEW, service="db:80")
     assert [(each.service, each.workers) for each in merge_endpoints([[VIEW, other], [VIEW]])] == [
