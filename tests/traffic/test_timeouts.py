@@ -99,6 +99,21 @@ def test_an_endpoint_that_was_taken_out_gets_its_time_and_no_more(hosts: Hosts, 
     assert reason(removed) == "endpoint.removed by policy in data"
 
 
+def test_the_only_endpoint_that_went_and_is_back_in_time_keeps_its_connections(hosts: Hosts, name: Name) -> None:
+    policy = traffic(name, timeouts={"removed": "2s"})
+    hosts.write(hosts.service(name, hosts.apis[:1]), policy)
+    other = hosts.new_name()
+    clock = (hosts.service(other, hosts.apis[1:2]), traffic(other, timeouts={"removed": "2s"}))
+    hosts.write(hosts.service(name, hosts.apis[:1]), policy, *clock)
+    with hosts.apps(name.port, hosts.apis[:1]), hosts.apps(other.port, hosts.apis[1:2]), ExitStack() as stack:
+        back = stack.enter_context(Call(hosts.web, name))
+        gone = stack.enter_context(Call(hosts.web, other))
+        hosts.write(hosts.service(name, []), policy, *clock)
+        hosts.write(hosts.service(name, hosts.apis[:1]), policy, hosts.service(other, []), clock[1])
+        wait_for(lambda: is_reset(gone))
+        assert back.say("still here") == "still here"
+
+
 def test_rebalance_moves_idle_ones_from_who_has_too_many(hosts: Hosts, name: Name) -> None:
     first, service = hosts.apis[0], hosts.service(name, hosts.apis)
     hosts.write(service, traffic(name, rebalance={"above": 1.5, "perMinute": 60}))
