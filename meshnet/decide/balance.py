@@ -1,6 +1,5 @@
 """Which endpoint gets the next connection. As long as some will do, the cost does not grow with how many there are."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -171,7 +170,7 @@ def _is_warm(endpoint: Endpoint, load: Load, dice: Dice) -> bool:
 
 
 def _least_conn(endpoints: Sequence[Endpoint], load: Load, dice: Dice) -> Endpoint | None:
-    """The lowest (connections + 1) / weight; among equals the nearest, and among those any.
+    """The lowest (connections + 1) / weight; among equals any, the nearer the likelier.
 
     The 1 is the connection that is to be placed. Of more than a few endpoints the better one of two different ones,
     every pair equally likely.
@@ -189,7 +188,7 @@ def _least_conn(endpoints: Sequence[Endpoint], load: Load, dice: Dice) -> Endpoi
         if first < 0:
             first, lowest = place, score
         elif score == lowest:
-            return _nearest([endpoints[first], endpoint], load, dice)
+            return _likely_near((endpoints[first], endpoint), load, dice)
         else:
             return endpoint if score < lowest else endpoints[first]
     willing = [endpoint for endpoint in endpoints if _willing(endpoint, load)]
@@ -208,7 +207,7 @@ def _lowest(endpoints: Sequence[Endpoint], load: Load, dice: Dice) -> Endpoint |
         elif score == lowest:
             best.append(endpoint)
     if len(best) > 1:
-        return _nearest(best, load, dice)
+        return _likely_near(best, load, dice)
     return best[0] if best else None
 
 
@@ -217,12 +216,15 @@ def _score(endpoint: Endpoint, connections: int, load: Load) -> float:
     return (connections + 1) / weight
 
 
-def _nearest(endpoints: Sequence[Endpoint], load: Load, dice: Dice) -> Endpoint:
-    """Times that are within a factor of two are alike, or one endpoint would get all that come one after the other."""
-    distances = [math.frexp(max(load.connect_time(endpoint), _ALIKE))[1] for endpoint in endpoints]
-    least = min(distances)
-    near = [endpoint for endpoint, distance in zip(endpoints, distances, strict=True) if distance == least]
-    return near[int(dice.random() * len(near))]
+def _likely_near(endpoints: Sequence[Endpoint], load: Load, dice: Dice) -> Endpoint:
+    """One that takes half as long is twice as likely. If it got all, nobody would learn that another has got faster."""
+    nearness = [1 / max(load.connect_time(endpoint), _ALIKE) for endpoint in endpoints]
+    drawn = dice.random() * sum(nearness)
+    for endpoint, part in zip(endpoints, nearness, strict=True):
+        drawn -= part
+        if drawn < 0:
+            return endpoint
+    return endpoints[-1]
 
 
 def _two_of(endpoints: Sequence[Endpoint], dice: Dice) -> tuple[Endpoint, Endpoint]:

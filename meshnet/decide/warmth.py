@@ -13,12 +13,12 @@ def warmth(settings: SlowStart, age: float) -> float:
 
 
 class ConnectTime:
-    """How long connecting takes of late, in seconds: what is older fades, to a third in ten seconds.
+    """How long connecting takes of late, in seconds: what is older fades, to a third in ten seconds or eight samples.
 
     It hears of connections that came up and of nothing else, or an endpoint that refuses at once would seem near.
     """
 
-    FADES = 10.0
+    FADES, KEPT = 10.0, 7 / 8
 
     __slots__ = ("_at", "seconds")
 
@@ -27,6 +27,6 @@ class ConnectTime:
         self._at = 0.0
 
     def took(self, seconds: float, now: float) -> None:
-        kept = math.exp(min(0.0, self._at - now) / self.FADES) if self.seconds else 0.0
+        kept = min(math.exp(min(0.0, self._at - now) / self.FADES), self.KEPT) if self.seconds else 0.0
         self.seconds = seconds + (self.seconds - seconds) * kept
         self._at = now

@@ -114,7 +114,8 @@ async def _try(
             state.warming[endpoint.address] = now
         known.breaker.succeeded(now)
         known.outcomes.note(True, window, now)
-        known.connect_time.took(now - started, now)
+        handshake = record.handshake_ms or 0.0  # which the next one is spared
+        known.connect_time.took(max(0.0, now - started - handshake / 1000), now)
         judged = True
         known.open += 1
         leg.known = known

@@ -1,3 +1,4 @@
+import functools
 import random
 from collections import Counter
 from fractions import Fraction
@@ -101,7 +102,7 @@ def test_one_is_picked_whenever_one_may_be_and_only_such_a_one(
 @given(KINDS, st.integers(0, 2999), SEEDS)
 def test_the_only_one_of_thousands_is_found_and_at_once_when_it_changes(kind: Balance, name: int, seed: int) -> None:
     endpoints, loads = THOUSANDS, Loads([None] * len(THOUSANDS))
-    balancer, dice = Balancer(), random.Random(seed)
+    balancer, dice = of_thousands(kind), random.Random(seed)
     assert pick(balancer, kind, endpoints, loads, dice) is None
     loads.loads[name] = 3
     assert pick(balancer, kind, endpoints, loads, dice) is endpoints[name]
@@ -112,11 +113,17 @@ def test_the_only_one_of_thousands_is_found_and_at_once_when_it_changes(kind: Ba
 THOUSANDS = weighing(*[1] * 3000)
 
 
+@functools.cache
+def of_thousands(_: Balance) -> Balancer:
+    """One for all examples: for Maglev it has a large table to make."""
+    return Balancer()
+
+
 @given(KINDS, SEEDS)
 def test_as_long_as_most_will_do_few_are_asked_however_many_there_are(kind: Balance, seed: int) -> None:
     dice = random.Random(seed)
     loads = Loads([None if dice.random() < 0.3 else 1 for _ in THOUSANDS])
-    balancer = Balancer()
+    balancer = of_thousands(kind)
     for _ in range(50):
         loads.asked = 0
         assert pick(balancer, kind, THOUSANDS, loads, dice) is not None
@@ -274,26 +281,24 @@ def test_a_heavy_endpoint_made_light_is_not_left_out_for_what_it_had_before() ->
     assert set(rounds(balancer, weighing(1, 1), 6)) == {"a", "b"}
 
 
-def test_among_equals_the_nearest_is_taken_and_times_within_a_factor_of_two_are_alike() -> None:
+def test_among_equals_the_nearer_is_the_likelier_and_nobody_is_left_out() -> None:
     endpoints, dice = weighing(1, 1, 1, 1), random.Random(7)
-    near = Loads([0, 0, 0, 0], times=[0.05, 0.0045, 0.0078, 0.2])
-    seen = Counter(pick(Balancer(), Balance.LEAST_CONN, endpoints, near, dice) for _ in range(400))
-    assert set(seen) == {endpoints[1], endpoints[2]}
-    assert min(seen.values()) > 150
-    # Fewer connections come first all the same, and who is not known yet is tried.
+    near = Loads([0, 0, 0, 0], times=[0.04, 0.01, 0.0001, 0.0])  # what is below a millisecond is alike
+    seen = Counter(pick(Balancer(), Balance.LEAST_CONN, endpoints, near, dice) for _ in range(8500))
+    assert [round(seen[one] / 4000, 1) for one in endpoints] == [0, 0.1, 1, 1]
+    assert seen[endpoints[0]] > 60
+    # Fewer connections come first all the same.
     assert (
         pick(Balancer(), Balance.LEAST_CONN, endpoints, Loads([1, 1, 1, 0], times=[0, 0, 0, 9]), dice) is endpoints[3]
     )
-    assert (
-        pick(Balancer(), Balance.LEAST_CONN, endpoints, Loads([0] * 4, times=[0.1, 0.1, 0, 0.1]), dice) is endpoints[2]
-    )
 
 
-def test_among_many_equals_the_nearer_of_two_is_taken() -> None:
+def test_among_many_equals_the_nearer_of_two_is_the_likelier() -> None:
     endpoints, dice = weighing(*[1] * 20), random.Random(7)
     near = Loads([0] * 20, times=[0.001] * 10 + [0.1] * 10)
     seen = Counter(pick(Balancer(), Balance.LEAST_CONN, endpoints, near, dice) for _ in range(4000))
     assert sum(seen[one] for one in endpoints[:10]) > 2700  # all but pairs of two far ones
+    assert min(seen.values()) > 50
 
 
 @given(st.sampled_from([Balance.LEAST_CONN, Balance.ROUND_ROBIN, Balance.RANDOM]), st.sampled_from([0.1, 0.3, 0.6]))
@@ -335,9 +340,10 @@ def test_maglev_gives_a_source_its_own_endpoint_whatever_order_they_are_listed_i
 ) -> None:
     endpoints, dice = weighing(*weights), random.Random(seed)
     shuffled = tuple(random.Random(seed).sample(endpoints, len(endpoints)))
+    one, other = Balancer(), Balancer()
     for name in range(20):
-        chosen = pick(Balancer(), Balance.MAGLEV, endpoints, idle, dice, f"10.1.0.{name}")
-        assert pick(Balancer(), Balance.MAGLEV, shuffled, idle, dice, f"10.1.0.{name}") is chosen
+        chosen = pick(one, Balance.MAGLEV, endpoints, idle, dice, f"10.1.0.{name}")
+        assert pick(other, Balance.MAGLEV, shuffled, idle, dice, f"10.1.0.{name}") is chosen
 
 
 def test_maglev_keeps_to_the_weights_and_moves_few_sources_when_one_goes() -> None:
@@ -346,7 +352,8 @@ def test_maglev_keeps_to_the_weights_and_moves_few_sources_when_one_goes() -> No
     before = [pick(whole, Balance.MAGLEV, endpoints, idle, dice, str(name)) for name in range(4000)]
     seen = Counter(before)
     assert [round(seen[one] / 500) for one in endpoints] == [1, 1, 2, 4]
-    after = [pick(less, Balance.MAGLEV, endpoints[1:], idle, dice, str(name)) for name in range(4000)]
+    rest = endpoints[1:]
+    after = [pick(less, Balance.MAGLEV, rest, idle, dice, str(name)) for name in range(4000)]
     moved = sum(was is not endpoints[0] and was is not now for was, now in zip(before, after, strict=True))
     assert moved < 4000 * 0.2
     out = Loads([None, 0, 0, 0])  # ejected, not gone: nobody else moves at all
