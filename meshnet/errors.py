@@ -24,6 +24,7 @@ class Reason(enum.StrEnum):
     AUTHZ_REVOKED = "authz.revoked"
     LIMIT_CONNECTIONS = "limit.connections"
     LIMIT_QUEUE_TIMEOUT = "limit.queue_timeout"
+    LIMIT_HOST = "limit.host"
     BREAKER_OPEN = "breaker.open"
     ENDPOINT_EJECTED = "endpoint.ejected"
     ENDPOINT_REMOVED = "endpoint.removed"

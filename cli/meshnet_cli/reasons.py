@@ -87,6 +87,11 @@ ADVICE: Mapping[Reason, Advice] = {
         "it waited in the service's queue, and no connection became free in time",
         "meshnet conns --to SERVICE --open --sort age shows who holds them; or raise limits.maxConnections",
     ),
+    Reason.LIMIT_HOST: Advice(
+        "the host of one of the sidecars had no descriptor, port or memory left for one more connection",
+        "the message says what was short: raise LimitNOFILE of the sidecar's unit, or net.ipv4.ip_local_port_range; "
+        "meshnet conns --open shows what holds them",
+    ),
     Reason.BREAKER_OPEN: Advice(
         "every endpoint failed so often of late that its breaker is open; it lets a probe through after a while",
         "meshnet endpoints SERVICE shows each one's last error and when it is probed; mend the endpoint",

@@ -126,4 +126,5 @@ def is_retryable(reason: Reason) -> bool:
     return counts_against_endpoint(reason) or reason in _ELSEWHERE
 
 
-_ELSEWHERE = frozenset({Reason.DRAIN, Reason.LIMIT_CONNECTIONS, Reason.LIMIT_QUEUE_TIMEOUT})  # as its sidecar says
+# As its sidecar says, or because ports are short for one destination at a time.
+_ELSEWHERE = frozenset({Reason.DRAIN, Reason.LIMIT_CONNECTIONS, Reason.LIMIT_QUEUE_TIMEOUT, Reason.LIMIT_HOST})

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import trio
 
-from meshnet.errors import ConnectionFailed, Reason
+from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address, canonical_host
 from meshnet.net.strand import in_task
 
@@ -155,10 +155,23 @@ def connect_failure(address: Address, code: int, timeout: float) -> ConnectionFa
     """What the errno `code` of a connect to `address` means, or of one that took `timeout` seconds."""
     if code == errno.ETIMEDOUT:
         return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
+    if code == errno.EADDRNOTAVAIL and _has_source(address):
+        return _shortage(f"no port is left for one more connection to {address}")
     if code in _OUR_SHORTAGE:
-        return ConnectionFailed(Reason.INTERNAL, f"cannot dial {address}: {os.strerror(code)}")
+        return _shortage(f"cannot dial {address}: {os.strerror(code)}")
     reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
     return ConnectionFailed(reason, f"{address}: {os.strerror(code)}")
+
+
+def _shortage(detail: str) -> ConnectionFailed:
+    return ConnectionFailed(Reason.LIMIT_HOST, detail, ended_by=EndedBy.LIMIT)
+
+
+def _has_source(address: Address) -> bool:
+    """Whether this host has an address to reach `address` from; without one the kernel says EADDRNOTAVAIL too."""
+    family = socket.AF_INET6 if address.is_v6 else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        return not probe.connect_ex((address.host, address.port))
 
 
 def can_mark(mark: int) -> bool:
@@ -235,7 +248,7 @@ def _socket(family: int, mark: int) -> socket.socket:
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
-        raise ConnectionFailed(Reason.INTERNAL, f"cannot make a socket: {error.strerror}") from error
+        raise _shortage(f"cannot make a socket: {error.strerror}") from error
     if mark:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
     return sock
@@ -272,7 +285,7 @@ def _dial_as(source: str, address: Address, family: int, mark: int) -> tuple[soc
         if code != errno.EADDRNOTAVAIL:
             return sock, code
         sock.close()
-    raise ConnectionFailed(Reason.INTERNAL, f"no port is free to speak to {address} as {source}")
+    raise _shortage(f"no port is free to speak to {address} as {source}")
 
 
 def _tune(sock: socket.socket, keepalive: tuple[int, int, int]) -> None:

@@ -210,6 +210,7 @@ def test_what_the_endpoint_did_counts_against_it(reason: Reason) -> None:
         Reason.AUTHZ_REVOKED,
         Reason.LIMIT_CONNECTIONS,
         Reason.LIMIT_QUEUE_TIMEOUT,
+        Reason.LIMIT_HOST,
         Reason.BREAKER_OPEN,
         Reason.DRAIN,
         Reason.PEER_RST,

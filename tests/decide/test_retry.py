@@ -97,7 +97,7 @@ def test_policy_the_client_and_our_own_faults_are_not_retried(reason: Reason) ->
 
 
 def test_an_endpoint_that_drains_or_is_full_is_left_for_another_but_not_blamed() -> None:
-    for reason in (Reason.DRAIN, Reason.LIMIT_CONNECTIONS):
+    for reason in (Reason.DRAIN, Reason.LIMIT_CONNECTIONS, Reason.LIMIT_HOST):
         assert is_retryable(reason)
         assert not counts_against_endpoint(reason)
 
