@@ -1,5 +1,6 @@
 """The access log: one line per finished connection, written by a thread, so that a stuck reader stops nobody."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -17,6 +18,7 @@ _log = logging.getLogger("meshnet.access")
 
 _GATHER = 0.05  # seconds; lines of one such while are one write, and one wake-up of the thread
 _WAITING_LINES = 10_000  # a reader slower than this loses lines, and is told how many
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})  # what a disk says that may have room again
 
 Format = Literal["json", "text", "off"]
 
@@ -58,7 +60,10 @@ class AccessLog:
         self._descriptor = descriptor
         self._lock = lock
         self._waiting: deque[Ended] = deque()
-        self._lost = 0
+        self._lost = 0  # for want of a place among those that wait
+        self._unwritten = 0  # for want of room on a disk
+        self._told = 0  # of both
+        self._is_torn = False  # the last line that was written has no end
         self._wake = threading.Event()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._write_forever, name="access-log", daemon=True)
@@ -95,24 +100,44 @@ class AccessLog:
                     lines.append(self._line(record) + b"\n")
                 except Exception:
                     _log.exception("a record could not be logged")
-            if lost := self._lost:
-                lines.append(b'{"kind":"LinesLost","count":%d}\n' % lost)
-                self._lost -= lost
             try:
-                self._write(lines)
+                self._write_counted(lines)
             except OSError:
                 return  # nobody reads any more; the proxy goes on
 
-    def _write(self, lines: Sequence[bytes]) -> None:
+    def _write_counted(self, lines: list[bytes]) -> None:
+        """And how many were lost before; those that do not go now are."""
+        records = len(lines)
+        lost = self._lost + self._unwritten - self._told
+        if lost:
+            lines.append(b'{"kind":"LinesLost","count":%d}\n' % lost)
+        if self._is_torn and lines:
+            lines[0] = b"\n" + lines[0]
+        left = self._write(lines)
+        went = 0
+        while went < len(lines) and left >= len(lines[went]):
+            left -= len(lines[went])
+            went += 1
+        if went == len(lines):
+            self._told += lost
+        self._unwritten += max(0, records - went)
+        self._is_torn = left > 0 or (self._is_torn and not went)
+
+    def _write(self, lines: Sequence[bytes]) -> int:
+        """How many bytes went: fewer than there are where the disk is full. Raises OSError."""
         if self._lock is None:
-            _write_all(self._descriptor, b"".join(lines))
-            return
+            return _write_all(self._descriptor, b"".join(lines))
+        written = 0
         fcntl.lockf(self._lock, fcntl.LOCK_EX)
         try:
             for piece in _pieces(lines):
-                _write_all(self._descriptor, piece)
+                size = _write_all(self._descriptor, piece)
+                written += size
+                if size < len(piece):
+                    break
         finally:
             fcntl.lockf(self._lock, fcntl.LOCK_UN)
+        return written
 
 
 def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
@@ -127,10 +152,17 @@ def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
         yield piece
 
 
-def _write_all(descriptor: int, data: bytes) -> None:
+def _write_all(descriptor: int, data: bytes) -> int:
+    """As `AccessLog._write`."""
     view = memoryview(data)
     while view:
-        view = view[os.write(descriptor, view) :]
+        try:
+            view = view[os.write(descriptor, view) :]
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            break
+    return len(data) - len(view)
 
 
 def _json(record: Ended) -> bytes:
