@@ -30,14 +30,18 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "PENDING": lambda endpoint: str(endpoint.pending),
     "FAILS": lambda endpoint: str(endpoint.failures),
     "EJECTED_FOR": lambda endpoint: age(_out_for(endpoint)) if _state(endpoint) == "ejected" else "-",
-    "LAST_ERROR": lambda endpoint: endpoint.last_error or endpoint.dns_problem or "-",
+    "CHECK": lambda endpoint: endpoint.check or "-",
+    "LAST_ERROR": lambda endpoint: _error(endpoint) or "-",
     "CONNECT": lambda endpoint: "-" if endpoint.connect_ms is None else f"{endpoint.connect_ms:.1f}ms",
     "WORKERS": lambda endpoint: str(endpoint.workers) if endpoint.workers else "-",
     "IDENTITY": lambda endpoint: endpoint.identity or "-",
 }
 WIDE = tuple(COLUMNS)
 TABLE = WIDE[: WIDE.index("LAST_ERROR") + 1]
-COLORS: Colors = {"STATE": {"ejected": "red", "probing": "yellow", "unresolved": "red"}}
+COLORS: Colors = {
+    "STATE": {"ejected": "red", "probing": "yellow", "unresolved": "red"},
+    "CHECK": {"failing": "red", "panic": "red"},
+}
 
 SORT_KEYS: Mapping[str, Callable[[EndpointView], float]] = {
     "conns": lambda endpoint: endpoint.connections,
@@ -67,9 +71,10 @@ def command(
 ) -> None:
     """Endpoints behind each service: healthy or ejected, and why.
 
-    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. An endpoint
-    that the Service gives by a DNS name has that beside its address. Where there are workers, each judges for itself:
-    STATE is the worst of theirs, and WORKERS says how many see it so.
+    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. CHECK is what
+    active checks say: one that is failing gets no connections; panic: all are failing, and are used all the same. An
+    endpoint that the Service gives by a DNS name has that beside its address. Where there are workers, each judges for
+    itself: STATE and CHECK are the worst of theirs, and WORKERS says how many see STATE so.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     answer = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)
@@ -98,6 +103,12 @@ def _address(endpoint: EndpointView) -> str:
     return " ".join(part for part in (endpoint.endpoint, name) if part)
 
 
+def _error(endpoint: EndpointView) -> str:
+    """What keeps it from getting connections, if anything does, before what is long over."""
+    checks_say = endpoint.check in ("failing", "panic")
+    return (checks_say and endpoint.check_error) or endpoint.last_error or endpoint.dns_problem or endpoint.check_error
+
+
 def _state(endpoint: EndpointView) -> str:
     if not endpoint.endpoint:
         return "unresolved"
@@ -109,6 +120,8 @@ def _out_for(endpoint: EndpointView) -> float:
 
 
 def _totals(items: Sequence[EndpointView]) -> str:
-    healthy = sum(_state(endpoint) == "healthy" for endpoint in items)
+    healthy = sum(_state(endpoint) == "healthy" and endpoint.check in ("", "passing") for endpoint in items)
     ejected = sum(_state(endpoint) == "ejected" for endpoint in items)
-    return f"{healthy} of {len(items)} healthy" + (f", {ejected} ejected." if ejected else ".")
+    failing = sum(endpoint.check in ("failing", "panic") for endpoint in items)
+    told = [f"{count} {what}" for count, what in ((ejected, "ejected"), (failing, "failing checks")) if count]
+    return ", ".join([f"{healthy} of {len(items)} healthy", *told]) + "."

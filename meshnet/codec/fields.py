@@ -8,6 +8,7 @@ from meshnet.codec.problem import Path, Problem, quoted
 from meshnet.model.address import canonical_host, is_dns_name
 from meshnet.model.duration import parse_duration
 from meshnet.model.identity import is_spiffe_id
+from meshnet.model.service import MOST_CHECKED
 
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?")
 _YEAR = 366 * 86400.0
@@ -51,6 +52,12 @@ class Fields:
         if seconds > _YEAR or (seconds == 0 and not zero):
             self.wrong(path, f"{quoted(text)} is {'too long' if seconds else 'no time at all'}")
         return seconds
+
+    def words(self, path: Path, text: str) -> str:
+        """What is said to an application, or by one: a few bytes of UTF-8."""
+        if not 0 < len(text.encode("utf-8", "replace")) <= MOST_CHECKED:
+            self.wrong(path, f"{quoted(text)} is not 1 to {MOST_CHECKED} bytes")
+        return text
 
     def host(self, path: Path, text: str) -> str:
         """The canonical text of an IP address that a connection can go to."""

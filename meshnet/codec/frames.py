@@ -30,6 +30,7 @@ from msgspec import Meta
 
 from meshnet.errors import TunnelError
 from meshnet.model.address import canonical_host
+from meshnet.model.service import MOST_CHECKED
 
 HEADER_SIZE = 4
 MAX_RECORD = 16384
@@ -52,6 +53,7 @@ _Service = Annotated[str, Meta(max_length=330)]
 _Name = Annotated[str, Meta(max_length=330, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]  # namespace/name in Kubernetes is 317
 _Reason = Annotated[str, Meta(max_length=64, pattern=r"^[a-z][a-z0-9_.]*\Z")]
 _Detail = Annotated[str, Meta(max_length=MAX_DETAIL, pattern=rf"^[^{_UNPRINTABLE}]*\Z")]
+_Words = Annotated[str, Meta(max_length=MOST_CHECKED)]
 _Milliseconds = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
@@ -67,11 +69,19 @@ class Kind(enum.IntEnum):
     GOAWAY = 8
 
 
+class Check(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What is sent to the application, and has to be in its answer; without both, a connect is enough."""
+
+    send: _Words = ""
+    expect: _Words = ""
+
+
 class Open(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Asks for a connection to `host`:`port`, the application's address behind the peer sidecar.
 
     `host` is an IP address without a zone. `id` names the connection on both sides; `deadline` is the milliseconds
-    the asker will wait, 0: not said. `traceparent` is as in W3C Trace Context.
+    the asker will wait, 0: not said. `traceparent` is as in W3C Trace Context. With `check` it asks for no connection,
+    but whether there could be one: it is answered by REFUSED, with the reason `ok` if so.
     """
 
     host: _Address
@@ -81,6 +91,7 @@ class Open(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: _Id = ""
     traceparent: _Traceparent = ""
     deadline: _Milliseconds = 0
+    check: Check | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -9,11 +9,12 @@ import msgspec
 from meshnet.codec.fields import Fields
 from meshnet.codec.problem import Path
 from meshnet.model.duration import format_duration
-from meshnet.model.resource import AccessPolicySpec, TrafficPolicySpec
+from meshnet.model.resource import AccessPolicySpec, CheckSpec, TrafficPolicySpec
 from meshnet.model.service import (
     AccessPolicy,
     Balance,
     BreakerSettings,
+    CheckSettings,
     ConnectSettings,
     HashOn,
     Limits,
@@ -28,6 +29,9 @@ from meshnet.model.service import (
     Timeouts,
     Traffic,
 )
+
+_SHORTEST_CHECK = 0.1  # seconds from one to the next
+_LONGEST_CHECK = 10.0  # seconds that one may take: what a peer does for us, too
 
 S = TypeVar("S", bound=msgspec.Struct)
 V = TypeVar("V")
@@ -114,6 +118,7 @@ def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
             dict.fromkeys(("idle", "half_closed", "max_age", "max_age_grace", "removed"), wait),
         ),
         rebalance=rebalance,
+        check=None if spec.check is None else _check(spec.check, fields),
     )
 
 
@@ -142,6 +147,31 @@ def _outlier(spec: TrafficPolicySpec, fields: Fields) -> Outlier:
 
 def _as_it_is(_: Path, value: object) -> object:
     return value
+
+
+def _check(spec: CheckSpec, fields: Fields) -> CheckSettings:
+    def some(path: Path, value: int) -> int:
+        return fields.number(path, value, 1)
+
+    at: Path = ("spec", "check")
+    check = _merged(
+        CheckSettings(),
+        spec,
+        at,
+        {
+            "interval": fields.duration,
+            "timeout": fields.duration,
+            "rise": some,
+            "fall": some,
+            "send": fields.words,
+            "expect": fields.words,
+        },
+    )
+    if check.interval < _SHORTEST_CHECK:
+        fields.wrong((*at, "interval"), "shorter than 100ms")
+    if check.timeout > _LONGEST_CHECK:
+        fields.wrong((*at, "timeout"), "longer than 10s")
+    return check
 
 
 def _merged(default: S, spec: msgspec.Struct, at: Path, checks: Mapping[str, Callable[[Path, Any], object]]) -> S:

@@ -94,6 +94,15 @@ class RebalanceSpec(Model, frozen=True, kw_only=True):
     per_minute: int | None = None
 
 
+class CheckSpec(Model, frozen=True, kw_only=True):
+    interval: str | None = None
+    timeout: str | None = None
+    rise: int | None = None
+    fall: int | None = None
+    send: str | None = None
+    expect: str | None = None
+
+
 class TrafficPolicySpec(Model, frozen=True, kw_only=True):
     services: tuple[str, ...]
     balance: Balance | None = None
@@ -107,6 +116,7 @@ class TrafficPolicySpec(Model, frozen=True, kw_only=True):
     connect: ConnectSpec = ConnectSpec()
     timeouts: TimeoutsSpec = TimeoutsSpec()
     rebalance: RebalanceSpec = RebalanceSpec()
+    check: CheckSpec | None = None  # none at all unless it is given, be it without anything in it
 
 
 class AccessPolicySpec(Model, frozen=True, kw_only=True):

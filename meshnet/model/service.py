@@ -142,6 +142,24 @@ class Rebalance(Model, frozen=True, kw_only=True, gc=False):
     per_minute: int = 10
 
 
+# Bytes that a check says, or expects. In an OPEN, as JSON, they may be six times as long, twice, beside all else there.
+MOST_CHECKED = 256
+
+
+class CheckSettings(Model, frozen=True, kw_only=True, gc=False):
+    """Active checks of endpoints: a connect, and if they are given, what is sent and has to be in the answer.
+
+    `rise` passed in a row make an endpoint healthy again, `fall` failed ones unhealthy.
+    """
+
+    interval: float = 5.0
+    timeout: float = 1.0
+    rise: int = 2
+    fall: int = 3
+    send: str = ""
+    expect: str = ""
+
+
 class Traffic(Model, frozen=True, kw_only=True, gc=False):
     """Everything a TrafficPolicy says, with the defaults that hold without one."""
 
@@ -156,6 +174,7 @@ class Traffic(Model, frozen=True, kw_only=True, gc=False):
     connect: ConnectSettings = ConnectSettings()
     timeouts: Timeouts = Timeouts()
     rebalance: Rebalance = Rebalance()
+    check: CheckSettings | None = None
 
 
 class Endpoint(Model, frozen=True, kw_only=True, gc=False):

@@ -71,7 +71,8 @@ def explain_route(target: Address, state: ProxyState) -> RouteView:
 
 
 def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint, ...], state: ProxyState) -> RouteView:
-    candidates = Candidates(service, state, set(), time.monotonic())
+    passed_over = state.checks.passed_over(service) if endpoints is service.endpoints else ()
+    candidates = Candidates(service, state, set(), time.monotonic(), passed_over)
     found = [_candidate(endpoint, candidates, state) for endpoint in endpoints]
     found.sort(key=lambda each: (each.score is None, _NEAR.index(each.near or "any"), each.score or 0.0))
     willing = sum(each.score is not None for each in found)

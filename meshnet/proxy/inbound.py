@@ -4,13 +4,14 @@ import socket
 import time
 from collections.abc import Sequence
 
-from meshnet.codec.frames import Frame, GoAway, Open, Ping, Refused
+from meshnet.codec.frames import Check, Frame, GoAway, Open, Ping, Refused
 from meshnet.errors import ConnectionFailed, EndedBy, Reason, TunnelError
 from meshnet.model.address import Address
 from meshnet.model.canary import is_inbound_canary
 from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import trust_domain
 from meshnet.net import tls
+from meshnet.net.check import check_application
 from meshnet.net.original import original_destination
 from meshnet.proxy.admission import admit
 from meshnet.proxy.attempt import reach_address
@@ -24,6 +25,7 @@ from meshnet.tunnel.protocol import Role, Tunnel
 _APP_CONNECT_TIMEOUT = 1.0  # seconds; the application is on this host
 _SERVED_CONNECT_TIMEOUT = 0.1  # under an order: then it is tried as ever, and seen by who looks
 _HANDSHAKE_TIMEOUT = 5.0
+_LONGEST_CHECK = 10.0
 
 
 async def carry_plain(client: socket.socket, source: Address, state: ProxyState) -> None:
@@ -63,6 +65,9 @@ async def serve_tunnel(sock: socket.socket, source: Address, state: ProxyState) 
 async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState) -> None:
     """One connection through the tunnel, which afterwards can serve another or not."""
     tunnel.reusable = False
+    if request.check is not None:
+        tunnel.reusable = await tunnel.refuse(await _checked(tunnel, request, request.check, state))
+        return
     with state.registry.life(Direction.INBOUND, tunnel.source_of(request), None, request.id) as record:
         record.security = Security.MTLS
         record.source_identity = tunnel.identity
@@ -95,6 +100,29 @@ async def _carry_lease(tunnel: "ServedTunnel", request: Open, state: ProxyState)
         outcome = await relay(TunnelLeg(tunnel.channel, tunnel.wire), leg, record, state, early)
         tunnel.reusable = outcome.reusable
         tunnel.late = outcome.late
+
+
+async def _checked(tunnel: "ServedTunnel", request: Open, check: Check, state: ProxyState) -> ConnectionFailed:
+    """What a peer is told that asks whether its connections would reach the application; `ok` if so.
+
+    Who may not call may not check; and what a check says and hears is too little to be worth a record.
+    """
+    target = Address(request.host, request.port)
+    nobodys = Record(state.registry, Direction.INBOUND, tunnel.source, None)  # never begun, so it never ends
+    state.checks.answered += 1
+    try:
+        admit(tunnel.identity, target, nobodys, state, tunnelled=True)
+        await check_application(
+            target,
+            send=check.send.encode(),
+            expect=check.expect.encode(),
+            mark=state.mark,
+            timeout=min(request.deadline / 1000 or _APP_CONNECT_TIMEOUT, _LONGEST_CHECK),
+            local=True,
+        )
+    except ConnectionFailed as failure:
+        return failure
+    return ConnectionFailed(Reason.OK)
 
 
 def _offer(record: Record, target: Address, timeout: float, decided: int, state: ProxyState) -> None:

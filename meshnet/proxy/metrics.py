@@ -311,6 +311,8 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
     panic = GaugeMetricFamily(
         "meshnet_service_panic", "1 where ejected endpoints are used, for want of others.", labels=["service"]
     )
+    text = "1 while every endpoint of a service fails its checks, and they are used all the same."
+    check_panic = GaugeMetricFamily("meshnet_check_panic", text, labels=["service"])
     for service in state.snapshot.services:
         name, ejected = service.name, 0
         for endpoint in service.endpoints:
@@ -318,7 +320,12 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
                 breaker = known.breaker.state(now)
                 breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
                 ejected += breaker is BreakerState.OPEN or known.outcomes.is_ejected(now)
-        counts.add_metric([name, "healthy"], len(service.endpoints) - ejected)
+        checked = state.checks.failing(service)
+        if checked is not None:
+            failing, is_panic = checked
+            counts.add_metric([name, "failing"], failing)
+            check_panic.add_metric([name], float(is_panic))
+        counts.add_metric([name, "healthy"], max(0, len(service.endpoints) - ejected - (checked[0] if checked else 0)))
         counts.add_metric([name, "ejected"], ejected)
         held = state.services.get((service.namespace, service.service))
         if held is not None:
@@ -326,6 +333,12 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
     yield breakers
     yield counts
     yield panic
+    yield check_panic
+    checks = CounterMetricFamily("meshnet_checks", "Active checks of endpoints.", labels=["result"])
+    for result, count in state.checks.counts.items():
+        checks.add_metric([result], count)
+    yield checks
+    yield _counter("meshnet_checks_answered", "Active checks that peers have asked for.", state.checks.answered)
     tunnels = GaugeMetricFamily("meshnet_tunnels", "Tunnels this side opened, or opens.", labels=["state"])
     idle, leased = state.pool.tunnels()
     under_way, waiting = state.pool.handshakes()

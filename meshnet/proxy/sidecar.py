@@ -127,6 +127,7 @@ class Sidecar:
             nursery.start_soon(state.pool.run)
             nursery.start_soon(state.orders.run)
             nursery.start_soon(Upkeep(state).run)
+            nursery.start_soon(state.checks.run)
             nursery.start_soon(self._lag.run)
             strands = Strands(nursery)
             nursery.start_soon(self._follow_addresses)

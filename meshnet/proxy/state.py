@@ -25,6 +25,7 @@ from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import in_task
+from meshnet.proxy.checks import Checks
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.names import Names
@@ -115,6 +116,7 @@ class ProxyState:
         self.access = AccessRules(snapshot.policies, snapshot.default_action)
         self.orders = Orders(self)
         self.names = Names(settings.mesh, mark)
+        self.checks = Checks(self)
         addresses.on_change = self._addresses_changed
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
@@ -153,6 +155,7 @@ class ProxyState:
                 held.limiter.settings = new
                 self._wake(held, held.limiter.changed(self.applied_at))
         await self._review()
+        await self.checks.follow(snapshot.services)
         await self._forget(limits.keys(), snapshot)
 
     def need_mesh(self) -> None:

@@ -109,6 +109,8 @@ def _endpoint(service: ServicePort, endpoint: Endpoint | NamedEndpoint, state: P
         "dns_name": endpoint.dns_name,
         "dns_problem": state.names.problem(endpoint.dns_name),
     }
+    if isinstance(endpoint, Endpoint):
+        view["check"], view["check_error"] = state.checks.view(service, endpoint)
     if known is None:
         return EndpointView(**view, breaker="closed", connections=0, pending=0, failures=0)  # type: ignore[arg-type] # mixed values
     return EndpointView(

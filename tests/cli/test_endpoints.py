@@ -53,10 +53,10 @@ def test_the_table_says_which_endpoints_get_no_connections_and_why(meshnet: Mesh
     assert sidecar.asked() == ListEndpoints()
     assert result.exit_code == 0
     assert result.output == (
-        "SERVICE   ENDPOINT       TUNNEL   WEIGHT  STATE    CONNS  PENDING  FAILS  EJECTED_FOR  LAST_ERROR\n"
-        "api:8080  10.9.0.3:8080  meshnet  1       healthy  9      0        0      -            -\n"
-        "api:8080  10.9.0.7:8080  meshnet  2       ejected  0      1        5      24s          timed out\n"
-        "db:5432   10.9.0.4:5432  none     1       probing  12     0        6      -            refused\n"
+        "SERVICE   ENDPOINT       TUNNEL   WEIGHT  STATE    CONNS  PENDING  FAILS  EJECTED_FOR  CHECK  LAST_ERROR\n"
+        "api:8080  10.9.0.3:8080  meshnet  1       healthy  9      0        0      -            -      -\n"
+        "api:8080  10.9.0.7:8080  meshnet  2       ejected  0      1        5      24s          -      timed out\n"
+        "db:5432   10.9.0.4:5432  none     1       probing  12     0        6      -            -      refused\n"
         "1 of 3 healthy, 1 ejected.\n"
     )
 
@@ -76,6 +76,19 @@ def test_a_name_is_beside_its_address_and_stands_alone_while_it_has_none(meshnet
     )
     sidecar.will_answer(EndpointList(items=(named, unresolved)))
     assert meshnet("endpoints", "-o", "name").output == "10.9.0.4:5432\napi.example.com\n"
+
+
+def test_what_checks_say_is_told_and_counted(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    passing = msgspec.structs.replace(HEALTHY, check="passing", last_error="long ago")
+    failing = msgspec.structs.replace(HEALTHY, check="failing", check_error="refused", last_error="long ago")
+    sidecar.will_answer(EndpointList(items=(passing, failing)))
+    result = meshnet("endpoints", "--columns", "state,check,last_error")
+    assert result.output == (
+        "STATE    CHECK    LAST_ERROR\n"
+        "healthy  passing  long ago\n"
+        "healthy  failing  refused\n"
+        "1 of 2 healthy, 1 failing checks.\n"
+    )
 
 
 def test_wide_adds_identities(meshnet: Meshnet, sidecar: Sidecar) -> None:

@@ -7,6 +7,7 @@ from meshnet.codec import frames
 from meshnet.codec.frames import (
     MAX_CONTROL,
     MAX_DATA,
+    Check,
     Data,
     Fin,
     Frame,
@@ -33,6 +34,8 @@ OPEN = Open(
 CONTROL: list[Frame] = [
     OPEN,
     Open(host="fd00::1", port=1),
+    Open(host="fd00::1", port=1, check=Check()),
+    Open(host="fd00::1", port=1, service="x" * 330, check=Check(send="\x01" * 256, expect="\x02" * 256)),
     Opened(),
     Refused(reason=Reason.AUTHZ_DENIED, policy="default/lockdown", detail="nobody may"),
     Fin(),

@@ -13,6 +13,7 @@ from meshnet.model.service import (
     Action,
     Balance,
     BreakerSettings,
+    CheckSettings,
     ConnectSettings,
     Endpoint,
     Limits,
@@ -171,6 +172,39 @@ def test_the_same_endpoint_twice_is_one() -> None:
 def test_a_weight_of_zero_keeps_a_drained_endpoint_known() -> None:
     (endpoint,) = mesh(DB + "      weight: 0\n").services[0].endpoints
     assert endpoint.weight == 0
+
+
+CHECKED = """\
+apiVersion: meshnet.dev/v1
+kind: TrafficPolicy
+metadata: {name: checked}
+spec: {services: [data/db]%s}
+"""
+
+
+def test_there_are_checks_only_where_they_are_asked_for_be_it_without_a_word() -> None:
+    assert mesh(DB, CHECKED % "").services[0].traffic.check is None
+    assert mesh(DB, CHECKED % ", check: {}").services[0].traffic.check == CheckSettings()
+    given = ', check: {interval: 2s, timeout: 300ms, rise: 1, fall: 9, send: "a\\r\\n", expect: b}'
+    assert mesh(DB, CHECKED % given).services[0].traffic.check == CheckSettings(
+        interval=2.0, timeout=0.3, rise=1, fall=9, send="a\r\n", expect="b"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("interval: 50ms", "spec.check.interval: shorter than 100ms"),
+        ("timeout: 11s", "spec.check.timeout: longer than 10s"),
+        ("fall: 0", "spec.check.fall: 0 is not between 1 and 2147483647"),
+        ('send: ""', 'spec.check.send: "" is not 1 to 256 bytes'),
+        (f"expect: {'x' * 257}", "is not 1 to 256 bytes"),
+    ],
+)
+def test_a_check_that_cannot_be_is_refused(field: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        mesh(DB, CHECKED % f", check: {{{field}}}")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(

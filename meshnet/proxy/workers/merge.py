@@ -16,6 +16,7 @@ from meshnet.model.admin import (
 from meshnet.model.connection import Connection, Direction
 
 _BREAKERS = ("closed", "half-open", "open")  # the worst last
+_CHECKS = ("", "passing", "panic", "failing")  # the same
 
 
 def merge_connections(lists: Iterable[Sequence[Connection]]) -> tuple[Connection, ...]:
@@ -57,6 +58,8 @@ def _endpoint(views: Sequence[EndpointView]) -> EndpointView:
         pending=sum(view.pending for view in views),
         last_error=worst.last_error or next((view.last_error for view in views if view.last_error), ""),
         workers=sum(view.breaker == worst.breaker for view in views),
+        check=max((view.check for view in views), key=_CHECKS.index),
+        check_error=next((view.check_error for view in views if view.check_error), ""),
         dns_problem=next((view.dns_problem for view in views if view.dns_problem), ""),
     )
 

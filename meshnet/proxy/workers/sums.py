@@ -16,6 +16,7 @@ GAUGES: Mapping[str, Callable[[float, float], float]] = {
     "meshnet_breaker_state": max,  # each has breakers of its own: the worst
     "meshnet_endpoints": max,  # of healthy ones the fewest
     "meshnet_service_panic": max,
+    "meshnet_check_panic": max,
     "meshnet_dns_failing_names": max,  # each asks by itself
     "meshnet_cert_expiry_timestamp_seconds": min,
     "meshnet_config_revision": min,  # the one that is behind

@@ -77,6 +77,12 @@ def test_a_name_that_one_worker_cannot_resolve_is_told_and_names_without_an_addr
     assert [each.dns_name for each in merge_endpoints([[one, other], [one, other]])] == ["one", "other"]
 
 
+def test_the_worst_of_what_workers_checks_say_is_told() -> None:
+    failing = replace(VIEW, check="failing", check_error="connect.refused: so")
+    (merged,) = merge_endpoints([[replace(VIEW, check="passing")], [failing], [replace(failing, check="panic")]])
+    assert (merged.check, merged.check_error) == ("failing", "connect.refused: so")
+
+
 def test_endpoints_of_different_services_stay_apart() -> None:
     other = replace(VIEW, service="db:80")
     assert [(each.service, each.workers) for each in merge_endpoints([[VIEW, other], [VIEW]])] == [
