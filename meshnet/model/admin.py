@@ -170,8 +170,8 @@ class EndpointView(Shape, frozen=True):
     connect_ms: float | None = None  # of late
     last_error: str = ""
     workers: int = 0  # how many workers say so of the breaker, which each has of its own; 0 without workers
-    check: str = ""  # passing, failing, panic (failing, as all do: used all the same); empty where nothing is checked
-    check_error: str = ""  # of the last check, if it failed
+    check: str = ""  # passing, failing, panic (failing, as all do: used all the same); empty: no check said anything
+    check_error: str = ""  # of the last check, if it failed or said nothing
     dns_name: str = ""  # whose address it is, where the Service gives a name
     dns_problem: str = ""  # why that could not be asked for the last time: what was known of it stays
 

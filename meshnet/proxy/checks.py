@@ -42,14 +42,15 @@ PortKey = tuple[str, str, int]
 class Checked:
     """One endpoint of one service port."""
 
-    __slots__ = ("endpoint", "error", "gone", "health", "key", "service")
+    __slots__ = ("endpoint", "error", "gone", "health", "key", "service", "tried")
 
     def __init__(self, key: PortKey, service: str, endpoint: Endpoint, settings: CheckSettings) -> None:
         self.key = key
         self.service = service
         self.endpoint = endpoint
         self.health = Health(settings)
-        self.error = ""  # of the last check, if it failed
+        self.tried = False
+        self.error = ""  # of the last check, if it failed or said nothing
         self.gone = False
 
 
@@ -98,12 +99,15 @@ class Checks:
         return () if healths is None else healths.passed_over()
 
     def view(self, service: ServicePort, endpoint: Endpoint) -> tuple[str, str]:
-        """`passing`, `failing`, `panic` (failing, and used all the same), or nothing; and why the last check failed."""
+        """`passing`, `failing`, `panic` (failing, and used all the same), or nothing; and why the last check failed.
+
+        Nothing, where there was no check yet that said something; why it did not is told too.
+        """
         checked = self._checked.get(_key(service), {}).get(endpoint.address)
         if service.traffic.check is None or checked is None:
             return "", ""
         if checked.health.healthy:
-            return "passing", checked.error
+            return ("passing" if checked.tried else ""), checked.error
         return ("panic" if self._healths[checked.key].panic else "failing"), checked.error
 
     def failing(self, service: ServicePort) -> tuple[int, bool] | None:
@@ -137,7 +141,7 @@ class Checks:
         """The same in another's place, which need not wait as long as the old interval says."""
         checked.gone = True
         other = Checked(checked.key, checked.service, checked.endpoint, settings)
-        other.health, other.error = checked.health, checked.error
+        other.health, other.error, other.tried = checked.health, checked.error, checked.tried
         self._schedule(other, now + first_check_after(settings, self._dice))
         return other
 
@@ -155,7 +159,7 @@ class Checks:
                 self._judge(checked, failure)
             else:
                 self.counts["undecided"] += 1
-                _log.debug("%s of %s could not be checked: %s", checked.endpoint.name, checked.service, failure)
+                checked.error = _told(failure)
         except Exception:
             self.counts["undecided"] += 1
             _log.exception("the check of %s of %s failed inside the proxy", checked.endpoint.name, checked.service)
@@ -170,7 +174,8 @@ class Checks:
         self.counts["failed" if failure else "passed"] += 1
         if checked.gone:
             return
-        checked.error = f"{failure.reason}: {failure.detail}" if failure else ""
+        checked.tried = True
+        checked.error = _told(failure) if failure else ""
         health, healths = checked.health, self._healths[checked.key]
         if not (health.failed() if failure else health.passed()):
             return
@@ -226,6 +231,10 @@ class Checks:
             finally:
                 pool.give_back(tunnel, reusable=tunnel.wire.idle)
         raise ConnectionFailed(Reason.TUNNEL_LOST, "the tunnels that stood are lost")
+
+
+def _told(failure: ConnectionFailed) -> str:
+    return f"{failure.reason}: {failure.detail}"
 
 
 def _key(service: ServicePort) -> PortKey:

@@ -1,6 +1,8 @@
 """Active checks of very many endpoints, in a state of its own, and by workers; tests/traffic has all else."""
 
+import gc
 import time
+from collections.abc import Iterator
 
 import pytest
 import trio
@@ -41,6 +43,19 @@ def many(port: int) -> str:
     )
 
 
+@pytest.fixture
+def collected_as_in_a_sidecar() -> Iterator[None]:
+    """See Sidecar.serve: what is alive before is not looked at again with each full collection."""
+    thresholds = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    yield
+    gc.set_threshold(*thresholds)
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("collected_as_in_a_sidecar")
 async def test_ten_thousand_endpoints_are_checked_without_a_stall() -> None:
     listener = sockets.listen("0.0.0.0", 0)
     assert listener is not None
@@ -52,9 +67,12 @@ async def test_ten_thousand_endpoints_are_checked_without_a_stall() -> None:
         trio.lowlevel.add_instrument(longest)
         nursery.start_soon(state.checks.run)
         await state.apply(snapshot)
-        await eventually(lambda: state.checks.counts["passed"] >= MANY, timeout=60)
-        assert state.checks.counts["failed"] == 0
-        assert {state.checks.view(service, endpoint) for endpoint in service.endpoints} == {("passing", "")}
+        view, counts = state.checks.view, state.checks.counts
+        await eventually(
+            lambda: counts["passed"] >= MANY and all(view(service, each)[0] == "passing" for each in service.endpoints),
+            timeout=60,
+        )
+        assert counts["failed"] == 0
         await state.apply(read_mesh([], 3))
         trio.lowlevel.remove_instrument(longest)
         nursery.cancel_scope.cancel()

@@ -182,7 +182,8 @@ def test_what_says_nothing_about_the_endpoint_changes_nothing(hosts: Hosts, name
         undecided = partial(value, hosts.web, "meshnet_checks_total", result="undecided")
         enough = undecided() + 4
         wait_for(lambda: undecided() >= enough, what="checks that policy forbids")
-        views(hosts, name, "passing")
+        (view,) = views(hosts, name, "")
+        assert view.check_error.startswith("authz.denied: ")
 
 
 def test_a_sidecar_that_stands_still_fails(hosts: Hosts, name: Name) -> None:
