@@ -33,6 +33,7 @@ class Reason(enum.StrEnum):
     MAX_AGE = "max_age"
     REBALANCE = "rebalance"
     DRAIN = "drain"
+    ADMIN_KILLED = "admin.killed"
     PEER_RST = "peer.rst"
     KEEPALIVE_DEAD = "keepalive.dead"
     LOOP = "loop"
@@ -52,6 +53,7 @@ class EndedBy(enum.StrEnum):
     DRAIN = "drain"
     LIMIT = "limit"
     PEER_PROXY = "peer-proxy"
+    ADMIN = "admin"
 
 
 class Phase(enum.StrEnum):

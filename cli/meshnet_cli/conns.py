@@ -1,7 +1,6 @@
 """`meshnet conns`: the connections of this host's sidecar, open now and recently failed."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import click
@@ -9,16 +8,16 @@ import msgspec
 
 from meshnet.model.admin import ConnectionEvent, ConnectionList, FollowConnections, ListConnections
 from meshnet.model.connection import Connection
-from meshnet_cli import filters
+from meshnet_cli import filters, groups
 from meshnet_cli.client import admin_options, ask, stream
 from meshnet_cli.columns import COLORS, COLUMNS, STREAM_WIDTHS, TABLE, WIDE, note, print_connections
-from meshnet_cli.filters import Filter, Predicate
+from meshnet_cli.filter_flags import FilterCommand, chosen_filter, filter_options
+from meshnet_cli.filters import Filter
 from meshnet_cli.output import (
     DURATION,
     Parsed,
     chosen_columns,
     output_options,
-    parse_size,
     print_as,
     print_json_line,
     printable,
@@ -27,40 +26,6 @@ from meshnet_cli.output import (
     warn,
 )
 from meshnet_cli.table import NOTE_INDENT, aligned, cell_colors
-
-
-@dataclass(frozen=True, slots=True)
-class Flag:
-    """One filter: a flag that takes a value (`make`) or stands for itself (`holds`). Flags of a group are OR."""
-
-    name: str
-    help: str
-    make: Callable[[str], Predicate] | None = None
-    metavar: str = ""
-    holds: Predicate | None = None
-    group: str = ""
-
-
-_WHO = "NAME|IP|CIDR|SPIFFE"
-FLAGS = (
-    Flag("from", "Who opened it.", filters.client, _WHO),
-    Flag("to", "Where it went.", filters.server, _WHO),
-    Flag("peer", "Either of the two.", filters.peer, _WHO),
-    Flag("service", "The service called, with or without its port.", filters.service, "NAME"),
-    Flag("port", "The port called.", filters.port, "PORT"),
-    Flag("dir", "Into this host or out of it.", filters.direction, "in|out"),
-    Flag("state", "As in the STATE column.", filters.state, "STATE"),
-    Flag("open", "Not ended.", holds=filters.is_open, group="state"),
-    Flag("failed", "Refused, denied or failed.", holds=filters.is_failed, group="state"),
-    Flag("tls", "How the leg between the hosts is protected.", filters.tls, "mtls|plain|none"),
-    Flag("plain", "The same as --tls plain.", holds=filters.is_plain, group="tls"),
-    Flag("identity", "The SPIFFE id of either side; * is a wildcard.", filters.identity, "GLOB"),
-    Flag("policy", "The policy that allowed or denied it.", filters.policy, "GLOB"),
-    Flag("reason", "Why it ended, such as breaker.open or 'connect.*'.", filters.reason, "CODE|GLOB"),
-    Flag("min-age", "At least this old.", filters.min_age, "DURATION"),
-    Flag("min-bytes", "At least this much, both ways together.", lambda t: filters.min_bytes(parse_size(t)), "SIZE"),
-)
-_NAMES = frozenset(flag.name for flag in FLAGS)
 
 SORT_KEYS: dict[str, Callable[[Connection], float]] = {
     "age": lambda connection: connection.duration_ms,
@@ -72,59 +37,30 @@ MARKS = {"open": "+", "close": "-", "fail": "!", "deny": "x"}
 EVENT_WIDTH = len("+ close")
 
 
-class FilterCommand(click.Command):
-    """Reads `--not --to db` as `--not-to db`, so that click does the rest."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, _joined_not(args, ctx))
-
-
-def _joined_not(args: Sequence[str], ctx: click.Context) -> list[str]:
-    joined: list[str] = []
-    rest = iter(args)
-    for arg in rest:
-        if arg == "--not":
-            inverted = next(rest, "")
-            if inverted.removeprefix("--").partition("=")[0] not in _NAMES:
-                raise click.UsageError("--not stands before the filter it inverts, as in: --not --to db", ctx)
-            arg = "--not-" + inverted.removeprefix("--")
-        joined.append(arg)
-    return joined
-
-
-def filter_options(command: Any) -> Any:
-    """Every flag of FLAGS, and its hidden inverse. The command gets them as keyword arguments."""
-    command = click.option(
-        "--not", is_flag=True, expose_value=False, help="Inverts the next filter, as in: --not --to db."
-    )(command)
-    for flag in reversed(FLAGS):
-        for prefix, hidden in (("not-", True), ("", False)):
-            name = f"--{prefix}{flag.name}"
-            if flag.make is None:
-                option = click.option(name, is_flag=True, hidden=hidden, help=flag.help)
-            else:
-                kind = Parsed(flag.name, flag.make)
-                option = click.option(
-                    name, type=kind, multiple=True, metavar=flag.metavar, hidden=hidden, help=flag.help
-                )
-            command = option(command)
-    return command
-
-
 @click.command(
     cls=FilterCommand,
     epilog="\b\nExamples:\n"
     "  meshnet conns --to db --sort age\n"
     "  meshnet conns --plain --exit-code        # in CI: fails if anything is in plain text\n"
     "  meshnet conns -f --failed\n"
+    "  meshnet conns --failed --since 10m --by service,reason\n"
+    "  sudo meshnet conns --to db --min-age 1h --kill\n"
     "  meshnet conns -o json | jq '.items[].reason.code'",
 )
 @filter_options
 @click.option("--since", type=DURATION, help="Opened or ended in this time.")
 @click.option("--recent", type=DURATION, default="60s", show_default=True, help="How far back failed ones are shown.")
 @click.option("--all", "everything", is_flag=True, help="Also every ended one that the sidecar still remembers.")
-@sort_option(*SORT_KEYS)
+@sort_option(*dict.fromkeys((*SORT_KEYS, *groups.SORT_KEYS)))
 @click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the first N.")
+@click.option(
+    "--by",
+    type=Parsed("keys", groups.parse_keys),
+    metavar="A,B,...",
+    help=f"Counts and bytes instead of rows, by any of: {', '.join(groups.KEYS)}.",
+)
+@click.option("--kill", "to_kill", is_flag=True, help="Reset the open ones that match, at both ends; asks before.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask, for scripts.")
 @click.option("-f", "--follow", is_flag=True, help="Open ones, then a line for each event; Ctrl-C ends it.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if any row matches.")
 @table_options
@@ -137,6 +73,9 @@ def command(
     everything: bool,
     sort: str | None,
     top: int | None,
+    by: tuple[str, ...] | None,
+    to_kill: bool,
+    yes: bool,
     follow: bool,
     exit_code: bool,
     no_header: bool,
@@ -151,15 +90,29 @@ def command(
     A filter given twice means either; different filters mean all of them. TX and RX are bytes as the client sent and
     received them.
     """
-    wanted = _filter(flags)
+    wanted = chosen_filter(flags)
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     if follow:
-        if since is not None or everything or sort or top or exit_code or output == "json":
+        if since is not None or everything or sort or top or by or to_kill or exit_code or output == "json":
             raise click.UsageError("--follow goes with filters, --columns and -o table|wide|jsonl|name only")
         events = stream(socket_path, FollowConnections(), ConnectionEvent, timeout=timeout)
         _follow(events, wanted, names, output, no_header=no_header)
         return
 
+    if by and columns is not None:
+        raise click.UsageError("--columns goes without --by")
+    if sort is not None and sort not in (groups.SORT_KEYS if by else SORT_KEYS):
+        raise click.UsageError(f"--sort {sort} {'does not go' if by else 'goes only'} with --by")
+    if to_kill:
+        from meshnet_cli import kill
+
+        if by or exit_code:
+            raise click.UsageError("--kill goes with filters, --since, --sort, --top, --columns and -o only")
+        kill.need_choice(wanted, everything=everything or since is not None)
+    elif yes:
+        raise click.UsageError("--yes goes with --kill only")
+
+    everything = everything and not to_kill
     reach = max(recent, since or 0.0)
     answer = ask(socket_path, ListConnections(recent=reach, all=everything), ConnectionList, timeout=timeout)
     if silent := answer.metadata.silent_workers:
@@ -167,38 +120,61 @@ def command(
     if since is not None:
         wanted = Filter((*wanted.wanted, (filters.since(since, answer.metadata.generated_at),)), wanted.unwanted)
     matching = [connection for connection in answer.items if wanted(connection)]
-    if sort:
-        matching.sort(key=SORT_KEYS[sort], reverse=True)
-    shown = matching[:top]
-
-    def table() -> None:
-        print_connections(shown, names, header=not no_header)
-        if not no_header:
-            click.echo(_totals(matching, len(answer.items), "" if everything else f" in the last {reach:g}s"))
-
-    whole = msgspec.structs.replace(answer, items=tuple(shown))
-    print_as(output, whole, shown, name=lambda connection: connection.id, table=table)
+    if by:
+        _print_groups(matching, by, sort, top, output, header=not no_header)
+    elif to_kill:
+        still_open = _sorted([connection for connection in matching if filters.is_open(connection)], sort)[:top]
+        kill.kill(socket_path, still_open, names, output, timeout=timeout, yes=yes, header=not no_header)
+    else:
+        when = "" if everything else f" in the last {reach:g}s"
+        _print(answer, matching, _sorted(matching, sort)[:top], names, output, when, header=not no_header)
     if exit_code and matching:
         click.get_current_context().exit(1)
 
 
-def _filter(flags: dict[str, Any]) -> Filter:
-    """`flags`: what click read, by parameter name; a tuple of predicates, or True for a flag without a value."""
-    wanted: dict[str, list[Predicate]] = {}
-    unwanted: list[Predicate] = []
-    for flag in FLAGS:
-        name = flag.name.replace("-", "_")
-        given = _predicates(flag, flags[name])
-        if given:
-            wanted.setdefault(flag.group or flag.name, []).extend(given)
-        unwanted.extend(_predicates(flag, flags[f"not_{name}"]))
-    return Filter(tuple(map(tuple, wanted.values())), tuple(unwanted))
+def _sorted(connections: Sequence[Connection], sort: str | None) -> Sequence[Connection]:
+    return sorted(connections, key=SORT_KEYS[sort], reverse=True) if sort else connections
 
 
-def _predicates(flag: Flag, value: Any) -> Iterable[Predicate]:
-    if flag.holds is None:
-        return value  # type: ignore[no-any-return]  # click's: a tuple of what Flag.make returned
-    return [flag.holds] if value else []
+def _print_groups(
+    connections: Sequence[Connection],
+    keys: Sequence[str],
+    sort: str | None,
+    top: int | None,
+    output: str,
+    *,
+    header: bool,
+) -> None:
+    found = groups.grouped(connections, keys)
+    if sort:
+        found.sort(key=groups.SORT_KEYS[sort], reverse=True)
+    shown = found[:top]
+    print_as(
+        output,
+        groups.ConnectionGroupList(items=tuple(shown)),
+        shown,
+        name=groups.group_name,
+        table=lambda: groups.print_groups(shown, keys, header=header),
+    )
+
+
+def _print(
+    answer: ConnectionList,
+    matching: Sequence[Connection],
+    shown: Sequence[Connection],
+    names: Sequence[str],
+    output: str,
+    when: str,
+    *,
+    header: bool,
+) -> None:
+    def table() -> None:
+        print_connections(shown, names, header=header)
+        if header:
+            click.echo(_totals(matching, len(answer.items), when))
+
+    whole = msgspec.structs.replace(answer, items=tuple(shown))
+    print_as(output, whole, shown, name=lambda connection: connection.id, table=table)
 
 
 def _totals(matching: Sequence[Connection], known: int, when: str) -> str:

@@ -124,6 +124,10 @@ ADVICE: Mapping[Reason, Advice] = {
         "a sidecar was stopping, and the connection outlived the drain time",
         "nothing if the stop was meant; proxy.drain_timeout in meshnet.toml gives connections longer",
     ),
+    Reason.ADMIN_KILLED: Advice(
+        "an administrator reset it, on this host or the other one: meshnet conns --kill",
+        "nothing if it was meant; whoever was root there can say why. The client may connect again",
+    ),
     Reason.PEER_RST: Advice(
         "one of the applications reset the connection; meshnet passed that on",
         "look at that application's log: crashes, its own time-outs, data left unread at close",

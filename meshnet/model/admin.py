@@ -3,7 +3,7 @@
 import msgspec
 
 from meshnet.model.capture import CaptureStatus
-from meshnet.model.connection import Connection, Shape
+from meshnet.model.connection import Connection, Direction, Shape
 
 GROUP = "meshnet"  # the group whose members may ask a sidecar how it is, and nothing else
 
@@ -51,7 +51,32 @@ class GetMetrics(Shape, frozen=True, tag="metrics"):
     """What /metrics is made of, in numbers."""
 
 
-Question = ListConnections | ExplainConnection | ExplainRoute | GetStatus | ListEndpoints | Drain | Reload | GetMetrics
+class ConnectionKey(Shape, frozen=True):
+    """Which connection is meant, in its own record's words. Its id alone may be that of several: peers choose ids."""
+
+    id: str
+    direction: Direction
+    opened_at: str
+    source: str
+
+
+class KillConnections(Shape, frozen=True, tag="kill"):
+    """Reset those of them that are still open; answered at once with how many those are."""
+
+    connections: tuple[ConnectionKey, ...]
+
+
+Question = (
+    ListConnections
+    | ExplainConnection
+    | ExplainRoute
+    | GetStatus
+    | ListEndpoints
+    | Drain
+    | Reload
+    | GetMetrics
+    | KillConnections
+)
 """It has one answer."""
 Request = Question | FollowConnections
 

@@ -19,6 +19,7 @@ from meshnet.model.admin import (
     ConnectionEvent,
     Drain,
     FollowConnections,
+    KillConnections,
     Question,
     Refused,
     Reload,
@@ -69,9 +70,9 @@ class AdminServer:
         match request:
             case FollowConnections():
                 await self._follow(stream)
-            case Drain() | Reload() if not _may_change(stream):
-                only = "only root and the sidecar's own user may end it, or have it read its files"
-                await _send(stream, Refused(error=only, fix="sudo meshnet down"))
+            case Drain() | Reload() | KillConnections() if not _may_change(stream):
+                only = "only root and the sidecar's own user may change what it does; others may look"
+                await _send(stream, Refused(error=only, fix="type it again with sudo"))
             case _:
                 await _send(stream, await self._answers.answer(request))
 

@@ -1,16 +1,18 @@
 """What one process answers to those who ask over the admin socket, and for its metrics and health."""
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 
 import msgspec
 import trio
 
+from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import parse_address
 from meshnet.model.admin import (
     Accepted,
     ConnectionEvent,
+    ConnectionKey,
     ConnectionList,
     ConnectionListMetadata,
     Drain,
@@ -19,6 +21,7 @@ from meshnet.model.admin import (
     FamilyList,
     GetMetrics,
     GetStatus,
+    KillConnections,
     ListConnections,
     ListEndpoints,
     Question,
@@ -65,6 +68,8 @@ class OwnAnswers:
                 return Accepted(message="reading the mesh files")
             case GetMetrics():
                 return FamilyList(items=await self._state.metrics.families())
+            case KillConnections(connections=keys):
+                return killed(await self._kill(keys))
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
@@ -106,6 +111,18 @@ class OwnAnswers:
             return Refused(error=str(error), fix="write HOST:PORT, as in 10.0.0.1:80")
         return explain_route(address, self._state)
 
+    async def _kill(self, keys: Iterable[ConnectionKey]) -> int:
+        """How many it was done to: those that have ended meanwhile, or are about to, are left alone."""
+        wanted, count = set(keys), 0
+        self._state.registry.catch_up()
+        for records in slices(self._state.registry.open.values()):
+            for record in records:
+                if record.reason is None and record.abort_reason is None and record.key() in wanted:
+                    record.abort(Reason.ADMIN_KILLED, EndedBy.ADMIN)
+                    count += 1
+            await trio.lowlevel.checkpoint()
+        return count
+
     def _explain(self, connection_id: str) -> Connection | Refused:
         record = self._state.registry.find(connection_id)
         if record is None:
@@ -119,6 +136,10 @@ class OwnAnswers:
 
 def draining(connections: int) -> Accepted:
     return Accepted(message=f"draining {connections} connections", connections=connections)
+
+
+def killed(connections: int) -> Accepted:
+    return Accepted(message=f"reset {connections} connections", connections=connections)
 
 
 def connection_list(items: tuple[Connection, ...], silent_workers: int = 0) -> ConnectionList:

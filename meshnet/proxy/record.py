@@ -15,6 +15,7 @@ import msgspec
 from meshnet.decide.access import Call
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
+from meshnet.model.admin import ConnectionKey
 from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
 from meshnet.net import sockets
 from meshnet.relay import Link, OrderedLink, Outcome, Tally
@@ -275,6 +276,11 @@ class Record:
             if self.reason is None
             else ReasonView(code=self.reason, message=self.detail, ended_by=self.ended_by, phase=self.phase),
             trace=trace,
+        )
+
+    def key(self) -> ConnectionKey:
+        return ConnectionKey(
+            id=self.id, direction=self.direction, opened_at=rfc3339(self.opened_at), source=str(self.source)
         )
 
     def line(self) -> bytes:

@@ -213,6 +213,7 @@ def test_what_the_endpoint_did_counts_against_it(reason: Reason) -> None:
         Reason.LIMIT_HOST,
         Reason.BREAKER_OPEN,
         Reason.DRAIN,
+        Reason.ADMIN_KILLED,
         Reason.PEER_RST,
         Reason.INTERNAL,
     ],

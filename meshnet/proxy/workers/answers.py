@@ -24,6 +24,7 @@ from meshnet.model.admin import (
     FamilyList,
     GetMetrics,
     GetStatus,
+    KillConnections,
     ListConnections,
     ListEndpoints,
     Question,
@@ -38,7 +39,7 @@ from meshnet.model.admin import (
 from meshnet.model.connection import Connection, Shape
 from meshnet.model.settings import Settings
 from meshnet.net import sockets
-from meshnet.proxy.answers import connection_list, draining
+from meshnet.proxy.answers import connection_list, draining, killed
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.metrics import exposition
 from meshnet.proxy.status import node_name
@@ -93,6 +94,9 @@ class JointAnswers:
                 return Accepted(message="reading the mesh files")
             case GetMetrics():
                 return FamilyList(items=await self._families())
+            case KillConnections():
+                answers = await self._ask(question, Accepted)
+                return killed(sum(answer.connections for answer in answers.values()))
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
