@@ -1,5 +1,6 @@
 """`meshnet endpoints`: what stands behind each service, and which of it gets no connections just now."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import click
@@ -39,7 +40,7 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
 WIDE = tuple(COLUMNS)
 TABLE = WIDE[: WIDE.index("LAST_ERROR") + 1]
 COLORS: Colors = {
-    "STATE": {"ejected": "red", "probing": "yellow", "unresolved": "red"},
+    "STATE": {"ejected": "red", "probing": "yellow", "draining": "yellow", "unresolved": "red"},
     "CHECK": {"failing": "red", "panic": "red"},
 }
 
@@ -74,7 +75,8 @@ def command(
     An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. CHECK is what
     active checks say: one that is failing gets no connections; panic: all are failing, and are used all the same. An
     endpoint that the Service gives by a DNS name has that beside its address. Where there are workers, each judges for
-    itself: STATE and CHECK are the worst of theirs, and WORKERS says how many see STATE so.
+    itself: STATE and CHECK are the worst of theirs, and WORKERS says how many see STATE so. A draining one has the
+    weight 0: it keeps what it has, and gets nothing new.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     answer = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)
@@ -109,10 +111,17 @@ def _error(endpoint: EndpointView) -> str:
     return (checks_say and endpoint.check_error) or endpoint.last_error or endpoint.dns_problem or endpoint.check_error
 
 
+def state_name(breaker: str, weight: int) -> str:
+    """What a person calls an endpoint with that breaker and weight."""
+    if breaker == "closed" and not weight:
+        return "draining"
+    return STATES.get(breaker, breaker)
+
+
 def _state(endpoint: EndpointView) -> str:
     if not endpoint.endpoint:
         return "unresolved"
-    return "ejected" if endpoint.ejected_for_seconds else STATES.get(endpoint.breaker, endpoint.breaker)
+    return "ejected" if endpoint.ejected_for_seconds else state_name(endpoint.breaker, endpoint.weight)
 
 
 def _out_for(endpoint: EndpointView) -> float:
@@ -120,8 +129,8 @@ def _out_for(endpoint: EndpointView) -> float:
 
 
 def _totals(items: Sequence[EndpointView]) -> str:
-    healthy = sum(_state(endpoint) == "healthy" and endpoint.check in ("", "passing") for endpoint in items)
-    ejected = sum(_state(endpoint) == "ejected" for endpoint in items)
+    states = Counter(map(_state, items))
+    well = sum(_state(endpoint) == "healthy" and endpoint.check in ("", "passing") for endpoint in items)
     failing = sum(endpoint.check in ("failing", "panic") for endpoint in items)
-    told = [f"{count} {what}" for count, what in ((ejected, "ejected"), (failing, "failing checks")) if count]
-    return ", ".join([f"{healthy} of {len(items)} healthy", *told]) + "."
+    counts = [("ejected", states["ejected"]), ("draining", states["draining"]), ("failing checks", failing)]
+    return ", ".join([f"{well} of {len(items)} healthy", *(f"{count} {what}" for what, count in counts if count)]) + "."

@@ -37,6 +37,8 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
         "conns": Entry("meshnet_cli.conns", "Connections: open now, and recently failed."),
         "explain": Entry("meshnet_cli.explain", "One connection step by step, and what to do about it."),
         "endpoints": Entry("meshnet_cli.endpoints", "Endpoints behind each service: healthy or ejected, and why."),
+        "stat": Entry("meshnet_cli.stat", "Rates and totals of each service."),
+        "top": Entry("meshnet_cli.top", "The same, live."),
     },
     "Fix and look": {
         "check": Entry("meshnet_cli.check", "Whether this host can be in the mesh."),

@@ -55,6 +55,18 @@ def aligned(cells: Sequence[str], widths: Sequence[int], colors: Sequence[str | 
     return "  ".join(cell + pad for cell, pad in zip(painted, padding, strict=True)).rstrip()
 
 
+def cut(line: str, cells: int) -> str:
+    """Its beginning, as much as so many cells have room for. Of a line without colours."""
+    if line.isascii():
+        return line[:cells]
+    taken = 0
+    for at, character in enumerate(line):
+        taken += cell_width(character)
+        if taken > cells:
+            return line[:at]
+    return line
+
+
 def cell_colors(columns: Sequence[str], cells: Sequence[str], colors: Colors) -> list[str | None]:
     return [colors.get(name, {}).get(cell) for name, cell in zip(columns, cells, strict=True)]
 

@@ -91,6 +91,12 @@ def test_what_checks_say_is_told_and_counted(meshnet: Meshnet, sidecar: Sidecar)
     )
 
 
+def test_what_gets_nothing_new_by_its_weight_is_draining(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.will_answer(EndpointList(items=(HEALTHY, msgspec.structs.replace(HEALTHY, weight=0))))
+    result = meshnet("endpoints", "--columns", "weight,state")
+    assert result.output == "WEIGHT  STATE\n1       healthy\n0       draining\n1 of 2 healthy, 1 draining.\n"
+
+
 def test_wide_adds_identities(meshnet: Meshnet, sidecar: Sidecar) -> None:
     sidecar.will_answer(ALL)
     last_cells = [line.split()[-1] for line in meshnet("endpoints", "-o", "wide").output.splitlines()[:-1]]
