@@ -26,6 +26,7 @@ class CaptureScope:
         self._not_from = _networks(capture.exclude_inbound_cidrs)
         self._outbound = _runs(capture.outbound_ports)
         self._not_outbound = _runs(capture.exclude_outbound_ports)
+        self._loopback = _runs(capture.loopback_ports)
         self._to = _networks(capture.outbound_cidrs)
         self._not_to = _networks(capture.exclude_outbound_cidrs)
         self._by = frozenset(int(uid) for uid in capture.outbound_uids)
@@ -34,26 +35,45 @@ class CaptureScope:
 
     def inbound(self, port: int, remote: bytes) -> bool:
         """Whether what comes in from the packed address `remote` for this host's `port` is to be captured."""
-        return (
-            port not in self._own_ports
-            and self._has_family(remote)
-            and _in_runs(port, self._inbound)
-            and not _in_runs(port, self._not_inbound)
-            and _in_networks(remote, self._from)
-            and not _in_networks(remote, self._not_from)
-        )
+        return not self.leaves_inbound(port, remote)
 
     def outbound(self, remote: bytes, port: int, uid: int) -> bool:
         """Whether what a program of `uid` sends to the packed address `remote` at `port` is to be captured."""
-        return (
-            self._has_family(remote)
-            and (not self._by or uid in self._by)
-            and uid not in self._not_by
-            and _in_runs(port, self._outbound)
-            and not _in_runs(port, self._not_outbound)
-            and _in_networks(remote, self._to)
-            and not _in_networks(remote, self._not_to)
-        )
+        return not self.leaves_outbound(remote, port, uid)
+
+    def leaves_inbound(self, port: int, remote: bytes) -> str:
+        """Why `inbound` is not so: the setting that leaves it alone."""
+        if port in self._own_ports:
+            return "the sidecar's own port"
+        if not self._has_family(remote):
+            return "capture.ipv6"
+        if not _in_runs(port, self._inbound):
+            return "capture.inbound_ports"
+        if _in_runs(port, self._not_inbound):
+            return "capture.exclude_inbound_ports"
+        if not _in_networks(remote, self._from):
+            return "capture.inbound_cidrs"
+        return "capture.exclude_inbound_cidrs" if _in_networks(remote, self._not_from) else ""
+
+    def leaves_outbound(self, remote: bytes, port: int, uid: int | None) -> str:
+        """Why `outbound` is not so: the setting that leaves it alone. None as `uid`: whoever it is."""
+        if not self._has_family(remote):
+            return "capture.ipv6"
+        if uid is not None and self._by and uid not in self._by:
+            return "capture.outbound_uids"
+        if uid in self._not_by:
+            return "capture.exclude_uids"
+        if not _in_runs(port, self._outbound):
+            return "capture.outbound_ports"
+        if _in_runs(port, self._not_outbound):
+            return "capture.exclude_outbound_ports"
+        if not _in_networks(remote, self._to):
+            return "capture.outbound_cidrs"
+        return "capture.exclude_outbound_cidrs" if _in_networks(remote, self._not_to) else ""
+
+    def leaves_local(self, port: int) -> str:
+        """The same of what this host sends to itself."""
+        return "" if _in_runs(port, self._loopback) else "capture.loopback_ports"
 
     def _has_family(self, remote: bytes) -> bool:
         return self._ipv6 or len(remote) == 4

@@ -66,6 +66,17 @@ class KillConnections(Shape, frozen=True, tag="kill"):
     connections: tuple[ConnectionKey, ...]
 
 
+class Ping(Shape, frozen=True, tag="ping"):
+    """Dial what a connection to `target` could be dialled to, and end it at once.
+
+    `target`: an address and port, or a service's name with its port. `timeout` seconds are for each endpoint, all steps
+    together.
+    """
+
+    target: str
+    timeout: float = 3.0
+
+
 Question = (
     ListConnections
     | ExplainConnection
@@ -76,6 +87,7 @@ Question = (
     | Reload
     | GetMetrics
     | KillConnections
+    | Ping
 )
 """It has one answer."""
 Request = Question | FollowConnections

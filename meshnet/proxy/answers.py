@@ -24,6 +24,7 @@ from meshnet.model.admin import (
     KillConnections,
     ListConnections,
     ListEndpoints,
+    Ping,
     Question,
     Refused,
     Reload,
@@ -33,6 +34,7 @@ from meshnet.model.connection import Connection, Security, Shape
 from meshnet.proxy import status
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.explain import explain_route, trace
+from meshnet.proxy.ping import ping, with_capture
 from meshnet.proxy.sidecar import Sidecar
 from meshnet.proxy.slices import slices
 
@@ -70,6 +72,11 @@ class OwnAnswers:
                 return FamilyList(items=await self._state.metrics.families())
             case KillConnections(connections=keys):
                 return killed(await self._kill(keys))
+            case Ping(target=target, timeout=timeout):
+                result = await ping(target, timeout, self._state)
+                if self._capture is None or isinstance(result, Refused):
+                    return result
+                return with_capture(result, self._capture)
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:

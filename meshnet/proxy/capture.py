@@ -92,6 +92,11 @@ class CaptureProof:
         results = {proof.result for proof in self._proofs.values()} & _DEFINITE
         return "not captured" not in results if results else None
 
+    def captures(self, family: IpFamily) -> bool | None:
+        """Whether what leaves in that family was captured when that was last tried; None: not known."""
+        proof = self._proofs.get(family)
+        return proof.result == "captured" if proof is not None and proof.result in _DEFINITE else None
+
     def problems(self) -> tuple[str, ...]:
         """Why the sidecar cannot do its work; empty when it can, or when nobody has asked for capture."""
         if self._interval is None:

@@ -99,6 +99,21 @@ class Pool:
         tunnel = self._take((address, identity))
         return None if tunnel is None else self._lent(tunnel)
 
+    async def apart(self, address: Address, identity: str, timeout: float) -> ClientTunnel:
+        """A new one by a full handshake, which never becomes the pool's: whoever has it closes its channel.
+
+        `timeout` and what is raised as for `lease`.
+        """
+        return await connect(
+            (address, identity),
+            self._credentials(),
+            None,
+            secure=self._secure,
+            deadlines=self._deadlines,
+            mark=self._mark,
+            timeout=timeout,
+        )
+
     def weed(self, address: Address, identity: str) -> None:
         """After one kept tunnel turned out to be dead: closes those that the same fate has met."""
         peer = self._peers.get((address, identity))

@@ -79,3 +79,43 @@ def test_what_no_socket_tells_is_not_guessed(capture: dict[str, object], directi
     judged = scope(**capture).not_judged
     assert set(judged) == directions
     assert all(why.startswith(f"capture.{name} is set") for name in capture for why in judged.values())
+
+
+@pytest.mark.parametrize(
+    ("capture", "why"),
+    [
+        ({}, ""),
+        ({"ipv6": "off"}, "capture.ipv6"),
+        ({"outbound_uids": ["7"]}, "capture.outbound_uids"),
+        ({"exclude_uids": ["1000"]}, "capture.exclude_uids"),
+        ({"outbound_ports": ["80"]}, "capture.outbound_ports"),
+        ({"exclude_outbound_ports": ["443"]}, "capture.exclude_outbound_ports"),
+        ({"outbound_cidrs": ["10.0.0.0/8"]}, "capture.outbound_cidrs"),
+        ({"exclude_outbound_cidrs": ["fd00::/8"]}, "capture.exclude_outbound_cidrs"),
+    ],
+)
+def test_the_setting_that_leaves_it_alone_is_named(capture: dict[str, object], why: str) -> None:
+    assert scope(**capture).leaves_outbound(packed("fd00::1"), 443, 1000) == why
+    if "uids" not in why:
+        assert scope(**capture).leaves_outbound(packed("fd00::1"), 443, None) == why
+
+
+@pytest.mark.parametrize(
+    ("capture", "why"),
+    [
+        ({}, ""),
+        ({"ipv6": "off"}, "capture.ipv6"),
+        ({"inbound_ports": ["80"]}, "capture.inbound_ports"),
+        ({"exclude_inbound_ports": ["443"]}, "capture.exclude_inbound_ports"),
+        ({"inbound_cidrs": ["10.0.0.0/8"]}, "capture.inbound_cidrs"),
+        ({"exclude_inbound_cidrs": ["fd00::/8"]}, "capture.exclude_inbound_cidrs"),
+    ],
+)
+def test_the_same_of_what_comes_in(capture: dict[str, object], why: str) -> None:
+    assert scope(**capture).leaves_inbound(443, packed("fd00::1")) == why
+    assert scope(**capture).leaves_inbound(15108, packed("fd00::1")) == "the sidecar's own port"
+
+
+def test_what_a_host_sends_to_itself_is_captured_by_name_only() -> None:
+    assert scope().leaves_local(80) == "capture.loopback_ports"
+    assert scope(loopback_ports=["80-90"]).leaves_local(85) == ""

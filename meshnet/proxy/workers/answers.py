@@ -27,6 +27,7 @@ from meshnet.model.admin import (
     KillConnections,
     ListConnections,
     ListEndpoints,
+    Ping,
     Question,
     Refused,
     RelayStatus,
@@ -37,17 +38,21 @@ from meshnet.model.admin import (
     WorkerStatus,
 )
 from meshnet.model.connection import Connection, Shape
+from meshnet.model.ping import PingResult
 from meshnet.model.settings import Settings
 from meshnet.net import sockets
 from meshnet.proxy.answers import connection_list, draining, killed
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.metrics import exposition
+from meshnet.proxy.ping import with_capture
 from meshnet.proxy.status import node_name
 from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
 from meshnet.proxy.workers.sums import Totals, add_up
 from meshnet.proxy.workers.worker import Worker
 
 T = TypeVar("T", bound=Shape)
+
+_PING_ENDS = 2.0  # seconds beyond its own, in which what it opened is ended
 
 
 class JointAnswers:
@@ -97,6 +102,8 @@ class JointAnswers:
             case KillConnections():
                 answers = await self._ask(question, Accepted)
                 return killed(sum(answer.connections for answer in answers.values()))
+            case Ping():
+                return await self._ping(question)
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
@@ -155,6 +162,17 @@ class JointAnswers:
                 return msgspec.json.decode(line, type=RouteView)
             except msgspec.ValidationError:
                 return msgspec.json.decode(line, type=Refused)
+        return Refused(error="no worker answers", fix="meshnet status")
+
+    async def _ping(self, question: Ping) -> PingResult | Refused:
+        """By the first worker that answers: what they know of the mesh is the same."""
+        for worker in self._workers:
+            line = await worker.ask(question, patience=question.timeout + _PING_ENDS) if worker.pid else None
+            if line is not None:
+                try:
+                    return with_capture(msgspec.json.decode(line, type=PingResult), self._capture)
+                except msgspec.ValidationError:
+                    return msgspec.json.decode(line, type=Refused)
         return Refused(error="no worker answers", fix="meshnet status")
 
     async def _status(self) -> Status:

@@ -74,9 +74,9 @@ class Worker:
         self._drained.set()
         self._until_killed.deadline = trio.current_time() + (0.0 if again else timeout) + _GRACE
 
-    async def ask(self, question: Question) -> bytes | None:
-        """Its answer, a line of JSON; None if it gives none in time."""
-        with trio.move_on_after(_PATIENCE):
+    async def ask(self, question: Question, patience: float = _PATIENCE) -> bytes | None:
+        """Its answer, a line of JSON; None if it gives none within `patience` seconds."""
+        with trio.move_on_after(patience):
             async with aclosing(self._answers(question)) as lines:
                 async for line in lines:
                     return line
