@@ -1,11 +1,19 @@
 """What is said over the admin socket: one JSON line a request, one or more JSON lines in answer."""
 
+from typing import Literal
+
 import msgspec
 
 from meshnet.model.capture import CaptureStatus
 from meshnet.model.connection import Connection, Direction, Shape
 
 GROUP = "meshnet"  # the group whose members may ask a sidecar how it is, and nothing else
+
+
+SUBSYSTEMS = ("access", "admin", "capture", "identity", "names", "net", "proxy", "relay", "tunnel")
+"""The parts of a sidecar that log for themselves."""
+
+Level = Literal["debug", "info", "warning", "error"]
 
 
 class ListConnections(Shape, frozen=True, tag="conns"):
@@ -77,6 +85,21 @@ class Ping(Shape, frozen=True, tag="ping"):
     timeout: float = 3.0
 
 
+class ListLogLevels(Shape, frozen=True, tag="log-levels"):
+    pass
+
+
+class SetLogLevel(Shape, frozen=True, tag="log-level"):
+    """`subsystem`: one of SUBSYSTEMS; empty: all of them, but for those that have a level of their own.
+
+    `level`: None takes back what was set. `seconds`: how long it lasts; 0: until the sidecar ends.
+    """
+
+    subsystem: str = ""
+    level: Level | None = None
+    seconds: float = 0.0
+
+
 Question = (
     ListConnections
     | ExplainConnection
@@ -88,6 +111,8 @@ Question = (
     | GetMetrics
     | KillConnections
     | Ping
+    | ListLogLevels
+    | SetLogLevel
 )
 """It has one answer."""
 Request = Question | FollowConnections
@@ -265,6 +290,24 @@ class Family(Shape, frozen=True):
 class FamilyList(Shape, frozen=True):
     items: tuple[Family, ...] = ()
     kind: str = "FamilyList"
+
+
+class LogLevel(Shape, frozen=True):
+    """What is in force. `is_set`: for this subsystem; else it is that of all, or of the settings.
+
+    `seconds_left`: until it goes back; None: it does not.
+    """
+
+    subsystem: str  # or all
+    level: str
+    is_set: bool = False
+    seconds_left: float | None = None
+
+
+class LogLevelList(Shape, frozen=True):
+    items: tuple[LogLevel, ...] = ()
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "LogLevelList"
 
 
 class Accepted(Shape, frozen=True):

@@ -24,6 +24,7 @@ from meshnet.model.admin import (
     Refused,
     Reload,
     Request,
+    SetLogLevel,
     decode_request,
 )
 from meshnet.model.connection import Shape
@@ -70,7 +71,7 @@ class AdminServer:
         match request:
             case FollowConnections():
                 await self._follow(stream)
-            case Drain() | Reload() | KillConnections() if not _may_change(stream):
+            case Drain() | Reload() | KillConnections() | SetLogLevel() if not _may_change(stream):
                 only = "only root and the sidecar's own user may change what it does; others may look"
                 await _send(stream, Refused(error=only, fix="type it again with sudo"))
             case _:

@@ -24,16 +24,19 @@ from meshnet.model.admin import (
     KillConnections,
     ListConnections,
     ListEndpoints,
+    ListLogLevels,
     Ping,
     Question,
     Refused,
     Reload,
     RouteView,
+    SetLogLevel,
 )
 from meshnet.model.connection import Connection, Security, Shape
 from meshnet.proxy import status
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.explain import explain_route, trace
+from meshnet.proxy.levels import LogLevels
 from meshnet.proxy.ping import ping, with_capture
 from meshnet.proxy.sidecar import Sidecar
 from meshnet.proxy.slices import slices
@@ -49,6 +52,7 @@ class OwnAnswers:
             sidecar.state.metrics.more = capture.families
         self._state = sidecar.state
         self._listeners = listeners
+        self._levels = LogLevels()
 
     async def answer(self, question: Question) -> Shape:
         match question:
@@ -77,6 +81,10 @@ class OwnAnswers:
                 if self._capture is None or isinstance(result, Refused):
                     return result
                 return with_capture(result, self._capture)
+            case ListLogLevels():
+                return self._levels.told()
+            case SetLogLevel():
+                return self._levels.set(question)
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from meshnet.model.admin import Accepted, ConnectionKey, Drain, KillConnections, Reload
+from meshnet.model.admin import Accepted, ConnectionKey, Drain, KillConnections, Reload, SetLogLevel
 from meshnet.model.connection import Connection
 from meshnet_cli.client import ask
 from tests.cli.test_up_down import is_mapped
@@ -93,7 +93,7 @@ def test_others_than_root_and_its_own_user_may_not(hosts: Hosts) -> None:
     path = Path(hosts.sidecar(hosts.web).settings.admin.socket)
     path.chmod(0o666)
     try:
-        for request in (KillConnections(connections=()), Drain(), Reload()):
+        for request in (KillConnections(connections=()), Drain(), Reload(), SetLogLevel(level="debug")):
             answer = json.loads(asked_by(OTHER, path, msgspec.json.encode(request) + b"\n"))
             assert answer["kind"] == "Error"
             assert answer["error"] == "only root and the sidecar's own user may change what it does; others may look"

@@ -27,6 +27,8 @@ from meshnet.model.admin import (
     KillConnections,
     ListConnections,
     ListEndpoints,
+    ListLogLevels,
+    LogLevelList,
     Ping,
     Question,
     Refused,
@@ -34,6 +36,7 @@ from meshnet.model.admin import (
     Reload,
     RouteView,
     Sample,
+    SetLogLevel,
     Status,
     WorkerStatus,
 )
@@ -43,6 +46,7 @@ from meshnet.model.settings import Settings
 from meshnet.net import sockets
 from meshnet.proxy.answers import connection_list, draining, killed
 from meshnet.proxy.capture import CaptureProof
+from meshnet.proxy.levels import LogLevels
 from meshnet.proxy.metrics import exposition
 from meshnet.proxy.ping import with_capture
 from meshnet.proxy.status import node_name
@@ -73,6 +77,9 @@ class JointAnswers:
         self._totals = totals
         self._settings = settings
         self._listeners = listeners
+        self._levels = LogLevels()
+        for worker in workers:
+            worker.to_hear = self._levels.requests
         self._draining = False
         self._started = time.monotonic()
         self._mark = settings.proxy.mark if sockets.can_mark(settings.proxy.mark) else 0
@@ -104,6 +111,13 @@ class JointAnswers:
                 return killed(sum(answer.connections for answer in answers.values()))
             case Ping():
                 return await self._ping(question)
+            case ListLogLevels():
+                return self._levels.told()
+            case SetLogLevel():
+                answer = self._levels.set(question)
+                if not isinstance(answer, Refused):
+                    await self._ask(question, LogLevelList)
+                return answer
 
     @asynccontextmanager
     async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:

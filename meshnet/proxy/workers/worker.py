@@ -2,7 +2,7 @@
 
 import logging
 import subprocess
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 
 import msgspec
@@ -50,6 +50,8 @@ class Worker:
             ticket_secret=ticket_secret,
         )
         self._died = died
+        self.to_hear: Callable[[], Iterable[Question]] = tuple
+        """What each new process is to be told first, because those before it were."""
         self._line: ParentsEnd | None = None
         self._drained = trio.Event()
         self._until_killed = trio.CancelScope()
@@ -104,6 +106,10 @@ class Worker:
         except (OSError, trio.BrokenResourceError):
             return  # it is about to end, or so far behind that it takes no more questions
 
+    async def _tell(self) -> None:
+        for question in list(self.to_hear()):
+            await self.ask(question)
+
     async def _live(self) -> str:
         """One process from its start to its end. What became of it, in words."""
         listeners = [descriptor for found in self._brief.listeners.values() for descriptor in found]
@@ -127,7 +133,10 @@ class Worker:
             self.alive.set()
             try:
                 with self._until_killed:
-                    await process.wait()
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(self._tell)
+                        await process.wait()
+                        nursery.cancel_scope.cancel()
                 if self._until_killed.cancelled_caught:
                     _log.error("worker %d (pid %d) does not end, and is killed", self.number, self.pid)
                     process.kill()
