@@ -40,17 +40,8 @@ def command(config: str | None, output: str, name: str | None) -> None:
     A variable beats the file, the file beats the default.
     """
     from meshnet.codec.edit import need_setting
-    from meshnet.codec.settings import settings_with_origin
 
-    file = config or DEFAULT_CONFIG
-    text = read_text(file) if config or Path(file).exists() else ""
-    settings, origins = settings_with_origin(text, os.environ, file)
-    items = []
-    for full, origin in origins.items():
-        section, _, key = full.partition(".")
-        if name in (None, full, section):
-            value = getattr(getattr(settings, section), key)
-            items.append(SettingView(full, value, origin.kind, origin.place))
+    items = [item for item in setting_list(config).items if name in (None, item.name, item.name.partition(".")[0])]
     if not items:
         need_setting(name or "")
     alone = name is not None and len(items) == 1 and items[0].name == name
@@ -62,6 +53,21 @@ def command(config: str | None, output: str, name: str | None) -> None:
             print_table(("KEY", "VALUE", "FROM"), [(i.name, _shown(i) or "-", i.place or i.origin) for i in items])
 
     print_as(output, SettingList(items=tuple(items)), items, name=lambda item: item.name, table=table)
+
+
+def setting_list(config: str | None) -> SettingList:
+    """All that are in force. Raises ConfigError."""
+    from meshnet.codec.settings import settings_with_origin
+
+    file = config or DEFAULT_CONFIG
+    text = read_text(file) if config or Path(file).exists() else ""
+    settings, origins = settings_with_origin(text, os.environ, file)
+    items = []
+    for full, origin in origins.items():
+        section, _, key = full.partition(".")
+        value = getattr(getattr(settings, section), key)
+        items.append(SettingView(full, value, origin.kind, origin.place))
+    return SettingList(items=tuple(items))
 
 
 def _shown(item: SettingView) -> str:

@@ -43,6 +43,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
     },
     "Fix and look": {
         "check": Entry("meshnet_cli.check", "Whether this host can be in the mesh."),
+        "bug-report": Entry("meshnet_cli.bug_report", "One file with all that is needed to look into a fault."),
         "rules": Entry("meshnet_cli.rules", "The kernel's redirect rules: plan, show, verify and keep."),
         "log": Entry("meshnet_cli.log", "What the sidecar logs, changed while it runs."),
         "init": Entry("meshnet_cli.init", "Put the redirect rules into the kernel, or take them out."),

@@ -77,25 +77,12 @@ def plan_command(config: str | None, output: str) -> None:
 @output_options
 def show_command(config: str | None, output: str) -> None:
     """The rules in the kernel, read back from it, and how many connections each has matched."""
-    from meshnet_init.apply import installed_rules
-
-    reasons = reasons_of(config)
-    items = tuple(
-        RulesView(
-            backend=installed.backend,
-            rules=_numbered(
-                tuple(_counted_view(counted, reasons) for counted in installed.rules), apart=installed.backend != "nft"
-            ),
-            draining=installed.draining(),
-            problems=installed.problems,
-        )
-        for installed in installed_rules()
-    )
-    if _printed_json(RulesList(items), output):
+    view = installed_view(config)
+    if _printed_json(view, output):
         return
-    if not items:
+    if not view.items:
         click.echo("no rules are installed")
-    for item in items:
+    for item in view.items:
         click.echo(f"backend {item.backend}" + (": draining, nothing new is captured" if item.draining else ""))
         print_table(
             ("CHAIN", "NO", "FAMILY", "MATCH", "ACTION", "HITS", "WHY"),
@@ -152,6 +139,27 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
 
 
 command.add_command(keep.command)
+
+
+def installed_view(config: str | None) -> RulesList:
+    """What the kernel has. Raises as meshnet_init.apply.installed_rules."""
+    from meshnet_init.apply import installed_rules
+
+    reasons = reasons_of(config)
+    return RulesList(
+        tuple(
+            RulesView(
+                backend=installed.backend,
+                rules=_numbered(
+                    tuple(_counted_view(counted, reasons) for counted in installed.rules),
+                    apart=installed.backend != "nft",
+                ),
+                draining=installed.draining(),
+                problems=installed.problems,
+            )
+            for installed in installed_rules()
+        )
+    )
 
 
 def unproved(result: "Verification") -> str:
