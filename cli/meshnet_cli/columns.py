@@ -67,6 +67,7 @@ COLUMNS: Mapping[str, Callable[[Connection], str]] = {
     "DST_IDENTITY": lambda connection: connection.destination.identity or "-",
     "RELAY": lambda connection: connection.relay or "-",
     "REASON": lambda connection: connection.reason.code.value if connection.reason else "-",
+    "PROCESS": lambda _: "-",  # a record does not know it; see print_connections
 }
 WIDE = tuple(COLUMNS)
 TABLE = WIDE[: WIDE.index("STATE") + 1]
@@ -94,8 +95,24 @@ STREAM_WIDTHS: Mapping[str, int] = {
 def print_connections(connections: Sequence[Connection], columns: Sequence[str], *, header: bool = True) -> None:
     """A table of them; without `header` also without the second lines."""
     rows = [[COLUMNS[name](connection) for name in columns] for connection in connections]
+    if "PROCESS" in columns:
+        processes, at = _processes(connections), columns.index("PROCESS")
+        for row, connection in zip(rows, connections, strict=True):
+            row[at] = processes.get(connection.source.address, "-")
     notes = [note(connection) for connection in connections] if header else []
     print_table(columns, rows, header=header, notes=notes, colors=COLORS)
+
+
+def _processes(connections: Sequence[Connection]) -> dict[str, str]:
+    """Of the programs of this host that have them open, by their end; as far as whoever asks may see that."""
+    from meshnet.net.processes import processes_at  # only for those who look
+
+    is_ours = (it for it in connections if it.direction is Direction.OUTBOUND and it.reason is None)
+    try:
+        found = processes_at({parse_address(it.source.address) for it in is_ours})
+    except (OSError, ValueError):
+        return {}
+    return {str(end): f"{process.name}[{process.pid}]" for end, process in found.items()}
 
 
 def note(connection: Connection) -> str:

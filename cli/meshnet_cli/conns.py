@@ -61,6 +61,7 @@ EVENT_WIDTH = len("+ close")
 )
 @click.option("--kill", "to_kill", is_flag=True, help="Reset the open ones that match, at both ends; asks before.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask, for scripts.")
+@click.option("--uncaptured", "past", is_flag=True, help="Instead those that do not come through the sidecar, and why.")
 @click.option("-f", "--follow", is_flag=True, help="Open ones, then a line for each event; Ctrl-C ends it.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if any row matches.")
 @table_options
@@ -76,6 +77,7 @@ def command(
     by: tuple[str, ...] | None,
     to_kill: bool,
     yes: bool,
+    past: bool,
     follow: bool,
     exit_code: bool,
     no_header: bool,
@@ -91,6 +93,17 @@ def command(
     received them.
     """
     wanted = chosen_filter(flags)
+    if past:
+        from meshnet_cli import uncaptured
+
+        if since is not None or everything or by or to_kill or follow or sort not in (None, *uncaptured.SORT_KEYS):
+            raise click.UsageError("--uncaptured goes with filters, --sort tx|rx, --top, --columns, --exit-code and -o")
+        found = uncaptured.print_uncaptured(
+            socket_path, wanted, columns, output, sort=sort, top=top, timeout=timeout, header=not no_header
+        )
+        if exit_code and found:
+            click.get_current_context().exit(1)
+        return
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     if follow:
         if since is not None or everything or sort or top or by or to_kill or exit_code or output == "json":

@@ -85,6 +85,10 @@ class Ping(Shape, frozen=True, tag="ping"):
     timeout: float = 3.0
 
 
+class ListUncaptured(Shape, frozen=True, tag="uncaptured"):
+    """Connections of this host that do not come through the sidecar, but for those that stay on it."""
+
+
 class ListLogLevels(Shape, frozen=True, tag="log-levels"):
     pass
 
@@ -111,6 +115,7 @@ Question = (
     | GetMetrics
     | KillConnections
     | Ping
+    | ListUncaptured
     | ListLogLevels
     | SetLogLevel
 )

@@ -25,6 +25,7 @@ from meshnet.model.admin import (
     ListConnections,
     ListEndpoints,
     ListLogLevels,
+    ListUncaptured,
     Ping,
     Question,
     Refused,
@@ -33,6 +34,7 @@ from meshnet.model.admin import (
     SetLogLevel,
 )
 from meshnet.model.connection import Connection, Security, Shape
+from meshnet.model.uncaptured import UncapturedList
 from meshnet.proxy import status
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.explain import explain_route, trace
@@ -81,6 +83,8 @@ class OwnAnswers:
                 if self._capture is None or isinstance(result, Refused):
                     return result
                 return with_capture(result, self._capture)
+            case ListUncaptured():
+                return await uncaptured(self._capture)
             case ListLogLevels():
                 return self._levels.told()
             case SetLogLevel():
@@ -151,6 +155,15 @@ class OwnAnswers:
 
 def draining(connections: int) -> Accepted:
     return Accepted(message=f"draining {connections} connections", connections=connections)
+
+
+async def uncaptured(capture: CaptureProof | None) -> UncapturedList | Refused:
+    if capture is None:
+        return Refused(error="a worker does not look at the sockets of its host", fix="ask its parent")
+    try:
+        return await capture.uncaptured()
+    except OSError as error:
+        return Refused(error=f"the kernel does not list its sockets: {error.strerror}")
 
 
 def killed(connections: int) -> Accepted:

@@ -22,12 +22,14 @@ from meshnet.model.capture import CaptureStatus, KeeperReport, Proof, ProofResul
 from meshnet.model.connection import Direction
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
+from meshnet.model.uncaptured import UncapturedList
 from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.canary import begin_connect
 from meshnet.net.keeper import ask_keeper
 from meshnet.net.sock_diag import TcpSocket, host_of
 from meshnet.proxy.bypass import Bypass
+from meshnet.proxy.uncaptured import list_uncaptured
 
 _log = logging.getLogger("meshnet.capture")
 
@@ -91,6 +93,11 @@ class CaptureProof:
         """None while nothing could be proved, for want of a route or of an answer."""
         results = {proof.result for proof in self._proofs.values()} & _DEFINITE
         return "not captured" not in results if results else None
+
+    async def uncaptured(self) -> UncapturedList:
+        """What does not come through the sidecar, and why. Raises OSError where the kernel does not tell."""
+        older = {found for _, found in self._older} if self._settled else None
+        return await list_uncaptured(self._settings, self._pids, older)
 
     def captures(self, family: IpFamily) -> bool | None:
         """Whether what leaves in that family was captured when that was last tried; None: not known."""

@@ -1,5 +1,7 @@
 import json
+import os
 import signal
+import socket
 
 import msgspec
 import pytest
@@ -65,7 +67,18 @@ def test_wide_adds_times_tries_and_identities(meshnet: Meshnet, sidecar: Sidecar
         "DST_IDENTITY": "spiffe://prod/ns/default/sa/api",
         "RELAY": "python",
         "REASON": "-",
+        "PROCESS": "-",
     }
+
+
+def test_wide_names_the_program_that_opened_it(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+        ours = msgspec.structs.replace(OPEN, source=Peer(address="{}:{}".format(*client.getsockname())))
+        sidecar.will_answer(listing(ours, msgspec.structs.replace(ours, direction=Direction.INBOUND)))
+        result = meshnet("conns", "--columns", "dir,process", "--no-header")
+    rows = [line.split() for line in result.output.splitlines()]
+    assert rows[0][0] == "out"
+    assert rows[0][1].endswith(f"[{os.getpid()}]")
 
 
 def test_nothing_open_is_a_table_without_rows(meshnet: Meshnet, sidecar: Sidecar) -> None:

@@ -2,10 +2,11 @@
 
 import os
 import socket
+import struct
 
 import pytest
 
-from meshnet.net.sock_diag import ESTABLISHED, LISTEN, TcpSocket, tcp_sockets
+from meshnet.net.sock_diag import ESTABLISHED, LISTEN, TcpSocket, tcp_sockets, tcp_sockets_with_info
 
 V4 = socket.inet_pton(socket.AF_INET, "127.0.0.1")
 
@@ -46,3 +47,24 @@ def test_many_take_more_than_one_answer() -> None:
         finally:
             for client in clients:
                 client.close()
+
+
+@pytest.mark.parametrize(("family", "host"), [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")])
+def test_what_the_kernel_knows_of_a_connection(family: int, host: str) -> None:
+    with socket.create_server((host, 0), family=family) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection((host, port)) as client, listener.accept()[0] as server:
+            client.sendall(b"x" * 1000)
+            assert server.recv(1000, socket.MSG_WAITALL)
+            server.sendall(b"y" * 500)
+            assert client.recv(500, socket.MSG_WAITALL)
+            infos = {(it.local_port, it.remote_port): info for it, info in tcp_sockets_with_info()}
+            assert infos[port, 0] is None  # it listens
+            info = infos[client.getsockname()[1], port]
+            assert info is not None
+            told = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192)
+            assert info.rtt_us == struct.unpack_from("=I", told, 68)[0] > 0
+            assert info.rtt_var_us == struct.unpack_from("=I", told, 72)[0]
+            assert info.retransmits == struct.unpack_from("=I", told, 100)[0]
+            assert info.bytes_received == 500
+            assert info.bytes_sent in (1000, 1001)  # the kernel counts the SYN of who dialled

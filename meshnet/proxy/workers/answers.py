@@ -28,6 +28,7 @@ from meshnet.model.admin import (
     ListConnections,
     ListEndpoints,
     ListLogLevels,
+    ListUncaptured,
     LogLevelList,
     Ping,
     Question,
@@ -44,7 +45,7 @@ from meshnet.model.connection import Connection, Shape
 from meshnet.model.ping import PingResult
 from meshnet.model.settings import Settings
 from meshnet.net import sockets
-from meshnet.proxy.answers import connection_list, draining, killed
+from meshnet.proxy.answers import connection_list, draining, killed, uncaptured
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.levels import LogLevels
 from meshnet.proxy.metrics import exposition
@@ -111,6 +112,8 @@ class JointAnswers:
                 return killed(sum(answer.connections for answer in answers.values()))
             case Ping():
                 return await self._ping(question)
+            case ListUncaptured():
+                return await uncaptured(self._capture)
             case ListLogLevels():
                 return self._levels.told()
             case SetLogLevel():

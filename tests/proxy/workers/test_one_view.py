@@ -8,8 +8,9 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
-from meshnet.model.admin import ConnectionList, FamilyList, GetMetrics, ListConnections
+from meshnet.model.admin import ConnectionList, FamilyList, GetMetrics, ListConnections, ListUncaptured
 from meshnet.model.resource import API_VERSION, BreakerSpec, LimitsSpec, Metadata, TrafficPolicy, TrafficPolicySpec
+from meshnet.model.uncaptured import UncapturedList
 from meshnet_cli.client import ask
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.metrics import get, samples, value
@@ -38,6 +39,19 @@ def test_each_worker_serves_and_one_list_has_the_connections_of_both(hosts: Host
         (endpoint,) = sidecar.endpoints("api").items
         assert (endpoint.connections, endpoint.breaker, endpoint.workers) == (len(pairs), "closed", 2)
         assert all(pair.talks() for pair in pairs)
+
+
+def test_sockets_of_both_are_the_sidecar_s_own(hosts: Hosts) -> None:
+    path = hosts.sidecar(hosts.web).settings.admin.socket
+    with (
+        listen(hosts.api, 8080) as server,
+        on_every_worker(hosts, server),
+        listen(hosts.web, 22) as ssh,
+        hosts.outside.connect(hosts.web.address, 22),
+        accept(ssh),
+    ):
+        (only,) = ask(path, ListUncaptured(), UncapturedList).items
+    assert (only.server, only.setting) == (f"{hosts.web.address}:22", "capture.exclude_inbound_ports")
 
 
 def test_any_of_them_is_explained(hosts: Hosts) -> None:
