@@ -1,0 +1,110 @@
+"""Who calls, again and again, each in a thread of its own, until it is enough."""
+
+import hashlib
+import json
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Self
+
+from meshnet_cli.demo.world import Host, ProgramFailed
+from tests.soak.judge import Call
+from tests.soak.stage import ADDRESSES, BULK, CACHE, CONTENT, DATABASE, ECHO, GREETER, WEB_SITE, Stage
+from tests.soak.talk import LongTalk, greet
+
+_PAUSE = 0.05  # seconds between a client's calls; longer after one that failed
+_PATIENCE = 20.0  # seconds for a program
+GREETERS = tuple(f"server first {number}" for number in range(1, 5))
+
+
+class Clients:
+    """They call within the block; leaving it waits for the calls that are under way. `calls` grows."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.calls: list[Call] = []
+        self._stage = stage
+        self._enough = threading.Event()
+        self._works: dict[str, Callable[[], None]] = {
+            "curl": self._curl,
+            "redis": self._redis,
+            "postgres": self._postgres,
+            "iperf3": self._iperf3,
+            "long talk": self._long_talk,
+        }
+        greeting = partial(greet, stage.web, ADDRESSES[GREETER], GREETER)
+        self._works |= dict.fromkeys(GREETERS, greeting)
+        self._talk: LongTalk | None = None
+        self._threads = [threading.Thread(target=self._go_on, args=item) for item in self._works.items()]
+
+    def __enter__(self) -> Self:
+        self._run(self._stage.web, "pgbench", "-i", "-q", "-s", "1", *self._database())
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._works)
+
+    def __exit__(self, *_: object) -> None:
+        self._enough.set()
+        for thread in self._threads:
+            thread.join()
+        if self._talk is not None:
+            self._talk.close()
+
+    def _go_on(self, name: str, work: Callable[[], None]) -> None:
+        while not self._enough.is_set():
+            began, error = time.monotonic(), ""
+            try:
+                work()
+            except (OSError, EOFError, ProgramFailed, subprocess.TimeoutExpired, ValueError) as problem:
+                error = f"{type(problem).__name__}: {problem}".replace("\n", " ")
+            self.calls.append(Call(name, began, time.monotonic(), error))
+            self._enough.wait(_PAUSE if not error else 10 * _PAUSE)
+
+    def _curl(self) -> None:
+        file = self._stage.web.directory / "content"
+        url = f"http://{ADDRESSES[WEB_SITE]}:{WEB_SITE}/content"
+        self._run(self._stage.web, "curl", "-sSf", "--max-time", "15", "-o", str(file), url)
+        if hashlib.sha256(file.read_bytes()).digest() != hashlib.sha256(CONTENT).digest():
+            raise ValueError("curl has got something else")
+
+    def _redis(self) -> None:
+        there = ("-h", ADDRESSES[CACHE], "-p", str(CACHE))
+        said = self._run(self._stage.web, "redis-benchmark", *there, "--csv", "-n", "500", "-c", "5", "-t", "set,get")
+        if [line.split(",")[0] for line in said.splitlines()[1:]] != ['"SET"', '"GET"']:
+            raise ValueError(f"redis-benchmark said {said}")
+
+    def _postgres(self) -> None:
+        said = self._run(self._stage.web, "pgbench", "-n", "-c", "2", "-t", "10", *self._database())
+        if "number of transactions actually processed: 20/20" not in said:
+            raise ValueError(f"pgbench said {said}")
+
+    def _iperf3(self) -> None:
+        there = ("-c", ADDRESSES[BULK], "-p", str(BULK), "--connect-timeout", "3000")
+        try:
+            said = self._run(self._stage.web, "iperf3", "-J", "-t", "1", "-b", "50M", *there)
+            if "error" in json.loads(said):
+                raise ValueError(f"iperf3 said {said}")
+        except (ProgramFailed, subprocess.TimeoutExpired):
+            self._stage.restart_bulk()  # it serves one at a time, and may wait for one that is gone
+            raise
+
+    def _long_talk(self) -> None:
+        if self._talk is None:
+            self._talk = LongTalk(self._stage.web, ADDRESSES[ECHO], ECHO)
+        try:
+            self._talk.say()
+        except (OSError, EOFError):
+            self._talk.close()
+            self._talk = None
+            raise
+
+    def _database(self) -> tuple[str, ...]:
+        return ("-h", ADDRESSES[DATABASE], "-p", str(DATABASE), "-U", "app", "postgres")
+
+    def _run(self, host: Host, *command: str) -> str:
+        return host.run(*command, timeout=_PATIENCE, PGSSLMODE="disable", PGCONNECT_TIMEOUT="10").stdout

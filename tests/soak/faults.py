@@ -1,0 +1,113 @@
+"""What goes wrong in a soak, one after the other, as a seed says. Each returns when it is over."""
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from meshnet.control.authority import save_issued
+from meshnet_cli.demo.world import Host, wait_for
+from tests.soak.judge import GRACE, Fault
+from tests.soak.stage import Stage
+
+_PAUSES = (0.5, 4.0)  # seconds without any fault, beyond the time for which the last one still excuses
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    what: str
+    do: Callable[[Host], None]
+    excuses: bool
+    """Whether a client may notice."""
+
+
+class Faults:
+    """`so_far` grows; `started` says when the sidecar of a host, by name, was last started again, and was ready."""
+
+    def __init__(self, stage: Stage, dice: random.Random, tell: Callable[[str], None]) -> None:
+        self.so_far: list[Fault] = []
+        self.started: dict[str, tuple[float, float]] = {}
+        self._stage = stage
+        self._dice = dice
+        self._tell = tell
+        self._wait = threading.Event().wait
+        self._kinds = [
+            Kind("sidecar killed", self._kill, True),
+            Kind("sidecar restarted in order", self._restart, True),
+            Kind("sidecar stands still", self._stop, False),
+            Kind("cable pulled for a moment", self._pull, False),
+            Kind("certificate renewed", self._renew, False),
+            Kind("mesh files changed", self._change, False),
+            Kind("cache killed", self._kill_cache, True),
+            Kind("rules flushed", self._flush, True),
+        ]
+        self._order: list[Kind] = []
+
+    def go_on_until(self, end: float) -> None:
+        """One fault after the other; each kind comes once before any comes again."""
+        while True:
+            if not self._order:
+                self._order = self._dice.sample(self._kinds, len(self._kinds))
+            kind, host = self._order.pop(), self._dice.choice(self._stage.hosts)
+            pause = self._dice.uniform(*_PAUSES) + (GRACE if self.so_far and self.so_far[-1].excuses else 0.0)
+            if time.monotonic() + pause + 2 * GRACE > end:
+                self._wait(max(0.0, end - time.monotonic()))
+                return
+            self._wait(pause)
+            began = time.monotonic()
+            self._tell(f"{kind.what} ({host.name})")
+            kind.do(host)
+            self.so_far.append(Fault(kind.what, began, time.monotonic(), kind.excuses))
+
+    def _kill(self, host: Host) -> None:
+        sidecar = self._stage.sidecar(host)
+        os.kill(self._stage.pid(host), signal.SIGKILL)
+        assert sidecar.process is not None
+        sidecar.process.popen.wait()
+        self._wait(self._dice.uniform(0.0, 1.0))
+        self._start(host)
+
+    def _restart(self, host: Host) -> None:
+        self._stage.sidecar(host).stop()
+        self._start(host)
+
+    def _start(self, host: Host) -> None:
+        # The ports may be taken for a moment longer than the process is there.
+        wait_for(lambda: not host.listens(self._stage.sidecar(host).settings.proxy.outbound_port))
+        began = time.monotonic()
+        self._stage.sidecar(host).start()
+        self.started[host.name] = began, time.monotonic()
+
+    def _stop(self, host: Host) -> None:
+        os.kill(self._stage.pid(host), signal.SIGSTOP)
+        self._wait(self._dice.uniform(0.1, 0.8))
+        os.kill(self._stage.pid(host), signal.SIGCONT)
+
+    def _pull(self, host: Host) -> None:
+        port = f"port{host.address.rpartition('.')[2]}"
+        self._stage.world.switch.configure(f"link set {port} down")
+        self._wait(self._dice.uniform(0.1, 0.5))
+        self._stage.world.switch.configure(f"link set {port} up")
+
+    def _renew(self, host: Host) -> None:
+        mesh, sidecar = self._stage.mesh, self._stage.sidecar(host)
+        before = sidecar.status().certificate.serial
+        save_issued(mesh.authority.issue(mesh.identity(host.name), now=datetime.now(UTC)), sidecar.config.parent)
+        wait_for(lambda: sidecar.status().certificate.serial != before, what="the new certificate")
+
+    def _change(self, host: Host) -> None:
+        before = self._stage.sidecar(host).status().config.version
+        for _ in range(self._dice.randrange(1, 30)):
+            self._stage.write()
+        wait_for(lambda: self._stage.sidecar(host).status().config.version > before, what="the new mesh")
+
+    def _kill_cache(self, host: Host) -> None:
+        self._stage.restart_cache()
+
+    def _flush(self, host: Host) -> None:
+        self._stage.flush(host)
+        wait_for(lambda: self._stage.is_captured(host), timeout=20.0, what=f"the rules of {host.name} again")

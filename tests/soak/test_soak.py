@@ -1,0 +1,49 @@
+"""The soak itself, briefly, and what it says of others'."""
+
+import pytest
+
+from tests.soak.judge import GRACE, Call, Fault, idle_clients, summary, unexplained
+from tests.soak.soak import soak
+
+KILLED = Fault("sidecar killed", 10.0, 12.0, excuses=True)
+PULLED = Fault("cable pulled for a moment", 20.0, 21.0, excuses=False)
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "explained"),
+    [
+        (9.0, 10.5, True),
+        (12.0 + GRACE, 13.0 + GRACE, True),
+        (8.0, 9.5, False),
+        (12.5 + GRACE, 13.0 + GRACE, False),
+        (20.5, 20.6, False),  # nobody should have noticed
+    ],
+)
+def test_a_failed_call_is_explained_by_a_fault_that_clients_may_notice(
+    began: float, ended: float, explained: bool
+) -> None:
+    wrong = unexplained([Call("curl", began, ended, "reset")], [KILLED, PULLED])
+    assert wrong == ([] if explained else [f"curl failed, {began:.1f} to {ended:.1f} s: reset"])
+
+
+def test_a_call_that_went_well_needs_no_fault() -> None:
+    assert unexplained([Call("curl", 1.0, 2.0)], []) == []
+
+
+def test_who_was_never_served_is_named_and_everything_is_counted() -> None:
+    calls = [Call("curl", 1.0, 2.0), Call("curl", 3.0, 4.0, "reset"), Call("redis", 1.0, 2.0, "reset")]
+    assert idle_clients(calls, ["curl", "redis"]) == ["redis was never served"]
+    assert summary(calls, [KILLED, KILLED]) == [
+        "curl: 2 calls, 1 of them failed",
+        "redis: 1 calls, 1 of them failed",
+        "sidecar killed: 2 times",
+    ]
+
+
+@pytest.mark.netns
+@pytest.mark.usefixtures("world")
+def test_twenty_seconds_of_it() -> None:
+    said: list[str] = []
+    report = soak(20.0, 5, said.append)
+    assert report.wrong == [], "\n".join([*said, *report.lines])
+    assert any("times" in line for line in report.lines), said
