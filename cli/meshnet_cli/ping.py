@@ -29,6 +29,7 @@ COLUMNS: Mapping[str, Callable[[EndpointPing], str]] = {
     "ENDPOINT": lambda it: it.endpoint,
     "TUNNEL": lambda it: it.tunnel,
     "STATE": lambda it: "ejected" if it.ejected_for_seconds else state_name(it.breaker, it.weight),
+    "CHECK": lambda it: it.check or "-",
     "TCP": lambda it: milliseconds(it.tcp_ms),
     "TLS": lambda it: milliseconds(it.tls_ms),
     "OPEN": lambda it: milliseconds(it.open_ms),
@@ -36,8 +37,12 @@ COLUMNS: Mapping[str, Callable[[EndpointPing], str]] = {
     "VERDICT": lambda it: it.verdict + (f" by {it.policy}" if it.policy else ""),
     "REASON": lambda it: str(it.reason.code) if it.reason else "-",
 }
-TABLE = tuple(name for name in COLUMNS if name != "REASON")  # which is in the line below
-COLORS: Colors = {"STATE": {"ejected": "red", "probing": "yellow", "draining": "yellow"}, "VERDICT": {"denied": "red"}}
+TABLE = tuple(name for name in COLUMNS if name not in ("CHECK", "REASON"))  # the reason is in the line below
+COLORS: Colors = {
+    "STATE": {"ejected": "red", "probing": "yellow", "draining": "yellow"},
+    "CHECK": {"failing": "red", "panic": "red"},
+    "VERDICT": {"denied": "red"},
+}
 
 
 class PingList(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -104,10 +109,14 @@ def command(
 
 
 def would_fail(result: PingResult) -> bool:
-    """Whether a connection could fail: it may get any endpoint that is not ejected and has a weight."""
-    if result.reason is not None or any(item.reason for item in result.items if item.weight):
+    """Whether a connection could fail: it may get any endpoint that has a weight and whose checks do not fail.
+
+    Unless its breaker is open; but that closes by itself.
+    """
+    willing = [item for item in result.items if item.weight and item.check != "failing"]
+    if result.reason is not None or any(item.reason for item in willing):
         return True
-    return not result.more and all(item.breaker == "open" or not item.weight for item in result.items)
+    return not result.more and all(item.breaker == "open" for item in willing)
 
 
 def _results(target: str, count: int, interval: float, socket_path: str, timeout: float) -> Iterator[PingResult]:

@@ -15,6 +15,7 @@ class EndpointPing(Shape, frozen=True):
     weight: int
     breaker: str
     ejected_for_seconds: float = 0.0
+    check: str = ""  # as in EndpointView; empty also where the endpoint was named by its own address
     tcp_ms: float | None = None
     tls_ms: float | None = None
     open_ms: float | None = None

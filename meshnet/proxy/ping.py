@@ -67,7 +67,9 @@ async def _every(way: ToService, timeout: float, state: ProxyState, result: Ping
     items: dict[Endpoint, EndpointPing] = {}
 
     async def one(endpoint: Endpoint) -> None:
-        items[endpoint] = await _endpoint(endpoint, way.service, timeout, state)
+        found = await _endpoint(endpoint, way.service, timeout, state)
+        check = "" if way.pinned else state.checks.view(way.service, endpoint)[0]
+        items[endpoint] = structs.replace(found, check=check)
 
     tried = endpoints[:_MOST]
     async with trio.open_nursery() as nursery:

@@ -110,6 +110,8 @@ def test_what_is_neither_is_told_by_the_sidecar(meshnet: Meshnet, sidecar: Sidec
 
 EJECTED = msgspec.structs.replace(REACHED, breaker="open")
 DRAINING = msgspec.structs.replace(DENIED, weight=0)
+FAILING = msgspec.structs.replace(DENIED, check="failing")
+PANIC = msgspec.structs.replace(DENIED, check="panic")
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,10 @@ DRAINING = msgspec.structs.replace(DENIED, weight=0)
         ((EJECTED,), 0, True),
         ((DRAINING,), 0, True),
         ((EJECTED,), 3, False),
+        ((REACHED, FAILING), 0, False),
+        ((FAILING,), 0, True),
+        ((PANIC,), 0, True),  # it is used all the same
+        ((msgspec.structs.replace(REACHED, check="panic"),), 0, False),
     ],
 )
 def test_it_would_fail_where_a_connection_could(items: tuple[EndpointPing, ...], more: int, fails: bool) -> None:

@@ -10,7 +10,15 @@ from msgspec import structs
 from meshnet.errors import Reason
 from meshnet.model.admin import Ping
 from meshnet.model.ping import EndpointPing, PingResult
-from meshnet.model.resource import API_VERSION, BreakerSpec, LimitsSpec, Metadata, TrafficPolicy, TrafficPolicySpec
+from meshnet.model.resource import (
+    API_VERSION,
+    BreakerSpec,
+    CheckSpec,
+    LimitsSpec,
+    Metadata,
+    TrafficPolicy,
+    TrafficPolicySpec,
+)
 from meshnet_cli.client import ask
 from tests.proxy.conftest import API, PAIR, PLAIN, SELF, Hosts
 from tests.proxy.programs import Records, accept, echo, is_reset, listen, reason, stopped
@@ -143,6 +151,21 @@ def test_a_peer_that_stands_still_takes_no_longer_than_asked_and_leaves_no_socke
     assert item.reason is not None
     assert (item.reason.code, item.reason.phase, item.tcp_ms) == (Reason.TLS_HANDSHAKE, "tls", None)
     wait_for(lambda: descriptors(web) <= before, what="as many descriptors as before")
+
+
+def test_what_checks_keep_connections_from_is_told(hosts: Hosts) -> None:
+    spec = TrafficPolicySpec(services=("pair",), check=CheckSpec(interval="100ms", fall=1))
+    hosts.write(TrafficPolicy(api_version=API_VERSION, metadata=Metadata(name="patient"), spec=spec))  # instead
+    web = hosts.sidecar(hosts.web)
+    with echo(hosts.api, 7000):
+
+        def checks() -> dict[str, str]:
+            return {item.identity: item.check for item in ping(web, "pair:7000").items}
+
+        wanted = {hosts.mesh.identity("api"): "passing", hosts.mesh.identity("twin"): "failing"}
+        wait_for(lambda: checks() == wanted, what="both are checked")
+        assert "1 of 2 reached" in web.meshnet("ping", "pair:7000")  # a connection would get the other one
+        assert only(ping(web, f"{hosts.twin.address}:7000")).check == ""  # who names it gets it all the same
 
 
 def test_breakers_and_limits_of_connections_know_nothing_of_it(hosts: Hosts) -> None:
