@@ -10,7 +10,7 @@ from meshnet.model.connection import Connection, Direction, Shape
 GROUP = "meshnet"  # the group whose members may ask a sidecar how it is, and nothing else
 
 
-SUBSYSTEMS = ("access", "admin", "capture", "identity", "names", "net", "proxy", "relay", "tunnel")
+SUBSYSTEMS = ("access", "admin", "capture", "checks", "identity", "names", "net", "proxy", "relay", "tunnel")
 """The parts of a sidecar that log for themselves."""
 
 Level = Literal["debug", "info", "warning", "error"]
