@@ -1,7 +1,5 @@
 """Which of a service's endpoints may be tried now, and what is known of them: what the balancer asks."""
 
-from collections.abc import Collection
-
 from meshnet.decide.limits import below_endpoint_limit
 from meshnet.decide.warmth import warmth
 from meshnet.model.address import Address
@@ -12,27 +10,19 @@ from meshnet.proxy.state import ProxyState
 class Candidates:
     """Of one connection, as of `now`; see meshnet.decide.balance.Load."""
 
-    __slots__ = ("_known", "_passed_over", "_state", "_traffic", "now", "panics", "tried", "warming")
+    __slots__ = ("_known", "_service", "_state", "_traffic", "failing", "now", "panics", "tried", "warming")
 
-    def __init__(
-        self,
-        service: ServicePort,
-        state: ProxyState,
-        tried: set[Address],
-        now: float,
-        passed_over: Collection[Address] = (),
-    ) -> None:
-        """`passed_over`: by active checks."""
-        self._passed_over = passed_over
-        self._state, self._known, self._traffic = state, state.endpoints, service.traffic
+    def __init__(self, service: ServicePort, state: ProxyState, tried: set[Address], now: float) -> None:
+        self._state, self._known, self._service, self._traffic = state, state.endpoints, service, service.traffic
+        self.failing = state.checks.passed_over(service)
         self.tried, self.now = tried, now
         self.panics = False
-        """Whether those that are ejected are taken all the same."""
+        """Whether those that are ejected, or fail their checks, are taken all the same."""
         self.warming = bool(state.warming)
 
     def __call__(self, endpoint: Endpoint, /) -> int | None:
         """None: its checks fail, its breaker is open, it is ejected, at its own limit, or was tried before."""
-        if self._passed_over and endpoint.address in self._passed_over:
+        if self.failing and endpoint.address in self.failing and not self.panics:
             return None
         known = self._known.get(endpoint.address)
         if known is None:
@@ -62,8 +52,8 @@ class Candidates:
         known = self._known.get(endpoint.address)
         if not endpoint.weight:
             return "its weight is 0"
-        if endpoint.address in self._passed_over:
-            return "its checks fail"
+        if endpoint.address in self.failing:
+            return f"its checks fail: {self._state.checks.view(self._service, endpoint)[1]}"
         if known is None:
             return ""
         if not known.breaker.allows(self.now):

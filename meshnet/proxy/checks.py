@@ -10,7 +10,6 @@ import heapq
 import itertools
 import logging
 import math
-import random
 import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -59,7 +58,7 @@ class Checks:
 
     def __init__(self, state: "ProxyState") -> None:
         self._state = state
-        self._dice = random.Random()
+        self._dice = state.dice
         self._turns = trio.Semaphore(_AT_ONCE)
         self._checked: dict[PortKey, dict[Address, Checked]] = {}
         self._healths: dict[PortKey, Healths] = {}

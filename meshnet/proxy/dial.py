@@ -39,8 +39,9 @@ async def dial_service(
     balancer = state.balancer(service)
     last, early = before.failed, before.early
     tried = {endpoint.address for endpoint in endpoints if last and endpoint.name == record.endpoint}
-    passed_over = () if pinned else state.checks.passed_over(service)
-    candidates = Candidates(service, state, tried, started, passed_over)
+    candidates = Candidates(service, state, tried, started)
+    if pinned:
+        candidates.failing = ()  # the client has named it, whatever its checks say
 
     while True:
         now = candidates.now = time.monotonic()
@@ -75,7 +76,7 @@ def _pick(
     record: Record,
     state: ProxyState,
 ) -> Endpoint | None:
-    """An endpoint that will do; where there is none, one that is ejected: better a doubtful one than none at all."""
+    """An endpoint that will do; where there is none, one that is ejected or fails its checks: better than none."""
 
     def source() -> str:
         by_address = service.traffic.hash_on is HashOn.ADDRESS
@@ -146,17 +147,15 @@ def _nothing_to_try(
         why = f": no address is known of {', '.join(names)}" if names else ""
         return ConnectionFailed(Reason.NO_ENDPOINT, f"{service.name} has no endpoint{why}")
     learned = [known.breaker for endpoint in endpoints if (known := state.endpoints.get(endpoint.address))]
-    checks = len(state.checks.passed_over(service))
-    unhealthy = f"; checks fail at {checks}" if checks else ""
     waits = [breaker.open_for(now) for breaker in learned if not breaker.allows(now)]
     if waits:
         return ConnectionFailed(
             Reason.BREAKER_OPEN,
-            f"{len(waits)} of {len(endpoints)} endpoints of {service.name} are out; next try in {min(waits):.1f} s"
-            + unhealthy,
+            f"{len(waits)} of {len(endpoints)} endpoints of {service.name} are out; next try in {min(waits):.1f} s",
         )
-    text = f"every endpoint of {service.name} is at its limit{unhealthy}"
-    return ConnectionFailed(Reason.LIMIT_CONNECTIONS, text, ended_by=EndedBy.LIMIT)
+    return ConnectionFailed(
+        Reason.LIMIT_CONNECTIONS, f"every endpoint of {service.name} is at its limit", ended_by=EndedBy.LIMIT
+    )
 
 
 def _early_data(client: socket.socket) -> bytes:

@@ -70,15 +70,19 @@ def explain_route(target: Address, state: ProxyState) -> RouteView:
             return _to_service(target, service, (pinned,) if pinned else service.endpoints, state)
 
 
+_DOUBTFUL = ("it is ejected", "its checks fail")  # see Candidates.why_not
+
+
 def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint, ...], state: ProxyState) -> RouteView:
-    passed_over = state.checks.passed_over(service) if endpoints is service.endpoints else ()
-    candidates = Candidates(service, state, set(), time.monotonic(), passed_over)
+    candidates = Candidates(service, state, set(), time.monotonic())
+    if endpoints is not service.endpoints:
+        candidates.failing = ()  # it was named
     found = [_candidate(endpoint, candidates, state) for endpoint in endpoints]
     found.sort(key=lambda each: (each.score is None, _NEAR.index(each.near or "any"), each.score or 0.0))
     willing = sum(each.score is not None for each in found)
     detail = "" if willing else "there is none that may be tried now"
-    if not willing and any(each.why_not.startswith("it is ejected") for each in found):
-        detail = "all are out: those that are ejected would be used all the same"
+    if not willing and any(each.why_not.startswith(_DOUBTFUL) for each in found):
+        detail = "all are out: those that are ejected or fail checks would be used all the same"
     return RouteView(
         target=str(target),
         route="service" if endpoints is service.endpoints else "endpoint",

@@ -309,7 +309,7 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
     )
     counts = GaugeMetricFamily("meshnet_endpoints", "Endpoints by state.", labels=["service", "state"])
     panic = GaugeMetricFamily(
-        "meshnet_service_panic", "1 where ejected endpoints are used, for want of others.", labels=["service"]
+        "meshnet_service_panic", "1 where doubtful endpoints are used, for want of others.", labels=["service"]
     )
     text = "1 while every endpoint of a service fails its checks, and they are used all the same."
     check_panic = GaugeMetricFamily("meshnet_check_panic", text, labels=["service"])

@@ -214,10 +214,12 @@ class ProxyState:
         return held
 
     def panicked(self, service: ServicePort, now: float) -> None:
-        """Ejected endpoints of it are used, for want of others."""
+        """Endpoints of it that are ejected or fail their checks are used, for want of others."""
         held = self.service(service)
         if now - held.panicked_at > _PANIC_SAID_EVERY:
-            _log.warning("%s has no endpoint that is well: those that are ejected are used again", service.name)
+            _log.warning(
+                "%s has no endpoint that is well: those that are ejected or fail checks are used", service.name
+            )
         held.panicked_at = now
 
     def close_endpoint(self, endpoint: Endpoint, why: str) -> None:

@@ -47,11 +47,6 @@ class App:
             sock.close()
         self._selector.close()
 
-    def stop_listening(self) -> None:
-        """New connections are refused; the open ones stay."""
-        self._selector.unregister(self._server)
-        self._server.close()
-
     def _serve(self) -> None:
         while True:
             ready = {key.fileobj for key, _ in self._selector.select()}

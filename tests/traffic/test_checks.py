@@ -10,9 +10,9 @@ import pytest
 
 from meshnet.model.admin import EndpointView
 from tests.proxy.metrics import value
-from tests.proxy.programs import Records, listen, reason, stopped
+from tests.proxy.programs import Records, listen, stopped
 from tests.traffic.app import App
-from tests.traffic.calls import Call, is_reset, who
+from tests.traffic.calls import Call, who
 from tests.traffic.conftest import Hosts, Name, access, traffic
 from tests.world import wait_for
 
@@ -50,6 +50,8 @@ def test_an_endpoint_that_fails_its_checks_gets_no_connections_until_they_pass_a
         assert all(len(record.attempts) == 1 for record in out.ended(6))
         assert value(hosts.web, "meshnet_endpoints", service=f"{name.name}:{name.port}", state="failing") == 1
         assert value(hosts.web, "meshnet_endpoints", service=f"{name.name}:{name.port}", state="healthy") == 2
+        explained = hosts.sidecar(hosts.web).meshnet("explain", f"{name.address}:{name.port}")
+        assert "its checks fail: connect.refused" in explained
         with App(first, name.port):
             views(hosts, name, "passing", "passing", "passing")
             assert {who(hosts.web, name) for _ in range(6)} == {"api-1", "api-2", "api-3"}
@@ -77,7 +79,7 @@ def test_open_connections_of_an_endpoint_that_fails_stay(hosts: Hosts, name: Nam
     with hosts.apps(name.port, hosts.apis[1:]), App(api, name.port) as app:
         views(hosts, name, "passing", "passing", "passing")
         held = Call(hosts.web, api.address, name.port)
-        app.stop_listening()
+        app.refuse()
         views(hosts, name, "failing", "passing", "passing")
         assert held.say("still here") == "still here"
         held.close()
@@ -201,21 +203,16 @@ def _checks(hosts: Hosts, name: Name) -> list[str]:
     return [view.check for view in hosts.endpoints(name).values()]
 
 
-def test_where_nothing_can_be_tried_the_reason_tells_of_checks_too(hosts: Hosts, name: Name) -> None:
+def test_where_no_other_will_do_one_that_fails_its_checks_is_tried(hosts: Hosts, name: Name) -> None:
     hosts.write(
         hosts.service(name, hosts.apis[:2]),
-        traffic(name, check=QUICK, limits={"maxConnectionsPerEndpoint": 1}),
+        traffic(name, check=QUICK | {"expect": "api-2"}, limits={"maxConnectionsPerEndpoint": 1}),
     )
-    out = Records(hosts.sidecar(hosts.web))
-    with hosts.apps(name.port, hosts.apis[1:2]):
+    with hosts.apps(name.port, hosts.apis[:2]):
         views(hosts, name, "failing", "passing")
-        with Call(hosts.web, name) as call:
-            assert call.server == "api-2"
-            assert is_reset(hosts.web, name)
-    _, refused = out.ended(2)
-    assert reason(refused).startswith("limit.connections by limit")
-    assert refused.reason is not None
-    assert refused.reason.message.endswith("; checks fail at 1")
+        with Call(hosts.web, name) as first, Call(hosts.web, name) as second:
+            assert (first.server, second.server) == ("api-2", "api-1")
+    assert f"{name.name}:{name.port} has no endpoint that is well" in log(hosts)
 
 
 def test_checks_end_with_the_policy_that_asked_for_them(hosts: Hosts, name: Name) -> None:
