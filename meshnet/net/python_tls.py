@@ -55,6 +55,19 @@ class PythonChannel:
                 await trio.lowlevel.wait_writable(self.sock)
             except ssl.SSLWantReadError:
                 await trio.lowlevel.wait_readable(self.sock)
+            except OSError:
+                self._hear_refusal()
+                raise
+
+    def _hear_refusal(self) -> None:
+        """Raises ConnectionFailed(tls.no_identity) if a peer that hung up has said before that it does not take us."""
+        try:
+            self.sock.recv(1)
+        except ssl.SSLError as error:
+            if error.reason in _OUR_CERTIFICATE:
+                raise _failure(error) from error
+        except OSError:
+            pass
 
     def send_now(self, data: bytes) -> None:
         self.sock.send(data)

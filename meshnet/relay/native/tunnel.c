@@ -262,6 +262,16 @@ static void count_sent(struct tunnel *tunnel, size_t sent)
     tunnel->mark_count = kept;
 }
 
+/* It cannot send. A peer that has hung up may have said why before: that it does not take our certificate. */
+static void lose_unheard(struct tunnel *tunnel, int error)
+{
+    if (tunnel->saying && !tunnel->leg) {
+        tunnel->readable = tunnel->hung_up = true;
+        tunnel_read(tunnel);
+    }
+    lose(tunnel, error, 0, 0);
+}
+
 /* Sends what it can; the bytes that went. */
 static size_t send_some(struct tunnel *tunnel, const uint8_t *bytes, size_t size)
 {
@@ -273,7 +283,7 @@ static size_t send_some(struct tunnel *tunnel, const uint8_t *bytes, size_t size
         else if (errno == EAGAIN)
             break;
         else if (errno != EINTR) {
-            lose(tunnel, errno, 0, 0);
+            lose_unheard(tunnel, errno);
             break;
         }
     }
@@ -314,10 +324,13 @@ void tunnel_say(struct tunnel *tunnel, const uint8_t *bytes, size_t size)
     if (tunnel->leg && tunnel->depot) /* a PING that an order's lease has overtaken, which is answer enough */
         return;
     libssl.ERR_clear_error();
-    if (!libssl.SSL_write_ex(tunnel->ssl, bytes, size, &written))
+    if (!libssl.SSL_write_ex(tunnel->ssl, bytes, size, &written)) {
         lose(tunnel, 0, libssl.ERR_get_error(), 0);
-    else
-        tunnel_flush(tunnel);
+        return;
+    }
+    tunnel->saying = true;
+    tunnel_flush(tunnel);
+    tunnel->saying = false;
 }
 
 void tunnel_on_event(struct tunnel *tunnel, uint32_t events)

@@ -27,6 +27,7 @@ struct tunnel {
     bool watched;        /* by epoll, and in core->tunnels */
     struct tunnel *next, **place;
     bool readable, hung_up;
+    bool saying; /* for Python; so nothing is being read */
     bool closed;
     struct leg *leg; /* while leased */
     bool serving;    /* Python waits for an OPEN, which the core may answer itself; what follows is known of the peer: */
