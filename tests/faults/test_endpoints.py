@@ -16,7 +16,7 @@ from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
 
-BULK = hashlib.shake_256(b"bulk").digest(8 << 20)
+BULK = hashlib.shake_256(b"bulk").digest(64 << 20)  # more than all buffers on the way hold
 
 
 def test_a_plain_endpoint_that_drops_syns_is_given_up_in_time_and_another_is_tried(hosts: Hosts, name: Name) -> None:

@@ -115,7 +115,7 @@ def test_an_endpoint_whose_sidecar_is_short_of_descriptors_is_left_for_another_a
 def ports(host: Host, first: int, last: int) -> Iterator[None]:
     """What the host may take for connections of its own."""
     with host.entered():
-        file = Path("/proc/thread-self/root/proc/sys/net/ipv4/ip_local_port_range")
+        file = Path("/proc/sys/net/ipv4/ip_local_port_range")
         before = file.read_text()
         file.write_text(f"{first} {last}")
     try:

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from meshnet.control.authority import save_issued
+from meshnet_cli.demo.wire import Capture
 from meshnet_cli.demo.world import Host, wait_for
 from tests.soak.judge import GRACE, Fault
 from tests.soak.stage import Stage
 
 _PAUSES = (0.5, 4.0)  # seconds without any fault, beyond the time for which the last one still excuses
+_ON_ITS_WAY = 0.3  # seconds in which what has passed between hosts is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +25,22 @@ class Kind:
     do: Callable[[Host], None]
     excuses: bool
     """Whether a client may notice."""
+    uncovers: bool = False
+    """Whether what is open leaves as its client sends it: without rules the kernel no longer turns it."""
 
 
 class Faults:
-    """`so_far` grows; `started` says when the sidecar of a host, by name, was last started again, and was ready."""
+    """`so_far` grows; `started` says when the sidecar of a host, by name, was last started again, and was ready.
 
-    def __init__(self, stage: Stage, dice: random.Random, tell: Callable[[str], None]) -> None:
+    `uncovered`: of the frames with the marker of `wire`, those that passed while there were no rules.
+    """
+
+    def __init__(self, stage: Stage, wire: Capture, dice: random.Random, tell: Callable[[str], None]) -> None:
         self.so_far: list[Fault] = []
         self.started: dict[str, tuple[float, float]] = {}
+        self.uncovered = 0
         self._stage = stage
+        self._wire = wire
         self._dice = dice
         self._tell = tell
         self._wait = threading.Event().wait
@@ -43,7 +52,7 @@ class Faults:
             Kind("certificate renewed", self._renew, False),
             Kind("mesh files changed", self._change, False),
             Kind("cache killed", self._kill_cache, True),
-            Kind("rules flushed", self._flush, True),
+            Kind("rules flushed", self._flush, True, uncovers=True),
         ]
         self._order: list[Kind] = []
 
@@ -60,7 +69,11 @@ class Faults:
             self._wait(pause)
             began = time.monotonic()
             self._tell(f"{kind.what} ({host.name})")
+            seen = self._wire.with_marker
             kind.do(host)
+            if kind.uncovers:
+                self._wait(_ON_ITS_WAY)
+                self.uncovered += self._wire.with_marker - seen
             self.so_far.append(Fault(kind.what, began, time.monotonic(), kind.excuses))
 
     def _kill(self, host: Host) -> None:

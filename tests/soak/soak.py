@@ -45,7 +45,7 @@ def soak(seconds: float, seed: int, tell: Callable[[str], None]) -> Report:
     tell(f"seed {seed}")
     with World() as world, Stage(world) as stage:
         with Capture(world.switch, SECRET) as wire:
-            faults = Faults(stage, random.Random(seed), tell)
+            faults = Faults(stage, wire, random.Random(seed), tell)
             with Clients(stage) as clients:
                 wait_for(lambda: not idle_clients(clients.calls, clients.names), timeout=60.0, what="all are served")
                 end = time.monotonic() + seconds
@@ -56,9 +56,10 @@ def soak(seconds: float, seed: int, tell: Callable[[str], None]) -> Report:
         for host in stage.hosts:
             wrong += _account(stage, host, clients, faults)
             wrong += _growth(stage, host, before[host.name])
-    if wire.with_marker:
-        wrong.append(f"{wire.with_marker} frames between hosts had in plain text what was for an endpoint")
-    return Report([f"seed {seed}", *summary(calls, faults.so_far)], wrong)
+    if plain := wire.with_marker - faults.uncovered:
+        wrong.append(f"{plain} frames between hosts had in plain text what was for an endpoint")
+    told = f"{faults.uncovered} frames in plain text while there were no rules"
+    return Report([f"seed {seed}", *summary(calls, faults.so_far), told], wrong)
 
 
 def _account(stage: Stage, host: Host, clients: Clients, faults: Faults) -> Iterator[str]:

@@ -44,6 +44,6 @@ def test_who_was_never_served_is_named_and_everything_is_counted() -> None:
 @pytest.mark.usefixtures("world")
 def test_twenty_seconds_of_it() -> None:
     said: list[str] = []
-    report = soak(20.0, 5, said.append)
+    report = soak(20.0, 7, said.append)
     assert report.wrong == [], "\n".join([*said, *report.lines])
     assert any("times" in line for line in report.lines), said
