@@ -44,7 +44,7 @@ def usable(found: Iterable[str]) -> Hosts:
 class KnownName:
     """What is known of one name. `problem` is why it could not be asked for the last time; empty if it could."""
 
-    SHORTEST, LONGEST = 5.0, 300.0  # seconds between questions, whatever the TTL
+    SHORTEST, LONGEST = 2.0, 300.0  # seconds between questions, whatever the TTL
     FIRST_RETRY, LONGEST_RETRY = 1.0, 60.0  # after a failure; each pause is twice as long as the one before
     JITTER = 0.1  # up to this share later, so that sidecars do not all ask at once
 
