@@ -56,7 +56,7 @@ def test_a_short_run_has_figures_for_meshnet_and_a_peer(program: Path) -> None:
         wanted = {figure.key for figure in TESTS[one.cell.test].figures}
         assert wanted - one.values.keys() == ({CPU} if one.peer == DIRECT else set())
         assert all(one.values[figure] > 0 for figure in wanted & one.values.keys())
-    assert "| **crr**" in markdown([Run("Briefly", machine.description(spinning), measured.samples)])
+    assert "| **crr**" in markdown([[Run("Briefly", 1, machine.description(spinning), measured.samples)]])
     assert measured.looks
 
 

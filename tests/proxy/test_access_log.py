@@ -7,7 +7,6 @@ import os
 import select
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,10 +111,8 @@ def test_a_stuck_reader_stops_nobody_and_is_told_how_many_lines_it_lost(pipe: tu
     with AccessLog("json", writer) as log:
         log(Ended())
         wait_for(lambda: not log._waiting)  # the thread has it, and is stuck in its write
-        begun = time.monotonic()
         for _ in range(10_500):
-            log(Ended())
-        assert time.monotonic() - begun < 1.0
+            log(Ended())  # nobody reads: had it to wait for that, it would wait for ever
         os.read(reader, room)
         lines = read_lines(reader, 10_002)
     assert json.loads(lines[-1]) == {"kind": "LinesLost", "count": 500}

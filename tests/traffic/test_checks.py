@@ -179,8 +179,10 @@ def test_checks_go_on_beside_connections_that_the_relay_carries_by_itself(hosts:
 
 def test_what_says_nothing_about_the_endpoint_changes_nothing(hosts: Hosts, name: Name) -> None:
     nobody = access("nobody", "DENY", name, source={"notPrincipals": [hosts.mesh.identity("cron")]})
-    hosts.write(hosts.service(name, hosts.apis[:1]), nobody, traffic(name, check=QUICK))
+    service = hosts.service(name, hosts.apis[:1])
     with hosts.apps(name.port, hosts.apis[:1]):
+        hosts.write(service, nobody)  # everywhere, before the first check asks
+        hosts.write(service, nobody, traffic(name, check=QUICK))
         undecided = partial(value, hosts.web, "meshnet_checks_total", result="undecided")
         enough = undecided() + 4
         wait_for(lambda: undecided() >= enough, what="checks that policy forbids")
