@@ -30,6 +30,12 @@ class Fields:
             self.wrong(path, f"{str(value)[:40]} is not between {least} and {most}")
         return value
 
+    def count(self, path: Path, value: int) -> int:
+        return self.number(path, value, 0)
+
+    def some(self, path: Path, value: int) -> int:
+        return self.number(path, value, 1)
+
     def port(self, path: Path, value: int) -> int:
         return self.number(path, value, 1, 65535)
 
@@ -58,6 +64,10 @@ class Fields:
         if not 0 < len(text.encode("utf-8", "replace")) <= MOST_CHECKED:
             self.wrong(path, f"{quoted(text)} is not 1 to {MOST_CHECKED} bytes")
         return text
+
+    def wait(self, path: Path, text: str) -> float:
+        """A duration, or none at all."""
+        return self.duration(path, text, zero=True)
 
     def host(self, path: Path, text: str) -> str:
         """The canonical text of an IP address that a connection can go to."""

@@ -40,24 +40,15 @@ V = TypeVar("V")
 def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
     """The defaults, with what the policy says in their place."""
 
-    def count(path: Path, value: int) -> int:
-        return fields.number(path, value, 0)
-
-    def some(path: Path, value: int) -> int:
-        return fields.number(path, value, 1)
-
-    def wait(path: Path, text: str) -> float:
-        return fields.duration(path, text, zero=True)
-
     limits = _merged(
         Limits(),
         spec.limits,
         ("spec", "limits"),
         {
-            "max_connections": count,
-            "max_pending": count,
-            "queue_timeout": wait,
-            "max_connections_per_endpoint": count,
+            "max_connections": fields.count,
+            "max_pending": fields.count,
+            "queue_timeout": fields.wait,
+            "max_connections_per_endpoint": fields.count,
         },
     )
     breaker = _merged(
@@ -65,27 +56,25 @@ def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
         spec.breaker,
         ("spec", "breaker"),
         {
-            "failures": some,
+            "failures": fields.some,
             "open_time": fields.duration,
             "max_open_time": fields.duration,
             "jitter": fields.share,
-            "reset_after": wait,
+            "reset_after": fields.wait,
         },
     )
-    if breaker.max_open_time < breaker.open_time:
-        longest = format_duration(breaker.max_open_time)
-        fields.wrong(("spec", "breaker", "openTime"), f"longer than maxOpenTime, {longest}", "raise maxOpenTime too")
+    _in_order(("spec", "breaker"), "openTime", breaker.open_time, breaker.max_open_time, fields)
     connect = _merged(
         ConnectSettings(),
         spec.connect,
         ("spec", "connect"),
-        {"attempt_timeout": fields.duration, "total_timeout": fields.duration, "attempts": some},
+        {"attempt_timeout": fields.duration, "total_timeout": fields.duration, "attempts": fields.some},
     )
     slow_start = _merged(
         SlowStart(),
         spec.slow_start,
         ("spec", "slowStart"),
-        {"window": wait, "least": partial(fields.fraction, least=0.01)},
+        {"window": fields.wait, "least": partial(fields.fraction, least=0.01)},
     )
     locality = _merged(
         LocalitySettings(),
@@ -97,7 +86,7 @@ def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
         Rebalance(),
         spec.rebalance,
         ("spec", "rebalance"),
-        {"above": partial(fields.fraction, most=1000.0), "per_minute": some},
+        {"above": partial(fields.fraction, most=1000.0), "per_minute": fields.some},
     )
     if 0 < rebalance.above <= 1:
         fields.wrong(("spec", "rebalance", "above"), "everybody has more than that", "write 1.5, or 0 for never")
@@ -115,7 +104,7 @@ def traffic(spec: TrafficPolicySpec, fields: Fields) -> Traffic:
             Timeouts(),
             spec.timeouts,
             ("spec", "timeouts"),
-            dict.fromkeys(("idle", "half_closed", "max_age", "max_age_grace", "removed"), wait),
+            dict.fromkeys(("idle", "half_closed", "max_age", "max_age_grace", "removed"), fields.wait),
         ),
         rebalance=rebalance,
         check=None if spec.check is None else _check(spec.check, fields),
@@ -129,7 +118,7 @@ def _outlier(spec: TrafficPolicySpec, fields: Fields) -> Outlier:
         ("spec", "outlier"),
         {
             "failure_share": fields.share,
-            "min_connects": partial(fields.number, least=1),
+            "min_connects": fields.some,
             "min_endpoints": partial(fields.number, least=2),
             "window": fields.duration,
             "interval": fields.duration,
@@ -138,11 +127,15 @@ def _outlier(spec: TrafficPolicySpec, fields: Fields) -> Outlier:
             "max_ejected_share": fields.share,
         },
     )
-    if outlier.max_ejection_time < outlier.ejection_time:
-        longest = format_duration(outlier.max_ejection_time)
-        at = ("spec", "outlier", "ejectionTime")
-        fields.wrong(at, f"longer than maxEjectionTime, {longest}", "raise maxEjectionTime too")
+    _in_order(("spec", "outlier"), "ejectionTime", outlier.ejection_time, outlier.max_ejection_time, fields)
     return outlier
+
+
+def _in_order(at: Path, name: str, first: float, longest: float, fields: Fields) -> None:
+    """A time that is doubled each time, and how long it may get."""
+    if longest < first:
+        limit = f"max{name[0].upper()}{name[1:]}"
+        fields.wrong((*at, name), f"longer than {limit}, {format_duration(longest)}", f"raise {limit} too")
 
 
 def _as_it_is(_: Path, value: object) -> object:
@@ -150,9 +143,6 @@ def _as_it_is(_: Path, value: object) -> object:
 
 
 def _check(spec: CheckSpec, fields: Fields) -> CheckSettings:
-    def some(path: Path, value: int) -> int:
-        return fields.number(path, value, 1)
-
     at: Path = ("spec", "check")
     check = _merged(
         CheckSettings(),
@@ -161,8 +151,8 @@ def _check(spec: CheckSpec, fields: Fields) -> CheckSettings:
         {
             "interval": fields.duration,
             "timeout": fields.duration,
-            "rise": some,
-            "fall": some,
+            "rise": fields.some,
+            "fall": fields.some,
             "send": fields.words,
             "expect": fields.words,
         },

@@ -160,13 +160,13 @@ def _value_problems(settings: Settings) -> list[Problem]:
         fields.wrong(("proxy", own), f"proxy.mark {proxy.mark:#x} and local_mark {proxy.local_mark:#x} share a bit")
     fields.number(("proxy", "relay_threads"), proxy.relay_threads, 1, 1024)
     fields.number(("proxy", "workers"), proxy.workers, 1, 64)
-    fields.duration(("proxy", "drain_timeout"), proxy.drain_timeout, zero=True)
+    fields.wait(("proxy", "drain_timeout"), proxy.drain_timeout)
     try:
         ipaddress.ip_address(admin.health_address)
     except ValueError:
         fields.wrong(("admin", "health_address"), f"{quoted(admin.health_address)} is not an IP address")
     fields.number(("admin", "recent"), admin.recent, 0)
-    fields.duration(("pool", "idle_timeout"), settings.pool.idle_timeout, zero=True)
+    fields.wait(("pool", "idle_timeout"), settings.pool.idle_timeout)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)
     for key in ("proof_interval", "inbound_proof_interval"):
