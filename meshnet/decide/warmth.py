@@ -15,10 +15,11 @@ def warmth(settings: SlowStart, age: float) -> float:
 class ConnectTime:
     """How long connecting takes of late, in seconds: what is older fades, to a third in ten seconds or eight samples.
 
-    It hears of connections that came up and of nothing else, or an endpoint that refuses at once would seem near.
+    What came up sooner counts for half at once: a host that was busy for a moment is not far away. It hears of
+    connections that came up and of nothing else, or an endpoint that refuses at once would seem near.
     """
 
-    FADES, KEPT = 10.0, 7 / 8
+    FADES, KEPT, KEPT_OF_SLOWER = 10.0, 7 / 8, 1 / 2
 
     __slots__ = ("_at", "seconds")
 
@@ -27,6 +28,7 @@ class ConnectTime:
         self._at = 0.0
 
     def took(self, seconds: float, now: float) -> None:
-        kept = min(math.exp(min(0.0, self._at - now) / self.FADES), self.KEPT) if self.seconds else 0.0
+        most = self.KEPT if seconds >= self.seconds else self.KEPT_OF_SLOWER
+        kept = min(math.exp(min(0.0, self._at - now) / self.FADES), most) if self.seconds else 0.0
         self.seconds = seconds + (self.seconds - seconds) * kept
         self._at = now

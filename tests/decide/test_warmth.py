@@ -26,6 +26,14 @@ def test_the_first_time_counts_whole_and_older_ones_fade() -> None:
     assert time.seconds == pytest.approx(0.2 - 0.0875 / 2.718281828, rel=1e-6)
 
 
+def test_one_slow_connect_is_soon_forgotten() -> None:
+    time = ConnectTime()
+    time.took(0.016, 5.0)
+    for _ in range(3):
+        time.took(0.001, 5.0)
+    assert time.seconds == pytest.approx(0.001 + 0.015 / 8)
+
+
 @given(st.lists(st.tuples(st.floats(0.0001, 10), st.floats(0, 100)), min_size=1))
 def test_it_stays_between_what_was_seen(samples: list[tuple[float, float]]) -> None:
     time, now = ConnectTime(), 0.0

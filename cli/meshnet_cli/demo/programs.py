@@ -1,7 +1,7 @@
 """The ordinary programs of the demonstration. They know nothing of meshnet and use nothing but the standard library.
 
 python programs.py serve NAME             HTTP on port 8080, and on port 7000 lines, where the server speaks first
-python programs.py names URL COUNT        who answers, over COUNT connections
+python programs.py names URL COUNT        who answers, over COUNT connections that are open at once
 python programs.py transfer URL SIZE      SIZE bytes up and SIZE bytes down one connection, with their hashes
 """
 
@@ -37,13 +37,14 @@ def serve(name: str) -> None:
 
 def names(url: str, count: int) -> dict[str, int]:
     """How often each server answered."""
+    connections = [_connection(url) for _ in range(count)]
     seen: dict[str, int] = {}
-    for _ in range(count):
-        connection = _connection(url)
+    for connection in connections:
         connection.request("GET", "/")
         name = connection.getresponse().read().decode()
-        connection.close()
         seen[name] = seen.get(name, 0) + 1
+    for connection in connections:
+        connection.close()
     return seen
 
 
