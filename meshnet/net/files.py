@@ -3,16 +3,19 @@
 import errno
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
 
-def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = True, mode: int = 0o600) -> None:
+def write_files(
+    directory: Path, files: Mapping[str, bytes | Iterable[bytes]], *, replace: bool = True, mode: int = 0o600
+) -> None:
     """All of `files`, by name, with `mode` from their first moment, in order and each at once, and lasting (fsync).
 
-    All are complete on disk before the first is seen. The directory is made if it is not there, for its owner only.
-    Written by root they belong to whom the directory belongs: a certificate that root renews is the sidecar's to read.
+    A content may come in pieces. All are complete on disk before the first is seen. The directory is made if it is not
+    there, for its owner only. Written by root they belong to whom the directory belongs: a certificate that root renews
+    is the sidecar's to read.
     Raises OSError, FileExistsError among them: a file is there already, unless `replace`.
     """
     try:
@@ -30,7 +33,7 @@ def write_files(directory: Path, files: Mapping[str, bytes], *, replace: bool = 
                     with suppress(PermissionError):  # root without CAP_CHOWN: the folder's owner may read it then
                         os.fchown(descriptor, owner.st_uid, owner.st_gid)
                 os.fchmod(descriptor, mode)
-                file.write(content)
+                file.writelines((content,) if isinstance(content, bytes) else content)
                 file.flush()
                 os.fsync(descriptor)
         if not replace:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 import trio
@@ -108,27 +109,33 @@ class _Follower:
 
 async def _read_elsewhere(directory: str, version: int) -> tuple[Snapshot, bytes]:
     """The snapshot of `directory`, read by a program of its own, and its digest. Raises ConfigError."""
-    try:
-        done = await trio.run_process(
-            program.command(_READER, directory),
-            capture_stdout=True,
-            check=False,
-            start_new_session=True,  # a Ctrl-C is for us
-            env=program.environment(),
-        )
-    except OSError as error:
-        raise ConfigError(f"cannot be read, for no program can be started: {error.strerror}", file=directory) from None
-    if done.returncode:
-        raise _refusal(done.stdout, done.returncode, directory)
-    try:
-        return await trio.to_thread.run_sync(_decoded, done.stdout, version)
-    except ValueError as error:
-        raise ConfigError(f"the program that reads it printed something else: {error}", file=directory) from None
+    # Not a pipe: megabytes would have to be joined in trio's thread.
+    with os.fdopen(os.memfd_create("mesh"), "r+b") as printed:
+        try:
+            done = await trio.run_process(
+                program.command(_READER, directory),
+                stdout=printed,
+                check=False,
+                start_new_session=True,  # a Ctrl-C is for us
+                env=program.environment(),
+            )
+        except OSError as error:
+            why = f"cannot be read, for no program can be started: {error.strerror}"
+            raise ConfigError(why, file=directory) from None
+        if done.returncode:
+            printed.seek(0)
+            raise _refusal(printed.read(), done.returncode, directory)
+        try:
+            return await trio.to_thread.run_sync(_decoded, printed, version)
+        except ValueError as error:
+            raise ConfigError(f"the program that reads it printed something else: {error}", file=directory) from None
 
 
-def _decoded(printed: bytes, version: int) -> tuple[Snapshot, bytes]:
-    lines = printed.splitlines(keepends=True)
-    return decode_snapshot(lines, version), _digest(lines)
+def _decoded(printed: BinaryIO, version: int) -> tuple[Snapshot, bytes]:
+    printed.seek(0)
+    snapshot = decode_snapshot(printed, version)
+    printed.seek(0)
+    return snapshot, _digest(printed)
 
 
 def _digest(lines: Iterable[bytes]) -> bytes:

@@ -38,7 +38,7 @@ class MeshInForce:
             await follow(directory, state.snapshot.version, self._apply, self._refused, reload=reload)
 
     async def _apply(self, written: Snapshot) -> None:
-        mesh = NamedMesh(written)
+        mesh = await trio.to_thread.run_sync(NamedMesh, written)
         await self._put_in_force(mesh, await self._from_before(mesh))
         self._state.config_problem = ""
         snapshot = self._state.snapshot

@@ -10,12 +10,13 @@ from meshnet.net.files import write_files
 def save(snapshot: Snapshot, file: str) -> None:
     """Replaces the file in one step; only its owner may read it. Raises OSError."""
     where = Path(file)
-    write_files(where.parent, {where.name: b"".join(encode_snapshot(snapshot))})
+    write_files(where.parent, {where.name: encode_snapshot(snapshot)})
 
 
 def load(file: str, version: int) -> Snapshot | None:
     """What `save` wrote, or None if there is nothing, or nothing of this version of meshnet."""
     try:
-        return decode_snapshot(Path(file).read_bytes().splitlines(), version)
+        with open(file, "rb") as lines:
+            return decode_snapshot(lines, version)
     except (OSError, ValueError):
         return None

@@ -32,7 +32,7 @@ from meshnet.proxy.names import Names
 from meshnet.proxy.orders import Orders
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
-from meshnet.proxy.slices import slices
+from meshnet.proxy.slices import let_go, slices
 from meshnet.proxy.standing_order import StandingOrder
 from meshnet.relay import Relays
 from meshnet.tunnel.pool import Pool
@@ -157,6 +157,7 @@ class ProxyState:
         await self._review()
         await self.checks.follow(snapshot.services)
         await self._forget(limits.keys(), snapshot)
+        await let_go(compiled.parts)
 
     def need_mesh(self) -> None:
         """Raises ConnectionFailed(config.none) while it is not known what is meshed and who may call."""
@@ -336,6 +337,8 @@ class _Compiled(NamedTuple):
     """Endpoints that are new beside others, which are not."""
     removed: list[tuple[Endpoint, float]]
     """Those that are gone, and the seconds their connections get, where they get some."""
+    parts: list[object]
+    """Of the snapshot before, the smallest first, so that none of it goes with a greater one."""
 
 
 def _compiled(snapshot: Snapshot, before: Snapshot, here: Locality) -> _Compiled:
@@ -356,4 +359,6 @@ def _compiled(snapshot: Snapshot, before: Snapshot, here: Locality) -> _Compiled
         for address, (service, endpoint) in before.by_endpoint.items()
         if service.traffic.timeouts.removed and address not in snapshot.by_endpoint
     ]
-    return _Compiled(AccessRules(snapshot.policies, snapshot.default_action), limits, prepared, added, removed)
+    parts: list[object] = [endpoint for service in before.services for endpoint in service.endpoints]
+    parts += [*before.by_address, *before.by_endpoint.values(), *before.services]
+    return _Compiled(AccessRules(snapshot.policies, snapshot.default_action), limits, prepared, added, removed, parts)

@@ -1,11 +1,15 @@
 """A change of the mesh, in a state of its own: what is in force when, what is seen at once and what is forgotten."""
 
+import gc
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from itertools import pairwise
 
 import trio
 import trio.testing
+from trio.abc import Instrument
 
 from meshnet.codec.mesh import read_mesh
 from meshnet.decide.access import Call
@@ -38,6 +42,13 @@ apiVersion: meshnet.dev/v1
 kind: TrafficPolicy
 metadata: {name: limits}
 spec: {services: [%(name)s], limits: {maxConnections: %(most)d}, breaker: {failures: %(most)d}}
+"""
+
+SERVICE = """\
+apiVersion: meshnet.dev/v1
+kind: Service
+metadata: {name: %(name)s}
+spec: {ports: [{port: 80}], endpoints: [{address: 10.1.0.%(last)d}, {address: 10.2.0.%(last)d}]}
 """
 
 
@@ -120,6 +131,28 @@ async def test_thousands_of_connections_are_reviewed_while_other_tasks_have_thei
             nursery.cancel_scope.cancel()
     assert {record.abort_reason for record in records} == {Reason.AUTHZ_REVOKED}
     assert most <= 512  # two slices at most between two turns
+
+
+async def test_a_great_mesh_that_is_gone_is_let_go_while_other_tasks_have_their_turns() -> None:
+    services = [SERVICE % {"name": f"api-{number}", "last": number % 256} for number in range(1000)]
+    seen: list[int] = []  # of memory's blocks; a thread frees some of them between two steps, and the loop has to wait
+
+    class Steps(Instrument):
+        def before_task_step(self, task: trio.lowlevel.Task) -> None:
+            seen.append(sys.getallocatedblocks())
+
+        def after_task_step(self, task: trio.lowlevel.Task) -> None:
+            seen.append(sys.getallocatedblocks())
+
+    async with a_state(mesh(1)) as state:
+        await state.apply(read_mesh([("mesh.yaml", "---\n".join(services))], 2))
+        gc.collect()  # what reading has left is not to be counted
+        trio.lowlevel.add_instrument(steps := Steps())
+        await state.apply(mesh(3))
+        trio.lowlevel.remove_instrument(steps)
+    freed = [before - after for before, after in pairwise(seen)]
+    assert sum(freed) > 5_000
+    assert max(freed) < sum(freed) / 4
 
 
 async def test_who_waits_for_a_limit_goes_on_when_it_is_raised() -> None:

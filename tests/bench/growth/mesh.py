@@ -8,22 +8,24 @@ import gc
 import random
 import sys
 import tempfile
+import threading
 import timeit
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from time import thread_time
+from typing import TextIO
 
 import trio
 
 from meshnet.decide.balance import Balancer
 from meshnet.model.address import Address
 from meshnet.model.service import Balance, Endpoint, Traffic
-from meshnet.model.settings import Settings
+from meshnet.model.settings import MeshSection, Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
-from meshnet.proxy.follow import follow
 from meshnet.proxy.identity import Identity
+from meshnet.proxy.in_force import MeshInForce
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.registry import Registry
 from meshnet.proxy.state import ProxyState
@@ -87,31 +89,23 @@ async def _growing(services: int, endpoints: int) -> tuple[object, ...]:
     sys.setswitchinterval(0.0005)  # all three as a sidecar does
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
-    applied, changes = trio.open_memory_channel[Snapshot](1)
+    looked, looks = trio.open_memory_channel[None](1)
+    reload, reloads = trio.open_memory_channel[None](1)
     taken: list[tuple[float, float]] = []
     scraped: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory(prefix="meshnet-growth-") as directory:
-        async with _state() as state, trio.open_nursery() as nursery:
-
-            async def apply(snapshot: Snapshot) -> None:
-                await state.apply(snapshot)
-                await applied.send(snapshot)
-
-            async def refused(problem: Exception) -> None:
-                raise problem
-
-            async def following() -> None:
-                await follow(directory, 0, apply, refused)
-
-            nursery.start_soon(following)
-            await changes.receive()
+        async with _state(Path(directory)) as state, trio.open_nursery() as nursery, reload:
+            in_force = MeshInForce(state, lambda: looked.send_nowait(None))
+            nursery.start_soon(in_force.run, reloads)
+            await looks.receive()
             for revision in range(3):
                 _write(Path(directory), services, endpoints, revision)
                 async with _probe() as lags:
                     started = trio.current_time()
-                    snapshot = await changes.receive()
+                    await looks.receive()
+                assert not state.config_problem, state.config_problem
                 taken.append((trio.current_time() - started, max(lags)))
-                for service in snapshot.services:
+                for service in state.snapshot.services:
                     for endpoint in service.endpoints:
                         state.endpoint(endpoint, service)
                 async with _probe() as lags:
@@ -124,8 +118,9 @@ async def _growing(services: int, endpoints: int) -> tuple[object, ...]:
 
 
 @asynccontextmanager
-async def _state() -> AsyncIterator[ProxyState]:
-    settings, metrics = Settings(), Metrics()
+async def _state(directory: Path) -> AsyncIterator[ProxyState]:
+    mesh = MeshSection(directory=str(directory), last_good=str(directory / "kept" / "last-good.json"))
+    settings, metrics = Settings(mesh=mesh), Metrics()
     with ExitStack() as stack:
         async with best_relay("python", 1) as relays:
             metrics.state = ProxyState(
@@ -144,19 +139,26 @@ async def _state() -> AsyncIterator[ProxyState]:
 
 @asynccontextmanager
 async def _probe() -> AsyncIterator[list[float]]:
-    """By how many seconds a task was late that wanted to run every millisecond."""
+    """By how many seconds a task was late that wanted to run every millisecond, and not for want of a processor."""
     lags = [0.0]
 
     async def run() -> None:
-        while True:
-            due = trio.current_time() + _PROBE_EVERY
-            await trio.sleep_until(due)
-            lags.append(trio.current_time() - due)
+        with open(f"/proc/self/task/{threading.get_native_id()}/schedstat", buffering=1) as schedstat:
+            while True:
+                due, queued = trio.current_time() + _PROBE_EVERY, _queued(schedstat)
+                await trio.sleep_until(due)
+                lags.append(trio.current_time() - due - (_queued(schedstat) - queued))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
         yield lags
         nursery.cancel_scope.cancel()
+
+
+def _queued(schedstat: TextIO) -> float:
+    """Seconds for which this thread has waited for a processor (the kernel's sched-stats.rst)."""
+    schedstat.seek(0)
+    return int(schedstat.read().split()[1]) / 1e9
 
 
 def _write(directory: Path, services: int, endpoints: int, revision: int) -> None:
