@@ -1,5 +1,8 @@
 """Which of a service's endpoints may be tried now, and what is known of them: what the balancer asks."""
 
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 from meshnet.decide.limits import below_endpoint_limit
 from meshnet.decide.warmth import warmth
 from meshnet.model.address import Address
@@ -46,6 +49,12 @@ class Candidates:
     def connect_time(self, endpoint: Endpoint, /) -> float:
         known = self._known.get(endpoint.address)
         return known.connect_time.seconds if known is not None else 0.0
+
+    def passed_over(self, endpoints: Iterable[Endpoint], most: int) -> Iterator[str]:
+        """Of those that were not tried, at most so many, each with why not."""
+        untried = (each for each in endpoints if each.address not in self.tried)
+        told = ((each, why) for each in untried if (why := self.why_not(each)))
+        return (f"{each.name}: {why}" for each, why in islice(told, most))
 
     def why_not(self, endpoint: Endpoint) -> str:
         """In words; empty if it may be tried."""

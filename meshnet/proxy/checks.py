@@ -21,7 +21,7 @@ from meshnet.decide.breaker import counts_against_endpoint
 from meshnet.decide.health import Health, Healths, first_check_after, next_check_after
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.address import Address
-from meshnet.model.service import CheckSettings, Endpoint, ServicePort, TunnelKind
+from meshnet.model.service import CheckSettings, Endpoint, OnEject, ServicePort, TunnelKind
 from meshnet.net.check import check_application
 from meshnet.proxy.slices import slices
 
@@ -43,8 +43,8 @@ class Checked:
 
     __slots__ = ("endpoint", "error", "gone", "health", "key", "service", "tried")
 
-    def __init__(self, key: PortKey, service: str, endpoint: Endpoint, settings: CheckSettings) -> None:
-        self.key = key
+    def __init__(self, service: ServicePort, endpoint: Endpoint, settings: CheckSettings) -> None:
+        self.key = _key(service)
         self.service = service
         self.endpoint = endpoint
         self.health = Health(settings)
@@ -125,11 +125,11 @@ class Checks:
                 there.add(endpoint.address)
                 checked = known.get(endpoint.address)
                 if checked is None:
-                    checked = known[endpoint.address] = Checked(key, service.name, endpoint, settings)
+                    checked = known[endpoint.address] = Checked(service, endpoint, settings)
                     self._schedule(checked, now + first_check_after(settings, self._dice))
                 elif checked.health.settings.interval > settings.interval:
                     checked = known[endpoint.address] = self._sooner_checked(checked, settings, now)
-                checked.endpoint, checked.health.settings = endpoint, settings
+                checked.service, checked.endpoint, checked.health.settings = service, endpoint, settings
             await trio.lowlevel.checkpoint()
         for address in known.keys() - there:
             known.pop(address).gone = True
@@ -139,7 +139,7 @@ class Checks:
     def _sooner_checked(self, checked: Checked, settings: CheckSettings, now: float) -> Checked:
         """The same in another's place, which need not wait as long as the old interval says."""
         checked.gone = True
-        other = Checked(checked.key, checked.service, checked.endpoint, settings)
+        other = Checked(checked.service, checked.endpoint, settings)
         other.health, other.error, other.tried = checked.health, checked.error, checked.tried
         self._schedule(other, now + first_check_after(settings, self._dice))
         return other
@@ -152,7 +152,7 @@ class Checks:
     async def _check(self, checked: Checked) -> None:
         due = trio.current_time() + next_check_after(checked.health.settings, self._dice)
         try:
-            await self._try(checked.endpoint, checked.service, checked.health.settings)
+            await self._try(checked.endpoint, checked.service.name, checked.health.settings)
         except ConnectionFailed as failure:
             if counts_against_endpoint(failure.reason):
                 self._judge(checked, failure)
@@ -161,7 +161,7 @@ class Checks:
                 checked.error = _told(failure)
         except Exception:
             self.counts["undecided"] += 1
-            _log.exception("the check of %s of %s failed inside the proxy", checked.endpoint.name, checked.service)
+            _log.exception("the check of %s of %s failed inside the proxy", checked.endpoint.name, checked.service.name)
         else:
             self._judge(checked, None)
         finally:
@@ -180,14 +180,16 @@ class Checks:
             return
         was_panic = healths.panic
         healths.changed(checked.endpoint.address, health.healthy)
+        if failure and not healths.panic and checked.service.traffic.on_eject is OnEject.CLOSE:
+            self._state.close_endpoint(checked.endpoint, f"its checks fail: {checked.error}")
         if failure:
-            _log.warning("%s of %s fails its checks: %s", checked.endpoint.name, checked.service, checked.error)
+            _log.warning("%s of %s fails its checks: %s", checked.endpoint.name, checked.service.name, checked.error)
         else:
-            _log.info("%s of %s passes its checks again", checked.endpoint.name, checked.service)
+            _log.info("%s of %s passes its checks again", checked.endpoint.name, checked.service.name)
         if healths.panic and not was_panic:
-            _log.warning("every endpoint of %s fails its checks: they are used all the same", checked.service)
+            _log.warning("every endpoint of %s fails its checks: they are used all the same", checked.service.name)
         elif was_panic and not healths.panic:
-            _log.info("not every endpoint of %s fails its checks any more", checked.service)
+            _log.info("not every endpoint of %s fails its checks any more", checked.service.name)
 
     async def _try(self, endpoint: Endpoint, service: str, settings: CheckSettings) -> None:
         """Raises ConnectionFailed."""

@@ -20,6 +20,8 @@ from meshnet.proxy.record import Record
 from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import EndpointState, ProxyState
 
+_TOLD = 10  # endpoints that were passed over, for who asks why a connection failed
+
 
 async def dial_service(
     service: ServicePort,
@@ -49,6 +51,7 @@ async def dial_service(
         endpoint = None if plan.over(now, why) else _pick(balancer, service, endpoints, candidates, record, state)
         step = plan.next(now, endpoint is not None, why, budget, state.dice)
         if isinstance(step, GiveUp):
+            record.passed_over = tuple(candidates.passed_over(endpoints, _TOLD))
             raise last or _nothing_to_try(service, endpoints, state, now)
         if isinstance(step, Wait):
             tried.clear()

@@ -38,6 +38,7 @@ def trace(record: Record) -> tuple[str, ...]:
     for number, attempt in enumerate(record.attempts, 1):
         detail = f": {attempt.detail}" if attempt.detail else ""
         steps.append(f"attempt {number}: {attempt.endpoint} {attempt.result} after {attempt.ms:g} ms{detail}")
+    steps += [f"passed over: {each}" for each in record.passed_over]
     if record.security is Security.MTLS:
         shake = (
             f"{'resumed' if record.resumed else 'full'} handshake in {record.handshake_ms:.1f} ms"

@@ -83,6 +83,7 @@ class Record:
         "opened",
         "opened_at",
         "original",
+        "passed_over",
         "phase",
         "policy",
         "queued",
@@ -132,6 +133,7 @@ class Record:
         self.policy = ""
         self.relay = ""
         self.attempts: list[Attempt] = []
+        self.passed_over: tuple[str, ...] = ()  # endpoints, with why, when there was none left to try
         self.tally = Tally()
         self.flushed_sent = 0
         self.flushed_received = 0

@@ -55,6 +55,8 @@ def test_failures_in_a_row_open_it_and_one_success_closes_it(hosts: Hosts, name:
     assert fast.attempts == ()
     assert fast.duration_ms < 100
     assert hosts.logged(hosts.web, fast.id).reason == fast.reason
+    explained = hosts.sidecar(hosts.web).meshnet("explain", fast.id)
+    assert f"passed over: {api.address}:{name.port}: its breaker is open for 0." in explained
     assert len(into.ended(5)) == 5  # the sixth was not asked of its host
 
     breaker(hosts, name, "half-open")

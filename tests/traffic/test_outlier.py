@@ -74,11 +74,13 @@ def test_when_all_others_are_out_it_is_used_all_the_same_and_that_is_said(hosts:
     assert f"{service} has no endpoint that is well: those that are ejected or fail checks are used" in process.output
 
 
-@pytest.mark.parametrize("how", ["outlier", "breaker"])
+@pytest.mark.parametrize("how", ["outlier", "breaker", "checks"])
 def test_on_eject_close_ends_what_is_open_to_it_and_keep_does_not(hosts: Hosts, name: Name, how: str) -> None:
-    breaker = NEVER_IN_A_ROW if how == "outlier" else {"failures": 1, "openTime": "60s"}
+    breaker = {"failures": 1, "openTime": "60s"} if how == "breaker" else NEVER_IN_A_ROW
     outlier = QUICK if how == "outlier" else {"failureShare": 0}
     policy = {"balance": "round_robin", "breaker": breaker, "outlier": outlier}
+    if how == "checks":
+        policy |= {"check": {"interval": "100ms", "timeout": "500ms", "rise": 2, "fall": 2}}
     service = hosts.service(name, hosts.apis)
     hosts.write(service, traffic(name, **policy))
     with hosts.apps(name.port, hosts.apis) as apps, Call(hosts.web, hosts.apis[0].address, name.port) as held:
@@ -95,12 +97,12 @@ def test_on_eject_close_ends_what_is_open_to_it_and_keep_does_not(hosts: Hosts, 
                 return True
 
         wait_for(ended, what="the end of what was open")
+        wait_for(lambda: all(record.reason for record in out.now()), what="the end of each call")
         connections = hosts.sidecar(hosts.web).connections()
         mine = [each for each in connections if each.reason and each.reason.code == "endpoint.ejected"]
         mine = [each for each in mine if each.endpoint == f"{hosts.apis[0].address}:{name.port}"]
         assert [reason(each) for each in mine] == ["endpoint.ejected by policy in data"]
         assert mine[0].bytes_sent > 0
-        assert all(record.reason for record in out.now())
 
 
 def test_a_service_of_two_has_no_outliers(hosts: Hosts, name: Name) -> None:
