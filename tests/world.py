@@ -24,6 +24,7 @@ from meshnet_cli.demo.world import Host, Process, ProgramFailed, World, wait_for
 from meshnet_init.apply import apply
 
 __all__ = [
+    "SLOWNESS",
     "Host",
     "Mesh",
     "Process",
@@ -104,9 +105,13 @@ def stand_still(pid: int) -> None:
     wait_for(all_stopped, what=f"process {pid} stands still")
 
 
+SLOWNESS = float(os.environ.get("MESHNET_TEST_SLOWNESS", "1"))
+"""How many times as long as by itself everything takes: what looks on, valgrind say, makes it slow."""
+
+
 async def eventually(condition: Callable[[], T], *, timeout: float = 10.0, what: str = "") -> T:
     """`wait_for` on trio's clock: other tasks run meanwhile, and a MockClock makes it quick."""
-    deadline = trio.current_time() + timeout
+    deadline = trio.current_time() + timeout * SLOWNESS
     while not (value := condition()):
         if trio.current_time() > deadline:
             raise TimeoutError(f"{what or condition}: not in {timeout} s; saw {value!r}")

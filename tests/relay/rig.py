@@ -28,7 +28,7 @@ from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.net.tls import Channel, Tls
 from meshnet.relay import Link, Outcome, PlainLeg, Relay, Tally, TunnelLeg
 from meshnet.tunnel.protocol import Role, Tunnel
-from tests.world import wait_for
+from tests.world import SLOWNESS, wait_for
 
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h; Python does not name it
 OPEN = Open(host="127.0.0.1", port=80)
@@ -204,7 +204,7 @@ async def running(relay: Relay, *runs: Run) -> AsyncIterator[None]:
         for run in runs:
             nursery.start_soon(run.go, relay)
         try:
-            with trio.fail_after(60):
+            with trio.fail_after(60 * SLOWNESS):
                 yield
         finally:
             nursery.cancel_scope.cancel()

@@ -55,7 +55,7 @@ def test_the_contract_is_clean_under_valgrind(tmp_path: Path) -> None:
     log = tmp_path / "memcheck"
     memcheck = ("valgrind", f"--log-file={log}", "--num-callers=40", "--error-limit=no", "--fullpath-after=")
     memcheck += ("--leak-check=full", "--show-leak-kinds=definite,indirect")
-    with start(tmp_path, *memcheck, left_out=LEFT_OUT) as process:
+    with start(tmp_path, *memcheck, left_out=LEFT_OUT, MESHNET_TEST_SLOWNESS="15") as process:
         output = process.communicate()[0]
     reported = re.split(r"^==\d+== $", log.read_text(errors="replace"), flags=re.MULTILINE)
     ours = "\n".join(block for block in reported if "/meshnet/relay/native/" in block)
