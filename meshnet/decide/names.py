@@ -87,11 +87,7 @@ class NamedMesh:
                 before = self._made.get(id(port))
                 if before is None or before.endpoints != endpoints:
                     self._made[id(port)] = structs.replace(port, endpoints=endpoints)
-        services = tuple(self._made.get(id(port), port) for port in self._written.services)
-        by_address = {address: self._made.get(id(port), port) for address, port in self._written.by_address.items()}
-        return structs.replace(
-            self._written, services=services, by_address=by_address, by_endpoint=_by_endpoint(services)
-        )
+        return self._written.with_ports(self._made)
 
 
 def addresses_in(snapshot: Snapshot) -> dict[str, Hosts]:
@@ -118,20 +114,7 @@ def _without_addresses(snapshot: Snapshot) -> Snapshot:
         for port in snapshot.services
         if any(each.dns_name for each in port.endpoints)
     }
-    if not made:
-        return snapshot
-    services = tuple(made.get(id(port), port) for port in snapshot.services)
-    by_address = {address: made.get(id(port), port) for address, port in snapshot.by_address.items()}
-    return structs.replace(snapshot, services=services, by_address=by_address, by_endpoint=_by_endpoint(services))
-
-
-def _by_endpoint(services: Iterable[ServicePort]) -> dict[Address, tuple[ServicePort, Endpoint]]:
-    """What was written wins over what a name server says."""
-    found: dict[Address, tuple[ServicePort, Endpoint]] = {}
-    pairs = [(port, endpoint) for port in services for endpoint in port.endpoints]
-    for port, endpoint in sorted(pairs, key=lambda pair: bool(pair[1].dns_name)):  # stable
-        found.setdefault(endpoint.address, (port, endpoint))
-    return found
+    return snapshot.with_ports(made) if made else snapshot
 
 
 def _endpoints(port: ServicePort, known: Mapping[str, Hosts]) -> tuple[Endpoint, ...]:

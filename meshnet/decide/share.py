@@ -18,22 +18,11 @@ def share_of(limits: Limits, workers: int) -> Limits:
 
 def share_of_mesh(snapshot: Snapshot, workers: int) -> Snapshot:
     """The same mesh, with the limits that one of its `workers` keeps."""
-    made: dict[int, ServicePort] = {}  # by id(): a service port is one object wherever a snapshot has it
-
-    def mine(service: ServicePort) -> ServicePort:
-        if id(service) not in made:
-            traffic = structs.replace(service.traffic, limits=share_of(service.traffic.limits, workers))
-            made[id(service)] = structs.replace(service, traffic=traffic)
-        return made[id(service)]
-
-    return structs.replace(
-        snapshot,
-        services=tuple(map(mine, snapshot.services)),
-        by_address={address: mine(service) for address, service in snapshot.by_address.items()},
-        by_endpoint={
-            address: (mine(service), endpoint) for address, (service, endpoint) in snapshot.by_endpoint.items()
-        },
-    )
+    others: dict[int, ServicePort] = {}
+    for service in snapshot.services:
+        traffic = structs.replace(service.traffic, limits=share_of(service.traffic.limits, workers))
+        others[id(service)] = structs.replace(service, traffic=traffic)
+    return snapshot.with_ports(others)
 
 
 def _part(limit: int, workers: int) -> int:
