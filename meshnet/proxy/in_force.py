@@ -1,7 +1,7 @@
 """How a mesh comes into force: from the files, or from before a restart, with the addresses that its names have."""
 
 import logging
-from collections.abc import AsyncIterable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 
 import trio
 from msgspec import structs
@@ -35,7 +35,14 @@ class MeshInForce:
             await nursery.start(state.names.run)
             nursery.start_soon(self._follow_names)
             directory = state.settings.mesh.directory
+            reload = self._asking_again(reload)
             await follow(directory, state.snapshot.version, self._apply, self._refused, reload=reload)
+
+    async def _asking_again(self, reload: AsyncIterable[object]) -> AsyncIterator[object]:
+        """Who asks to have the files read again means what their names stand for, too."""
+        async for each in reload:
+            self._state.names.ask_again()
+            yield each
 
     async def _apply(self, written: Snapshot) -> None:
         mesh = await trio.to_thread.run_sync(NamedMesh, written)

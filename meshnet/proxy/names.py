@@ -32,6 +32,7 @@ class Names:
         self._asked: dict[str, trio.Event] = {}
         self._followed: dict[str, trio.CancelScope] = {}
         self._nursery: trio.Nursery | None = None
+        self._again = trio.Event()
         self.changed = trio.Event()
         """Set when a name has other addresses; whoever has seen that puts another in its place."""
         self.answered = self.failed = 0
@@ -61,6 +62,11 @@ class Names:
             for asked in list(self._asked.values()):
                 await asked.wait()
 
+    def ask_again(self) -> None:
+        """All of them at once, whatever their TTLs say."""
+        self._again.set()
+        self._again = trio.Event()
+
     def addresses(self) -> dict[str, Hosts]:
         return {name: known.hosts for name, known in self._known.items() if known.hosts}
 
@@ -80,7 +86,8 @@ class Names:
                     lookup = await self._look_up(name)
                 pause = self._learn(name, known, lookup)
                 asked.set()
-                await trio.sleep(pause)
+                with trio.move_on_after(pause):
+                    await self._again.wait()
 
     async def _look_up(self, name: str) -> Lookup:
         try:

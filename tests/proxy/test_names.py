@@ -1,5 +1,7 @@
 """Endpoints by DNS name: what a change of an answer changes, and what it leaves alone."""
 
+import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -93,6 +95,15 @@ def test_a_changed_answer_moves_new_connections_and_leaves_the_open_ones(hosts: 
             client.sendall(b"still here")
             assert read(app, 10) == b"still here"
     assert f"{NAME} is {hosts.two.address}; it was {hosts.one.address}" in hosts.log
+
+
+def test_who_asks_for_a_reload_has_names_asked_for_at_once(hosts: Hosts) -> None:
+    hosts.server.ttl = 300
+    hosts.server.records[FULL] = [hosts.one.address]
+    hosts.up()
+    hosts.server.records[FULL] = [hosts.two.address]
+    os.kill(hosts.sidecar.status().pid, signal.SIGHUP)
+    wait_for(lambda: [view.endpoint for view in hosts.endpoints()] == [f"{hosts.two.address}:{PORT}"])
 
 
 def test_what_was_learned_of_an_endpoint_outlives_a_change_of_the_answer(hosts: Hosts) -> None:
