@@ -29,7 +29,7 @@ class AdminSection(Section, frozen=True):
     socket: str = "/run/meshnet/admin.sock"
     health_address: str = "0.0.0.0"
     health_port: int = 15120
-    recent: int = 1000  # ended connections kept for `meshnet conns --all` and `explain`
+    recent: int = 1000  # connections kept for `conns --all` and `explain`: so many that ended well, so many that failed
 
 
 class MeshSection(Section, frozen=True):

@@ -1,5 +1,6 @@
 """Every connection that is open, the ones that ended lately, and who wants to hear of them."""
 
+import heapq
 import socket
 import time
 from collections import deque
@@ -51,14 +52,19 @@ class Follower:
 
 
 class Registry:
-    """`log` gets each ended connection. Ids given here end with `id_suffix`, by which workers' ids differ."""
+    """`log` gets each ended connection. Ids given here end with `id_suffix`, by which workers' ids differ.
+
+    `keep` of those that ended well are remembered, and as many that failed: however busy a host is, what went wrong can
+    be asked for later.
+    """
 
     def __init__(
         self, *, keep: int, observer: Observer, log: Callable[[Record | Passed], None] | None, id_suffix: str = ""
     ) -> None:
         self.id_suffix = id_suffix
         self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
-        self.recent: deque[Record | Passed] = deque(maxlen=keep)
+        self._well: deque[Record | Passed] = deque(maxlen=keep)
+        self._failed: deque[Record] = deque(maxlen=keep)
         self.opened_total = 0
         self.failed_total = 0
         self._observer = observer
@@ -98,8 +104,11 @@ class Registry:
         if record.hidden:
             self.opened_total -= 1
             return
-        self.recent.append(record)
-        self.failed_total += record.failed
+        if record.failed:
+            self._failed.append(record)
+            self.failed_total += 1
+        else:
+            self._well.append(record)
         self._observer.ended(record)
         if self._log is not None:
             self._log(record)
@@ -109,7 +118,7 @@ class Registry:
     def passed(self, passed: Passed) -> None:
         """As `began` and `ended` of a connection that ended well."""
         self.opened_total += 1
-        self.recent.append(passed)
+        self._well.append(passed)
         self._observer.passed(passed)
         if self._log is not None:
             self._log(passed)
@@ -119,7 +128,7 @@ class Registry:
     def find(self, connection_id: str) -> Record | None:
         """The one that got the id from us, else the newest: a peer cannot put another in the place of ours."""
         self.catch_up()
-        newest_first = chain(reversed(self.open.values()), reversed(self.recent))
+        newest_first = chain(reversed(self.open.values()), _by_end(self._failed, self._well, newest_first=True))
         every = [record for record in newest_first if record.id == connection_id]
         found = next((record for record in every if record.direction is Direction.OUTBOUND), next(iter(every), None))
         return found.record(self) if isinstance(found, Passed) else found
@@ -128,9 +137,10 @@ class Registry:
         """Open ones, and of the ended those that failed within `recent` seconds, or all that are kept."""
         self.catch_up()
         now = time.monotonic()
-        for record in self.recent:
-            if everything or (record.failed and record.ended is not None and now - record.ended <= recent):
-                yield record
+        if everything:
+            yield from _by_end(self._failed, self._well)
+        else:
+            yield from (record for record in self._failed if record.ended is None or now - record.ended <= recent)
         yield from self.open.values()
 
     def follow(self) -> Follower:
@@ -155,3 +165,9 @@ class Registry:
         message = ConnectionEvent(event=event, connection=record.view())
         for follower in self._followers:
             follower.tell(message)
+
+
+def _by_end(*kept: deque[Record] | deque[Record | Passed], newest_first: bool = False) -> Iterator[Record | Passed]:
+    """Those of all, in the order in which they have ended, as they are in each."""
+    sides = (reversed(each) if newest_first else each for each in kept)
+    return heapq.merge(*sides, key=lambda each: each.ended or 0.0, reverse=newest_first)

@@ -56,6 +56,19 @@ def test_the_last_ended_ones_are_kept_and_older_ones_are_forgotten(registry: Reg
     assert registry.opened_total == 5
 
 
+def test_what_failed_is_remembered_however_much_goes_well(registry: Registry) -> None:
+    end(begin(registry, "a"))
+    end(begin(registry, "failed"), Reason.PEER_RST)
+    for name in "bcde":
+        end(begin(registry, name))
+    assert ids(registry) == ["failed", "c", "d", "e"]
+    assert ids(registry, everything=False) == ["failed"]
+    assert registry.find("failed") is not None
+    for name in ("f1", "f2", "f3"):
+        end(begin(registry, name), Reason.CONNECT_REFUSED)
+    assert ids(registry) == ["c", "d", "e", "f1", "f2", "f3"]
+
+
 def test_open_ones_are_never_forgotten(registry: Registry) -> None:
     stays = begin(registry, "stays")
     for name in "abcde":
