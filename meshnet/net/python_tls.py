@@ -96,6 +96,9 @@ class PythonChannel:
     def serve(self, host: str) -> None:
         pass  # there are no orders for its relay
 
+    def stop_serving(self, host: str) -> None:
+        pass
+
     def last_ends(self) -> tuple[str, str]:
         return "", ""
 

@@ -1,6 +1,7 @@
 """Mutual TLS 1.3 with SPIFFE ids between two sidecars: what an implementation offers, and what all of them share."""
 
 import functools
+import hashlib
 import socket
 import time
 from collections.abc import Callable
@@ -61,6 +62,9 @@ class Channel(Protocol):
         Where a relay takes orders it may answer by itself what they cover, until `receive` has something.
         """
 
+    def stop_serving(self, host: str) -> None:
+        """From now on `receive` has whatever the peer at `host` asks for, whether orders cover it or not."""
+
     def last_ends(self) -> tuple[str, str]:
         """How the last lease that a relay had by itself has ended: see meshnet.relay.Wire.take_back."""
 
@@ -113,13 +117,17 @@ class Tls(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who this sidecar is: its certificate, and whom it believes. Times are seconds since the epoch."""
+    """Who this sidecar is: its certificate, and whom it believes. Times are seconds since the epoch.
+
+    `authorities` is a digest of the bundle.
+    """
 
     identity: str
     issuer: str
     serial: str
     not_before: float
     not_after: float
+    authorities: bytes
     client: object
     server: object
 
@@ -136,6 +144,7 @@ def load_credentials(certificate: str, key: str, bundle: str, tls: Tls) -> Crede
         serial=f"{leaf.serial_number:x}",
         not_before=leaf.not_valid_before_utc.timestamp(),
         not_after=leaf.not_valid_after_utc.timestamp(),
+        authorities=hashlib.sha256(Path(bundle).read_bytes()).digest(),
         client=tls.context(certificate, key, bundle, is_server=False),
         server=tls.context(certificate, key, bundle, is_server=True),
     )

@@ -54,8 +54,10 @@ async def serve_tunnel(sock: socket.socket, source: Address, state: ProxyState) 
     state.tunnels.add(tunnel)
     try:
         while tunnel.reusable and (request := await tunnel.next_open()) is not None:
+            if not tunnel.is_vouched_for(state):
+                break  # an honest peer asks again, through a new tunnel
             await _carry_lease(tunnel, request, state)
-            if state.draining:
+            if state.draining or not tunnel.is_vouched_for(state):
                 tunnel.go_away()
     finally:
         state.tunnels.discard(tunnel)
@@ -132,11 +134,12 @@ def _offer(record: Record, target: Address, timeout: float, decided: int, state:
 
 
 class ServedTunnel:
-    """The accepting end of a tunnel, with the identity that was proven when it came up."""
+    """The accepting end of a tunnel, with the identity that was proven when it came up, to `authorities`."""
 
-    def __init__(self, channel: tls.Channel, source: Address) -> None:
+    def __init__(self, channel: tls.Channel, source: Address, authorities: bytes) -> None:
         self.channel = channel
         self.source = source
+        self.authorities = authorities
         self.identity = channel.identity
         self.good_until = channel.good_until
         self.wire = Tunnel(Role.SERVER)
@@ -151,11 +154,20 @@ class ServedTunnel:
         if credentials is None:
             raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
         channel = await state.relays.tls.accept(plain, credentials.server, _HANDSHAKE_TIMEOUT)
-        domain = state.snapshot.trust_domain or trust_domain(credentials.identity)
+        domain = _domain(state)
         if trust_domain(channel.identity) != domain:
             channel.close()
             raise ConnectionFailed(Reason.TLS_PEER_IDENTITY, f"{channel.identity} is not of trust domain {domain}")
-        return cls(channel, source)
+        return cls(channel, source, credentials.authorities)
+
+    def is_vouched_for(self, state: ProxyState) -> bool:
+        """Whether the authorities are the same that its peer has proven its identity to, and the trust domain its."""
+        credentials = state.identity.credentials
+        return (
+            credentials is not None
+            and credentials.authorities == self.authorities
+            and trust_domain(self.identity) == _domain(state)
+        )
 
     def source_of(self, request: Open) -> Address:
         """The application's own address as the peer tells it, believed as far as it is on the peer's host."""
@@ -205,6 +217,12 @@ class ServedTunnel:
             return False
         return self.wire.idle  # not so if a GOAWAY came behind OPEN
 
+    def renewed(self, state: ProxyState) -> None:
+        """Our credentials are others. If we believe others than before, its peer has to prove itself again."""
+        if not self.is_vouched_for(state):
+            self.channel.stop_serving(self.source.host)
+            self.go_away()
+
     def go_away(self) -> None:
         """Asks the peer to open no more leases here; best effort, for the tunnel may be in a relay's hands."""
         if self.reusable and self.wire.idle:
@@ -212,3 +230,8 @@ class ServedTunnel:
                 self.channel.send_now(self.wire.goaway())
             except OSError:
                 pass
+
+
+def _domain(state: ProxyState) -> str:
+    """The trust domain whose workloads may call."""
+    return state.snapshot.trust_domain or trust_domain(state.identity.name)

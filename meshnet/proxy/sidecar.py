@@ -261,3 +261,5 @@ class Sidecar:
         self.state.orders.revoke_all()
         self.state.metrics.renewals += 1
         self.state.pool.renew()
+        for tunnel in list(self.state.tunnels):
+            tunnel.renewed(self.state)

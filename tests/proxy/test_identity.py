@@ -1,5 +1,6 @@
 """Who is on the other side: proven by certificate at both ends, or there is no connection. Never in plain text."""
 
+import socket
 import ssl
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -8,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from meshnet.codec.frames import Fin, GoAway, Opened
 from meshnet.control.authority import BUNDLE, CERTIFICATE, KEY, Authority, Issued, save_issued
 from meshnet.errors import CommandError
 from meshnet.model.connection import Connection
@@ -197,3 +199,43 @@ def knows_the_mesh(sidecar: Sidecar) -> bool:
         return sidecar.status().config.version > 0
     except CommandError:
         return False
+
+
+@pytest.mark.parametrize("relay", ["native", "python"])
+def test_a_tunnel_from_before_the_authorities_were_others_serves_nobody(hosts: Hosts, relay: str) -> None:
+    here, web = hosts.world.host(f"under-{relay}"), hosts.mesh.identity("web")
+    sidecar = hosts.mesh.sidecar(here, start=False, proxy={"relay": relay})
+    sidecar.spawn()
+    wait_for(lambda: knows_the_mesh(sidecar), what="the sidecar has read the mesh")
+    others = Authority.create(hosts.mesh.trust_domain, now=now())
+    before, after = issue(hosts.mesh, "web"), others.issue(web, now=now())
+    with listen(here, 8080) as server, Peer(hosts.web, here, context_of(before)) as old:
+        carry(old, here, server)
+        serial = sidecar.status().certificate.serial
+        save_issued(others.issue(hosts.mesh.identity("api"), now=now()), sidecar.config.parent)
+        wait_for(lambda: sidecar.status().certificate.serial != serial)
+        with Peer(hosts.web, here, context_of(after)) as new:
+            for _ in range(3):  # the last ones under an order, where the relay takes orders
+                carry(new, here, server)
+        said = []
+        with pytest.raises((EOFError, ConnectionResetError)):
+            said.append(old.open(here.address, 8080, source=f"{hosts.web.address}:40000"))
+            while True:
+                said.append(old.frame())
+        assert set(map(type, said)) <= {GoAway}
+        assert nobody_came(server)
+
+
+def context_of(issued: Issued) -> ssl.SSLContext:
+    context = credentials(issued).client
+    assert isinstance(context, ssl.SSLContext)
+    return context
+
+
+def carry(peer: Peer, host: Host, server: socket.socket) -> None:
+    """A whole connection through the tunnel."""
+    assert peer.open(host.address, 8080, source=f"{peer.sock.getsockname()[0]}:40000") == Opened()
+    with accept(server) as app:
+        peer.sock.sendall(peer.wire.fin())
+        assert app.recv(1) == b""
+    assert peer.frame() == Fin()

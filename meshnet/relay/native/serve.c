@@ -84,18 +84,20 @@ bool serve(struct tunnel *tunnel, const uint8_t **bytes, size_t *size)
     return !*size;
 }
 
-/* From Python, which has seen all that has come before, and waits for an OPEN. */
+/* From Python, which has seen all that has come before, and waits for an OPEN; or which takes back what it has said of
+ * the peer, at any time.
+ */
 void tunnel_serve(struct tunnel *tunnel, const struct serving *serving)
 {
     struct core *core = tunnel->core;
+    tunnel->identity = serving->identity;
+    tunnel->peer = serving->peer;
+    tunnel->good_until = serving->good_until;
     if (tunnel->lost || tunnel->closed || tunnel->leg)
         return;
     pthread_mutex_lock(&core->lock);
     tunnel->serving = tunnel->kept == serving->kept;
     pthread_mutex_unlock(&core->lock);
-    tunnel->identity = serving->identity;
-    tunnel->peer = serving->peer;
-    tunnel->good_until = serving->good_until;
     if (tunnel->serving)
         tunnel_read(tunnel);
 }

@@ -122,6 +122,10 @@ class NativeChannel:
         if number:
             self.tunnel.serve(number, host, self.good_until)
 
+    def stop_serving(self, host: str) -> None:
+        self.good_until = 0.0
+        self.serve(host)
+
     def last_ends(self) -> tuple[str, str]:
         sent, received = self.tunnel.last_ends()
         return END_NAMES.get(sent, ""), END_NAMES.get(received, "")
