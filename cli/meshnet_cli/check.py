@@ -77,7 +77,7 @@ def findings(settings: Settings, config: str | None) -> Iterator[Finding]:
         status = supervise.running(settings)
     except CommandError:
         pass  # said below, by whoever holds its ports
-    yield _needed("rights.net_admin", "may change the kernel's rules", lambda: preflight.need_right("check"))
+    yield _needed("rights.net_admin", "may change the kernel's rules", preflight.need_right)
     yield host.kernel()
     yield _needed("rules.backend", "", lambda: _backend(settings))
     yield host.foreign_rules()

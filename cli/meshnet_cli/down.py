@@ -42,7 +42,7 @@ def command(config: str | None, drain: float, purge: bool) -> None:
         warn(f"the settings are wrong: {error}")
     from meshnet_init.remove import remove
 
-    preflight.need_right("down")
+    preflight.need_right()
     service = systemd.Service(settings, config) if systemd.is_here() and systemd.is_installed() else None
     keeper = service or supervise.Supervised(settings, config)
     stopped = False

@@ -244,8 +244,8 @@ def command(
     families = "IPv4 and IPv6" if applied.ipv6 else "IPv4"
     what = "in force" if applied.changed else "in force already, nothing changed"
     click.echo(f"{applied.rules} rules for {families} {what} ({applied.backend})")
-    for path in applied.missing_cgroups:
-        warn(f"there is no cgroup {path}: nobody is in it (systemd-cgls shows which there are)")
+    for each in applied.warnings():
+        warn(each)
     for older in applied.replaced:
         click.echo(f"older rules of {older} taken out")
     for older in applied.kept:
@@ -283,7 +283,7 @@ def remove_command(drain: float, if_stopping: str | None, output: str) -> None:
         return
     from meshnet_init.remove import remove
 
-    preflight.need_right("init remove")
+    preflight.need_right()
     removed = remove(drain, lambda left: click.echo(f"waiting for {_connections(left)}", err=True))
     if output in {"json", "jsonl"}:
         (print_json if output == "json" else print_json_line)(removed)
@@ -303,7 +303,7 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
     from meshnet_init.rollback import put_back
     from meshnet_init.verify import verify
 
-    preflight.need_right("init")
+    preflight.need_right()
     sidecar = _running(settings) if prove else None
     if sidecar is not None:
         preflight.need_fit(settings, sidecar)

@@ -26,7 +26,7 @@ def command(config: str | None) -> None:
     from meshnet_init.keep.keeper import Keeper
 
     settings = read_settings(config)
-    preflight.need_right("rules keep")
+    preflight.need_right()
     log_to_stderr(settings.log.level)
     Keeper(lambda: read_settings(config)).run()
 

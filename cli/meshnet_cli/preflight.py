@@ -15,6 +15,7 @@ from meshnet.errors import CommandError
 from meshnet.model.admin import Status
 from meshnet.model.settings import IdentitySection, Settings
 from meshnet_cli.client import EXIT_PERMISSION
+from meshnet_cli.output import with_sudo
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ def need_free_group(settings: Settings) -> None:
         )
 
 
-def need_right(command: str) -> None:
+def need_right() -> None:
     """Raises CommandError where this command of meshnet's may not do its work."""
     from meshnet_init.host import may_change_rules
 
@@ -63,7 +64,7 @@ def need_right(command: str) -> None:
         raise CommandError(
             "not allowed to change the kernel's rules",
             why="this needs the capability NET_ADMIN; a container has to be given it",
-            fix=f"sudo meshnet {command}",
+            fix=with_sudo(),
             code=EXIT_PERMISSION,
         )
 

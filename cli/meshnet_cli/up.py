@@ -65,7 +65,7 @@ def command(
     settings = read_settings(config)
     config = config and str(Path(config).resolve())
     with phase("preflight") as say:
-        preflight.need_right("up")
+        preflight.need_right()
         ssh.need_safe(settings, accept_risk, with_sudo())
         status = supervise.running(settings)
         keeper = _keeper(settings, config, status)
@@ -218,8 +218,8 @@ def _capture(settings: Settings, status: Status, switch: Switch) -> bool:
         if would_change(settings):
             switch.note(captures=True, rules_before=installed_rules())
         applied = apply(settings)
-        for path in applied.missing_cgroups:
-            warn(f"there is no cgroup {path}: nobody is in it")
+        for each in applied.warnings():
+            warn(each)
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")
     with phase("verify") as say:
         result = verify(settings, status)

@@ -1,6 +1,6 @@
 """Puts the rules that settings ask for into the kernel. Twice is the same as once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -15,7 +15,7 @@ from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
 from meshnet_init.backends.python_iptables import by_python_iptables
 from meshnet_init.backends.scratch import tried_in_scratch
-from meshnet_init.host import host_facts, open_connections
+from meshnet_init.host import host_facts, legacy_tables, may_see_legacy_rules, open_connections
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import connections_in_clients_names, installed_routing, route, routing_differences
 from meshnet_init.rule import Plan
@@ -30,7 +30,10 @@ _NOT_INSTALLED = {
 
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """`replaced` are the backends whose older rules were taken out; `kept`, those whose drain set still stands."""
+    """`replaced` are the backends whose older rules were taken out; `kept`, those whose drain set still stands.
+
+    `unseen` are legacy tables that could not be looked at.
+    """
 
     backend: str
     changed: bool
@@ -39,6 +42,14 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     replaced: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     missing_cgroups: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+
+    def warnings(self) -> Iterator[str]:
+        for path in self.missing_cgroups:
+            yield f"there is no cgroup {path}: nobody is in it (systemd-cgls shows which there are)"
+        if self.unseen:
+            tables = ", ".join(self.unseen)
+            yield f"rules in the legacy tables ({tables}) may stand ahead of these: to look there takes NET_RAW, too"
 
 
 def apply(settings: Settings, backend: str = "") -> Applied:
@@ -107,6 +118,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         replaced=tuple(replaced),
         missing_cgroups=missing(plan),
         kept=tuple(kept),
+        unseen=() if may_see_legacy_rules() else tuple(legacy_tables()),
     )
 
 
@@ -132,6 +144,13 @@ def choose(name: str) -> Backend:
         if not reason:
             return backend
         reasons.append(f"{backend.name}: {reason}")
+    if name == "legacy" and not may_see_legacy_rules():
+        raise CommandError(
+            "not allowed to change the legacy tables",
+            why="this needs the capability NET_RAW beside NET_ADMIN",
+            fix="run it with sudo; in a pod, meshnet inject --backend legacy asks for both; or use --backend nft",
+            code=5,
+        )
     if not reasons and name in _NOT_INSTALLED:
         what, fix = _NOT_INSTALLED[name]
         raise CommandError(
@@ -151,9 +170,9 @@ def choose(name: str) -> Backend:
 
 
 def every_backend() -> list[Backend]:
-    """One for each kind of tables the kernel may have rules of ours in; best first."""
+    """One for each kind of tables the kernel may have rules of ours in that this process may see; best first."""
     iptables = by_binaries("iptables", "nft")
-    legacy = by_python_iptables() or by_binaries("legacy", "legacy")
+    legacy = (by_python_iptables() or by_binaries("legacy", "legacy")) if may_see_legacy_rules() else None
     return [backend for backend in (NftBackend(), iptables, legacy) if backend is not None]
 
 

@@ -12,7 +12,7 @@ _IPV6_OFF = Path("/proc/sys/net/ipv6/conf/all/disable_ipv6")
 _UID_MAP = Path("/proc/self/uid_map")
 _GID_MAP = Path("/proc/self/gid_map")
 ACCEPTS_MARKS = Path("/proc/sys/net/ipv4/tcp_fwmark_accept")
-_CAP_NET_ADMIN = 12  # linux/capability.h
+_CAP_NET_ADMIN, _CAP_NET_RAW = 12, 13  # linux/capability.h
 
 # net/tcp_states.h: TIME_WAIT, CLOSE and LISTEN carry nothing that could be cut.
 _NOT_OPEN = frozenset({"06", "07", "0A"})
@@ -41,9 +41,29 @@ def open_connections(ports: Collection[int]) -> int:
 
 def may_change_rules() -> bool:
     """Whether this process has the capability NET_ADMIN."""
+    return _has(_CAP_NET_ADMIN)
+
+
+def may_see_legacy_rules() -> bool:
+    """Whether this process has the capability NET_RAW: the legacy tables are read and written by a raw socket."""
+    return _has(_CAP_NET_RAW)
+
+
+def legacy_tables() -> list[str]:
+    """Those that somebody has used in this network namespace, `ip nat` for one; empty where it may not be asked."""
+    found = []
+    for family in ("ip", "ip6"):
+        try:
+            found += [f"{family} {name}" for name in (_PROC_NET / f"{family}_tables_names").read_text().split()]
+        except OSError:
+            continue
+    return found
+
+
+def _has(capability: int) -> bool:
     status = Path("/proc/self/status").read_text()
     effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
-    return bool(int(effective, 16) >> _CAP_NET_ADMIN & 1)
+    return bool(int(effective, 16) >> capability & 1)
 
 
 def _mapped(table: Path) -> tuple[range, ...]:

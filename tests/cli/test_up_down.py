@@ -266,7 +266,9 @@ def test_without_the_right_to_change_rules_it_says_what_to_type(machine: Machine
     before = Nothing(machine)
     done = machine.meshnet("up", by=("setpriv", "--bounding-set=-net_admin", "--"))
     assert done.returncode == 5
-    assert "fix: sudo meshnet up\n" in done.stderr
+    assert f"fix: sudo meshnet up --config {machine.config}\n" in done.stderr
+    looking = machine.meshnet("up", "--dry-run", by=("setpriv", "--bounding-set=-net_admin", "--"))
+    assert f"fix: sudo meshnet up --dry-run --config {machine.config}\n" in looking.stderr
     assert not before.changed()
 
 
@@ -275,7 +277,7 @@ def test_without_the_right_to_change_rules_down_takes_nothing_away(machine: Mach
     rules = machine.rules()
     done = machine.meshnet("down", by=("setpriv", "--bounding-set=-net_admin", "--"))
     assert done.returncode == 5
-    assert "fix: sudo meshnet down\n" in done.stderr
+    assert f"fix: sudo meshnet down --config {machine.config}\n" in done.stderr
     assert (machine.rules(), machine.status().pid) == (rules, pid)
 
 

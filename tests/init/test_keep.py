@@ -181,7 +181,7 @@ def test_without_the_right_to_it_says_what_to_type(by_nft: Kept) -> None:
     command = ("setpriv", "--bounding-set=-net_admin", "--", "meshnet", "rules", "keep", "--config", by_nft.config)
     done = by_nft.host.run(*command, check=False)
     assert done.returncode == 5
-    assert done.stderr.endswith("fix: sudo meshnet rules keep\n")
+    assert done.stderr.endswith(f"fix: sudo meshnet rules keep --config {by_nft.config}\n")
 
 
 def test_a_program_without_rights_is_no_keeper_and_stands_nobody_down(by_nft: Kept, real_root: bool) -> None:

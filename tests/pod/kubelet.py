@@ -77,7 +77,8 @@ class Pod:
     def run_to_end(self, name: str) -> str:
         """An init container; what it prints."""
         self.started.append(name)
-        return self.host.run(*self._entered(self.containers[name]), **self._variables(name)).stdout
+        done = self.host.run(*self._entered(self.containers[name]), **self._variables(name))
+        return done.stdout + done.stderr
 
     def start_container(self, name: str) -> Process:
         """It runs, and has started if it has a probe or a hook that says so."""

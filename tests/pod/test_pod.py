@@ -109,6 +109,22 @@ def test_each_backend_has_the_rights_it_needs_and_no_more(client: Callable[..., 
     assert lock.exists() == (backend == "legacy")
 
 
+def test_legacy_tables_that_may_not_be_looked_at_are_left_aside_and_told(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT)
+    pod.host.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT")
+    said = pod.run_to_end("meshnet-init")
+    assert "in force (nft)" in said
+    assert "rules in the legacy tables (ip nat) may stand ahead of these" in said
+
+
+def test_without_the_right_to_the_legacy_tables_it_says_what_is_missing(client: Callable[..., Pod]) -> None:
+    pod = client(CLIENT, "--backend", "legacy")
+    pod.containers["meshnet-init"]["securityContext"]["capabilities"]["add"].remove("NET_RAW")
+    missing = "(?s)not allowed to change the legacy tables.*NET_RAW.*inject --backend legacy"
+    with pytest.raises(ProgramFailed, match=missing):
+        pod.run_to_end("meshnet-init")
+
+
 def test_trap_5_a_container_that_runs_before_the_proxy_is_left_alone_by_its_group(
     client: Callable[..., Pod], cluster: Cluster
 ) -> None:

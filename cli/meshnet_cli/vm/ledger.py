@@ -14,6 +14,8 @@ import msgspec
 
 from meshnet.errors import CommandError
 from meshnet.net.files import write_files
+from meshnet_cli.client import EXIT_FAILED, EXIT_PERMISSION
+from meshnet_cli.output import with_sudo
 
 NAME = "made.json"
 
@@ -90,7 +92,10 @@ class Ledger:
             raise CommandError(
                 f"cannot write {self.file}; nothing was changed that is not in it",
                 why=error.strerror or str(error),
-                fix=f"df -h {self.file.parent}; ls -ld {self.file.parent}",
+                fix=with_sudo()
+                if isinstance(error, PermissionError)
+                else f"df -h {self.file.parent}; ls -ld {self.file.parent}",
+                code=EXIT_PERMISSION if isinstance(error, PermissionError) else EXIT_FAILED,
             ) from error
         self.entries = entries
 

@@ -1,6 +1,8 @@
 """What meshnet made, and only that, is taken away again."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,20 @@ def test_where_it_cannot_be_written_nothing_may_be_made(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="cannot write"):
         made(ledger, tmp_path / "file")
     assert not os.path.lexists(tmp_path / "file")
+
+
+def test_where_it_may_not_be_written_it_says_what_to_type(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    program = "import sys; from pathlib import Path; from meshnet_cli.vm.ledger import Ledger\n"
+    program += "Ledger(Path(sys.argv[1])).note_file(Path('/anywhere'))"
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-dac_override", "--", sys.executable, "-c", program, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert "CommandError" in done.stderr, done.stderr
+    assert f"cannot write {tmp_path / NAME}" in done.stderr
 
 
 def test_the_draft_of_a_file_whose_writer_was_killed_goes_with_it(tmp_path: Path) -> None:
