@@ -6,6 +6,7 @@ from contextlib import ExitStack
 import pytest
 
 from meshnet_init.apply import every_backend
+from tests.init.kept import Kept
 from tests.init.kernel import FAMILIES, Lab, backend_named
 from tests.init.sides import Sides
 from tests.world import World
@@ -17,6 +18,17 @@ BACKENDS = [backend.name for backend in every_backend()]
 @pytest.fixture(params=BACKENDS)
 def lab(request: pytest.FixtureRequest, world: World) -> Lab:
     return Lab(world, backend_named(request.param))
+
+
+@pytest.fixture
+def kept(lab: Lab) -> Kept:
+    return Kept(lab)
+
+
+@pytest.fixture
+def by_nft(world: World) -> Kept:
+    """For what has nothing to do with the backend."""
+    return Kept(Lab(world, backend_named("nft")))
 
 
 @pytest.fixture(params=FAMILIES)
