@@ -80,6 +80,7 @@ def findings(settings: Settings, config: str | None) -> Iterator[Finding]:
     yield _needed("rights.net_admin", "may change the kernel's rules", preflight.need_right)
     yield host.kernel()
     yield _needed("rules.backend", "", lambda: _backend(settings))
+    yield host.guard(settings)
     yield host.foreign_rules()
     if status is None:
         yield _needed("ports.free", "the sidecar's ports are free", lambda: preflight.need_free_ports(settings))

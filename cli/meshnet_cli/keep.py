@@ -18,8 +18,9 @@ def command(config: str | None) -> None:
 
     Every capture.proof_interval, and whenever the kernel tells of a change, the rules are compared with the plan and
     repaired in one step; open connections live on. Each repair is told on standard error, with who had changed what,
-    and in `meshnet status`. With capture.fail = "open" new connections go direct while the sidecar is dead.
-    SIGHUP reads the settings again. `meshnet init`, `init remove` and `down` have it wait or stand down by themselves.
+    and in `meshnet status`. With capture.strict they are held once more, as long as this runs, where no flush reaches
+    them. With capture.fail = "open" new connections go direct while the sidecar is dead. SIGHUP reads the settings
+    again. `meshnet init`, `init remove` and `down` have it wait or stand down by themselves.
     """
     from meshnet.proxy.log import log_to_stderr
     from meshnet_cli import preflight

@@ -83,7 +83,9 @@ def show_command(config: str | None, output: str) -> None:
     if not view.items:
         click.echo("no rules are installed")
     for item in view.items:
-        click.echo(f"backend {item.backend}" + (": draining, nothing new is captured" if item.draining else ""))
+        about = ": draining, nothing new is captured" if item.draining else ""
+        about = ": the same once more, where no flush reaches them" if item.backend == "keeper" else about
+        click.echo(f"backend {item.backend}{about}")
         print_table(
             ("CHAIN", "NO", "FAMILY", "MATCH", "ACTION", "HITS", "WHY"),
             [
@@ -142,9 +144,11 @@ command.add_command(keep.command)
 
 
 def installed_view(config: str | None) -> RulesList:
-    """What the kernel has. Raises as meshnet_init.apply.installed_rules."""
+    """What the kernel has, and what a keeper holds beside it. Raises as meshnet_init.apply.installed_rules."""
     from meshnet_init.apply import installed_rules
+    from meshnet_init.keep.guard import held
 
+    guard = held()
     reasons = reasons_of(config)
     return RulesList(
         tuple(
@@ -152,12 +156,12 @@ def installed_view(config: str | None) -> RulesList:
                 backend=installed.backend,
                 rules=_numbered(
                     tuple(_counted_view(counted, reasons) for counted in installed.rules),
-                    apart=installed.backend != "nft",
+                    apart=installed.backend not in ("nft", "keeper"),
                 ),
                 draining=installed.draining(),
                 problems=installed.problems,
             )
-            for installed in installed_rules()
+            for installed in (*installed_rules(), *([guard] if guard is not None else []))
         )
     )
 

@@ -99,6 +99,8 @@ def _capture(capture: CaptureStatus) -> Iterator[tuple[str, str]]:
         yield "", f"last repair {last.at}, after {last.by or 'somebody'}: {'; '.join(last.differences)}"
     if keeper.problem:
         yield "problem", f"keeper: {keeper.problem}"
+    if keeper.unguarded:
+        yield "", f"a flush of all rules lets connections pass until they are repaired: {keeper.unguarded}"
 
 
 def _certificate(certificate: CertificateStatus) -> Iterator[tuple[str, str]]:

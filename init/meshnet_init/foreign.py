@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from meshnet_init.render import NFT_TABLE
+from meshnet_init.render import KEEPER_TABLE, NFT_TABLE
 from meshnet_init.rule import PLACES, Chain
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
@@ -82,7 +82,7 @@ def _of_nft(text: str, ours: Chain, own: int) -> Iterator[Foreign]:
         elif line == "\t}":
             chain = ""
     for name, chains in tables.items():
-        if name == f"inet {NFT_TABLE}":
+        if name in (f"inet {NFT_TABLE}", f"inet {KEEPER_TABLE}"):
             continue
         for base, lines in chains.items():
             hooked = _BASE.match(lines[0]) if lines else None

@@ -7,6 +7,7 @@ from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain, Family, Plan, R
 from meshnet_init.values import Ports
 
 NFT_TABLE = "meshnet"
+KEEPER_TABLE = "meshnet_keeper"  # see keep/guard.py
 TABLES: tuple[Table, ...] = ("mangle", "nat", "filter")
 
 _OPENING_SYN = ("FIN,SYN,RST,ACK", "SYN")

@@ -37,7 +37,8 @@ class KeeperReport(Shape, frozen=True):
 
     `state`: keeping; open (the sidecar is gone, and by capture.fail = "open" connections go direct); stood down
     (somebody took the rules out); failing (the kernel refuses, see `problem`); fighting (another program changes the
-    rules again and again).
+    rules again and again). `unguarded`: why capture.strict cannot outlast a flush of all rules; empty when it does, or
+    is off.
     """
 
     pid: int
@@ -53,6 +54,7 @@ class KeeperReport(Shape, frozen=True):
     repairs: int = 0
     last_repair: Repair | None = None
     problem: str = ""
+    unguarded: str = ""
     kind: str = "KeeperReport"
 
 

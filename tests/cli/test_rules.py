@@ -1,13 +1,14 @@
 """`meshnet rules verify` and `meshnet init --verify` where a sidecar runs, whose settings are changed under it."""
 
 import json
+import re
 
 import click
 import pytest
 
 from meshnet_cli.main import ENTRIES
 from meshnet_cli.rules import command
-from tests.cli.machine import Machine
+from tests.cli.machine import OWN_RULES, Machine
 from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
@@ -140,3 +141,26 @@ def test_down_and_up_and_the_keeper_that_up_has_started(machine: Machine) -> Non
     wait_for(lambda: "rules repaired, nft (pid " in log.read_text())
     assert "table inet meshnet" in machine.rules()
     assert machine.meshnet("rules", "verify").returncode == 0
+
+
+def test_up_with_strict_has_a_guard_that_no_flush_reaches_and_down_leaves_nothing(machine: Machine) -> None:
+    machine.configure("[capture]\nstrict = true\n")
+    before = machine.rules()
+    for _ in range(2):
+        machine.up()
+        wait_for(lambda: "table inet meshnet_keeper" in machine.rules())
+    machine.host.run("nft", "flush", "ruleset")
+    machine.host.run("nft", "-f", "-", stdin=OWN_RULES)
+    wait_for(lambda: "table inet meshnet {" in machine.rules(), what="a repair")
+    shown = machine.meshnet("rules", "show").stdout
+    assert "backend nft\n" in shown
+    assert "backend keeper: the same once more, where no flush reaches them\n" in shown
+    verified = machine.meshnet("rules", "verify")
+    assert verified.returncode == 0, verified.stdout
+    assert machine.meshnet("down").returncode == 0
+    assert listed(machine.rules()) == listed(before)
+
+
+def listed(rules: str) -> str:
+    """Without the handles: somebody has made the tables anew."""
+    return re.sub(r" # handle \d+", "", rules)

@@ -3,9 +3,11 @@
 import ipaddress
 import os
 import socket
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from meshnet.net.sockets import listen
 from meshnet_init.backends import cgroups
 from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, TIMEOUT, Lab, Open, address_of, connect, listening
 from tests.world import Host
@@ -95,3 +97,14 @@ def route_through(lab: Lab, family: str) -> tuple[Host, str]:
         for file in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
             Path(f"/proc/sys/net/{file}").write_text("1")
     return far, behind
+
+
+@contextmanager
+def transparent(host: Host, family: str) -> Iterator[socket.socket]:
+    """The inbound proxy's listener, as TPROXY needs it."""
+    with host.entered():
+        listener = listen("::" if family == "ipv6" else "0.0.0.0", INBOUND, transparent=True)
+    assert listener is not None
+    with closing(listener):
+        listener.settimeout(TIMEOUT)
+        yield listener

@@ -104,9 +104,12 @@ def test_by_default_new_connections_are_refused_until_a_sidecar_is_back(world: W
         assert site.reaches_peer()
 
 
+@pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_fail_open_by_name_lets_them_go_direct_until_a_sidecar_is_ready(world: World, mesh: Mesh, backend: str) -> None:
-    site = Site(world, mesh, fail="open", required=True, backend=backend)
+def test_fail_open_by_name_lets_them_go_direct_until_a_sidecar_is_ready(
+    world: World, mesh: Mesh, backend: str, strict: bool
+) -> None:
+    site = Site(world, mesh, fail="open", required=True, backend=backend, strict=strict)
     with listening(site.peer, "ipv4", APP_PORT) as server:
         with site.web.connect(site.peer.address, APP_PORT) as captured:
             seen_by_peer = server.accept()[0]

@@ -1,29 +1,19 @@
 """Inbound TPROXY: connections come to a transparent listener as they were sent, and past it they never go."""
 
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
 from meshnet.model.address import Address
-from meshnet.net.sockets import listen, peer_address
+from meshnet.net.sockets import peer_address
 from meshnet_init.remove import remove
-from tests.init.kernel import APP_PORT, INBOUND, OTHER_PORT, TIMEOUT, Lab, address_of, connect, listening
-from tests.world import Host, wait_for
+from tests.init.kernel import APP_PORT, OTHER_PORT, Lab, address_of, connect, listening
+from tests.init.sides import transparent
+from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
-
-
-@contextmanager
-def transparent(host: Host, family: str) -> Iterator[socket.socket]:
-    with host.entered():
-        listener = listen("::" if family == "ipv6" else "0.0.0.0", INBOUND, transparent=True)
-    assert listener is not None
-    with closing(listener):
-        listener.settimeout(TIMEOUT)
-        yield listener
 
 
 def test_it_is_as_it_was_sent_and_its_destination_its_own_address(lab: Lab, family: str) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from meshnet.errors import CommandError
 from meshnet.model.settings import Settings
 from meshnet_cli.finding import Finding
 from meshnet_init.host import may_change_rules
@@ -69,6 +70,27 @@ def foreign_rules() -> Finding:
         listed = "; ".join(f"{what}: {', '.join(names[:4])}" for what, names in found.items())
         return Finding(code=code, level="ok", what=f"{listed}: left alone, and work on")
     return Finding(code=code, level="ok", what="no rules of other software that are known to matter")
+
+
+def guard(settings: Settings) -> Finding:
+    """Whether capture.strict can outlast a flush of all rules."""
+    from meshnet_init.backends.scratch import tried_in_scratch
+    from meshnet_init.keep.guard import unavailable
+
+    code = "rules.guard"
+    try:
+        why = tried_in_scratch(unavailable)
+    except CommandError as error:
+        return Finding(code=code, level="warning", what=error.what, why=error.why, fix="sudo meshnet check")
+    if not why:
+        return Finding(code=code, level="ok", what="a keeper can hold them where no flush reaches them: capture.strict")
+    return Finding(
+        code=code,
+        level="warning" if settings.capture.strict else "ok",
+        what="capture.strict does not outlast a flush of all rules here",
+        why=f"{why}; connections pass until the keeper has put the rules in again",
+        fix="Linux 5.12 or newer, with nftables: modprobe nf_tables",
+    )
 
 
 def disk(settings: Settings) -> Finding:

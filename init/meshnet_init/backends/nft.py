@@ -1,6 +1,9 @@
 """The `nft` backend: netlink, no binaries. One table for IPv4 and IPv6, replaced whole in one transaction.
 
 A batch is a single send to the kernel, which takes all of it or none (nf_tables.h of linux/netfilter; nft(8)).
+
+A table can have an owner: the socket that made it. No other may change or delete it, `flush ruleset` passes it by, and
+it goes when that socket closes (NFT_TABLE_F_OWNER, Linux 5.12).
 """
 
 import errno
@@ -8,6 +11,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import msgspec
@@ -40,6 +44,8 @@ _BATCH_BEGIN = 0x10
 _BATCH_END = 0x11
 _NLM_F_NONREC = 0x100  # delete only what is empty (linux/netlink.h)
 _NF_ACCEPT = 1
+_NFT_TABLE_F_OWNER = 2
+_BEHIND = 6  # in priority: iptables' chains are 5 behind ours
 _SO_SNDBUFFORCE = 32
 _ANSWER_SIZE = 1 << 16
 _HOOKS: dict[Hook, int] = {"PREROUTING": 0, "INPUT": 1, "FORWARD": 2, "OUTPUT": 3}  # NF_INET_PRE_ROUTING and on
@@ -54,29 +60,35 @@ Message = Any  # pyroute2's messages are dictionaries without types
 
 
 class NftBackend:
-    """The table `inet meshnet`."""
+    """A table of the family inet. With `owner`, a netlink socket, it is that socket's, and decides behind all others of
+    ours: its chains are the last ones.
+    """
 
     name = "nft"
 
+    def __init__(self, table: str = NFT_TABLE, owner: socket.socket | None = None) -> None:
+        self._name, self._owner = table, owner
+
     def unavailable(self) -> str:
         """Tries it for real: a transaction that makes a table with such rules and deletes it again."""
-        scratch = f"{NFT_TABLE}_probe"
+        scratch = f"{self._name}_probe"
         plan = Plan(rules=(Rule(chain=CHAIN_IN, local=False), Rule(chain=CHAIN_IN, redirect=1), *drain_set(()).rules))
         try:
-            _commit([*_make_table(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)])
+            _commit([*self._made(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)], self._owner)
         except OSError as error:
             if error.errno == errno.EPERM:
                 raise not_permitted("change") from error
-            return f"the kernel does not take nftables nat rules: {error.strerror}"
+            what = "nat rules" if self._owner is None else "tables with an owner"
+            return f"the kernel does not take nftables {what}: {error.strerror}"
         return ""
 
     def installed(self) -> Installed | None:
-        chains = {chain.name for chain in nft_chains(NFPROTO_INET, NFT_TABLE)}
+        chains = {chain.name for chain in nft_chains(NFPROTO_INET, self._name)}
         if not chains:
             return None
         rules, problems = [], []
-        for message in _dump(nft_rule_msg, NFT_MSG_GETRULE, NFPROTO_INET, [("NFTA_RULE_TABLE", NFT_TABLE)]):
-            if message.get_attr("NFTA_RULE_TABLE") != NFT_TABLE:
+        for message in _dump(nft_rule_msg, NFT_MSG_GETRULE, NFPROTO_INET, [("NFTA_RULE_TABLE", self._name)]):
+            if message.get_attr("NFTA_RULE_TABLE") != self._name:
                 continue
             chain = message.get_attr("NFTA_RULE_CHAIN")
             counted = decode(chain, message.get_attr("NFTA_RULE_EXPRESSIONS") or ()) if chain in CHAINS else None
@@ -84,7 +96,7 @@ class NftBackend:
                 why = message.get_attr("NFTA_RULE_USERDATA") or ""
                 rules.append(msgspec.structs.replace(counted, rule=msgspec.structs.replace(counted.rule, why=why)))
             else:
-                problems.append(f"a rule in {chain} that is not meshnet's (nft list table inet {NFT_TABLE})")
+                problems.append(f"a rule in {chain} that is not meshnet's (nft list table inet {self._name})")
         problems += [f"chain {chain} is missing" for chain in NAT_CHAINS if chain not in chains]
         return Installed(
             backend=self.name, rules=tuple(sorted(rules, key=_chain_order)), ipv6=True, problems=tuple(problems)
@@ -94,24 +106,50 @@ class NftBackend:
         return tuple(sorted(without_missing(plan).rules, key=lambda rule: CHAINS.index(rule.chain)))
 
     def apply(self, plan: Plan) -> None:
-        # "add" first, so that the delete has something to delete: then the table is always made from nothing.
-        anew = [_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)]
-        self._write(anew, without_missing(plan))
+        self._write(without_missing(plan))
 
     def delete(self) -> None:
-        self._write([_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, NFT_TABLE), _table(NFT_MSG_DELTABLE, 0, NFT_TABLE)], None)
+        self._write(None)
 
-    def _write(self, head: list[Message], plan: Plan | None) -> None:
+    def _write(self, plan: Plan | None) -> None:
+        # "add" first, so that the delete has something to delete: then the table is always made from nothing.
+        anew = [_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, self._name), _table(NFT_MSG_DELTABLE, 0, self._name)]
         try:
-            _commit([*head, *(_make_table(NFT_TABLE, plan) if plan else ())])
+            _commit([*anew, *(self._made(self._name, plan) if plan else ())], self._owner)
         except OSError as error:
-            if error.errno == errno.EPERM:
+            if error.errno == errno.EPERM and self._owner is None:
                 raise not_permitted("change") from error
             raise CommandError(
                 "the kernel refused the nftables rules; what was in force still is",
                 why=str(error.strerror),
                 fix="try the other backend: meshnet init --backend iptables",
             ) from error
+
+    def _made(self, name: str, plan: Plan) -> Iterator[Message]:
+        flags, behind = (0, 0) if self._owner is None else (_NFT_TABLE_F_OWNER, _BEHIND)
+        yield _table(NFT_MSG_NEWTABLE, NLM_F_CREATE, name, flags)
+        for chain in chains_of(plan):
+            place = PLACES[chain]
+            hook = {
+                "attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS[place.hook]), ("NFTA_HOOK_PRIORITY", place.priority + behind)]
+            }
+            attributes = [
+                ("NFTA_CHAIN_TABLE", name),
+                ("NFTA_CHAIN_NAME", chain),
+                ("NFTA_CHAIN_HOOK", hook),
+                ("NFTA_CHAIN_POLICY", _NF_ACCEPT),
+                ("NFTA_CHAIN_TYPE", place.kind),
+            ]
+            yield _message(nft_chain_msg, NFT_MSG_NEWCHAIN, NLM_F_CREATE, attributes)
+        for rule in plan.rules:
+            attributes = [
+                ("NFTA_RULE_TABLE", name),
+                ("NFTA_RULE_CHAIN", rule.chain),
+                ("NFTA_RULE_EXPRESSIONS", encode(rule)),
+            ]
+            if rule.why:
+                attributes.append(("NFTA_RULE_USERDATA", rule.why))
+            yield _message(nft_rule_msg, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, attributes)
 
 
 def drop_empty_iptables(family: int, table: Table) -> None:
@@ -135,32 +173,11 @@ def _delete_if_empty(message: Message) -> None:
             raise
 
 
-def _make_table(table: str, plan: Plan) -> Iterator[Message]:
-    yield _table(NFT_MSG_NEWTABLE, NLM_F_CREATE, table)
-    for chain in chains_of(plan):
-        place = PLACES[chain]
-        hook = {"attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS[place.hook]), ("NFTA_HOOK_PRIORITY", place.priority)]}
-        attributes = [
-            ("NFTA_CHAIN_TABLE", table),
-            ("NFTA_CHAIN_NAME", chain),
-            ("NFTA_CHAIN_HOOK", hook),
-            ("NFTA_CHAIN_POLICY", _NF_ACCEPT),
-            ("NFTA_CHAIN_TYPE", place.kind),
-        ]
-        yield _message(nft_chain_msg, NFT_MSG_NEWCHAIN, NLM_F_CREATE, attributes)
-    for rule in plan.rules:
-        attributes = [
-            ("NFTA_RULE_TABLE", table),
-            ("NFTA_RULE_CHAIN", rule.chain),
-            ("NFTA_RULE_EXPRESSIONS", encode(rule)),
-        ]
-        if rule.why:
-            attributes.append(("NFTA_RULE_USERDATA", rule.why))
-        yield _message(nft_rule_msg, NFT_MSG_NEWRULE, NLM_F_CREATE | NLM_F_APPEND, attributes)
-
-
-def _table(kind: int, flags: int, name: str) -> Message:
-    return _message(nft_table_msg, kind, flags, [("NFTA_TABLE_NAME", name)])
+def _table(kind: int, flags: int, name: str, table_flags: int = 0) -> Message:
+    attributes: list[tuple[str, object]] = [("NFTA_TABLE_NAME", name)]
+    if table_flags:
+        attributes.append(("NFTA_TABLE_FLAGS", table_flags))
+    return _message(nft_table_msg, kind, flags, attributes)
 
 
 def _message(
@@ -174,28 +191,44 @@ def _message(
     return message
 
 
-def _commit(messages: Sequence[Message]) -> None:
-    """Sends one transaction. Raises OSError with the kernel's first complaint; then nothing was changed."""
+def _commit(messages: Sequence[Message], owner: socket.socket | None = None) -> None:
+    """Sends one transaction, by `owner` or a socket of its own. Raises OSError with the kernel's first complaint; then
+    nothing was changed.
+    """
     # pyroute2's own batches wait for ever when the kernel refuses a batch as a whole: it then answers its begin only.
     data = b""
     for number, message in enumerate([_edge(_BATCH_BEGIN), *messages, _edge(_BATCH_END)], start=1):
         message["header"]["sequence_number"] = number
         message.encode()
         data += message.data
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as netlink:
+    with netlink_socket() if owner is None else nullcontext(owner) as netlink:
         try:
             netlink.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, len(data))
         except PermissionError:  # root of a user namespace only
             netlink.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(data))
         netlink.sendto(data, (0, 0))
         # The kernel has done all of it by now. It answers what it refuses, and nothing else, as no ACK was asked for.
+        complaints = list(_answers(netlink))
+    for answer in complaints:
+        kind, code = struct.unpack_from("=4xH10xi", answer)  # struct nlmsghdr, struct nlmsgerr
+        if kind == NLMSG_ERROR and code:
+            raise OSError(-code, os.strerror(-code))
+
+
+def netlink_socket() -> socket.socket:
+    """One that may own a table of this network namespace. Raises OSError where the kernel has no nfnetlink."""
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER)
+
+
+def _answers(netlink: socket.socket) -> Iterator[bytes]:
+    while True:
         try:
-            answer = netlink.recv(_ANSWER_SIZE, socket.MSG_DONTWAIT)
+            yield netlink.recv(_ANSWER_SIZE, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
-    kind, code = struct.unpack_from("=4xH10xi", answer)  # struct nlmsghdr, struct nlmsgerr
-    if kind == NLMSG_ERROR and code:
-        raise OSError(-code, os.strerror(-code))
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # more complaints than it could keep, behind the first
+                raise
 
 
 def _edge(kind: int) -> Message:

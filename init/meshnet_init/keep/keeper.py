@@ -28,6 +28,7 @@ from meshnet_init.canary import ask_the_proxy
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
 from meshnet_init.keep.door import Door
+from meshnet_init.keep.guard import Guard
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
 from meshnet_init.plan import make_plan
@@ -52,6 +53,8 @@ class Keeper:
         self._backend = choose(self._settings.capture.backend)
         self._plan = make_plan(self._settings, host_facts())
         self._line: SidecarLine | None = None
+        self._guard = Guard()
+        self._unguarded = ""
         self._pace = RepairPace()
         self._since = _now()
         self._looked_at = ""
@@ -79,6 +82,7 @@ class Keeper:
         """Until SIGTERM or SIGINT; the rules stay. SIGHUP reads the settings again. Raises CommandError."""
         with ExitStack() as stack:
             self._door = stack.enter_context(Door(self._wake_up))
+            stack.enter_context(self._guard)
             self._news = _news(stack)
             notifier = Notifier.from_environment()
             if notifier is not None and not stack.enter_context(notifier).connect():
@@ -115,6 +119,7 @@ class Keeper:
             self._plan = make_plan(self._settings, host_facts())
             if not self._is_open:
                 self._hold(by)
+                self._stand_guard()
             self._problem = ""
         except (CommandError, ConfigError, OSError) as error:
             self._fail(error)
@@ -138,6 +143,25 @@ class Keeper:
             self._next_look = min(self._next_look, now + wait)
         else:
             self._repair(lines, by)
+
+    def _stand_guard(self) -> None:
+        if not self._settings.capture.strict:
+            self._let_go()
+            return
+        try:
+            if self._guard.hold(self._plan):
+                self._heard()  # of what we have just done, and of what others may have done meanwhile
+                self._next_look = min(self._next_look, self._last_look + _GAP)
+            why = ""
+        except (CommandError, OSError) as error:
+            why = _said(error)
+        if why and why != self._unguarded:
+            _log.warning("who flushes all rules lets connections pass until they are repaired: %s", why)
+        self._unguarded = why
+
+    def _let_go(self) -> None:
+        self._guard.let_go()
+        self._unguarded = ""
 
     def _need_fit(self) -> None:
         """Settings may have changed under a sidecar that has not read them: its rules are not taken from it.
@@ -172,7 +196,7 @@ class Keeper:
         self._next_look = now + _GAP  # whoever does it again does it soon
 
     def _fail(self, error: CommandError | ConfigError | OSError) -> None:
-        text = "; ".join(filter(None, (error.what, error.why))) if isinstance(error, CommandError) else str(error)
+        text = _said(error)
         if text != self._problem:
             _log.error("the rules cannot be kept: %s", text)
         self._problem = text
@@ -255,6 +279,7 @@ class Keeper:
     def _open(self) -> None:
         """New connections go direct; those that were captured keep their translation, and learn of their end."""
         self._is_open = True
+        self._let_go()
         try:
             for backend in (self._backend, *(each for each in every_backend() if each.name != self._backend.name)):
                 installed = backend.installed()
@@ -270,6 +295,7 @@ class Keeper:
         if isinstance(request, StandDown) and not self._stood_down:
             _log.warning("told to stand down: the rules are left alone until `meshnet up`, `meshnet init` or SIGHUP")
             self._stood_down, self._differences, self._problem = True, (), ""
+            self._let_go()
             self._reread = self._came_back = False
         elif isinstance(request, TakeUp):
             self._reread = True
@@ -369,6 +395,7 @@ class Keeper:
             repairs=self._repairs,
             last_repair=self._last_repair,
             problem=self._problem or "; ".join(self._differences),
+            unguarded=self._unguarded,
         )
 
     def _wake_up(self) -> None:
@@ -390,6 +417,10 @@ def _news(stack: ExitStack) -> RulesNews | None:
     except OSError as error:
         _log.warning("the kernel does not tell of changes of the rules (%s): they are looked at by the clock", error)
         return None
+
+
+def _said(error: CommandError | ConfigError | OSError) -> str:
+    return "; ".join(filter(None, (error.what, error.why))) if isinstance(error, CommandError) else str(error)
 
 
 def _now() -> str:
