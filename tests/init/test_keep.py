@@ -77,6 +77,8 @@ def test_sigterm_leaves_the_rules_and_sighup_reads_the_settings_again(by_nft: Ke
     by_nft.config.write_text("[capture]\nexclude_outbound_ports = ['many']\n")
     by_nft.process.popen.send_signal(signal.SIGHUP)
     wait_for(lambda: "the settings stay as they were" in by_nft.log)
+    looked = by_nft.now().looked_at
+    wait_for(lambda: by_nft.now().looked_at > looked, what="the rules taken up again")  # else it puts them in anew
     by_nft.flush()
     by_nft.repaired()
     assert "dport 5432" in by_nft.lab.rules_text()
