@@ -68,7 +68,8 @@ class ReasonView(Shape, frozen=True):
 class Connection(Shape, frozen=True):
     """`sent` and `received` are bytes as this proxy's client leg saw them: sent by the client, received by it.
 
-    `policy` names what denied or allowed it. Times are RFC 3339 UTC.
+    `policy` names what denied or allowed it. Times are RFC 3339 UTC. `leg_port` is this proxy's own port of the leg to
+    the endpoint, or of the tunnel to its host; None before there is one, and of what a relay did by itself in no time.
     """
 
     id: str
@@ -90,5 +91,6 @@ class Connection(Shape, frozen=True):
     connect_ms: float | None = None
     queue_ms: float | None = None
     idle_ms: float | None = None
+    leg_port: int | None = None
     reason: ReasonView | None = None  # None while it is open
     trace: tuple[str, ...] = ()  # one line a step, for `explain`

@@ -117,6 +117,12 @@ def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
     return Address(host, pair[1])
 
 
+def port_of(sock: socket.socket) -> int:
+    """Ours; 0 of one that was reset."""
+    port: int = sock.getsockname()[1]
+    return port
+
+
 async def connect(
     address: Address, *, mark: int, timeout: float, local: bool = False, source: str = ""
 ) -> socket.socket:

@@ -29,6 +29,13 @@ class EndpointLeg:
     tunnel: ClientTunnel | None = None
     early_frames: list[Frame] = field(default_factory=list)
 
+    @property
+    def port(self) -> int:
+        """Ours."""
+        if isinstance(self.leg, PlainLeg):
+            return sockets.port_of(self.leg.sock)
+        return self.tunnel.port if self.tunnel is not None else 0
+
     def abandon(self) -> None:
         """Closes a plain leg that no relay has taken over; one that a relay owned is closed by now."""
         if isinstance(self.leg, PlainLeg):

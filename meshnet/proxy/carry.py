@@ -22,7 +22,13 @@ async def relay(
     try:
         record.connected = time.monotonic()
         record.phase = Phase.DATA
-        record.link = Link(client, endpoint.leg, to_endpoint=endpoint.early, early_frames=early_frames or [])
+        record.link = Link(
+            client,
+            endpoint.leg,
+            to_endpoint=endpoint.early,
+            early_frames=early_frames or [],
+            leg_port=endpoint.port,
+        )
         mover = state.relays.choose(record.link)
         record.relay = mover.name
         state.registry.connected(record)

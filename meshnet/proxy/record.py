@@ -79,6 +79,7 @@ class Record:
         "handshake_ms",
         "hidden",
         "id",
+        "leg_port",
         "link",
         "opened",
         "opened_at",
@@ -147,6 +148,7 @@ class Record:
         self.detail = ""
         self.call: Call | None = None
         self.link: Link | OrderedLink | None = None
+        self.leg_port = 0  # of one that has ended; the link's before
         self.abort_reason: Reason | None = None
         self.abort_by = EndedBy.PROXY
         self.abort_detail = ""
@@ -214,6 +216,12 @@ class Record:
             ):
                 self.phase = Phase.HALF_CLOSED
 
+    def let_go(self) -> None:
+        """Of what only a living connection needs: a thousand of those that have ended are kept."""
+        if self.link is not None:
+            self.leg_port = self.link.leg_port
+        self.client = self.link = None
+
     @property
     def failed(self) -> bool:
         return self.reason is not None and self.reason is not Reason.OK
@@ -274,6 +282,7 @@ class Record:
             connect_ms=None if self.connected is None else milliseconds(self.connected - self.opened),
             queue_ms=None if self.queued is None else milliseconds(self.queued),
             idle_ms=milliseconds(until - tally.moved_at) if tally.moved_at else None,
+            leg_port=(self.link.leg_port if self.link is not None else self.leg_port) or None,
             reason=None
             if self.reason is None
             else ReasonView(code=self.reason, message=self.detail, ended_by=self.ended_by, phase=self.phase),

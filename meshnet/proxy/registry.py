@@ -97,8 +97,7 @@ class Registry:
     def ended(self, record: Record) -> None:
         if self.open.pop(id(record), None) is None:
             self.opened_total += 1  # it came and went under an order
-        # What only a living connection needs is let go, for a thousand of these are kept.
-        record.client = record.link = None
+        record.let_go()
         if not self.open:
             self.empty.set()
         if record.hidden:

@@ -62,7 +62,7 @@ class Link:
     Frames that came with OPENED or OPEN go to `early_frames`, in order; `run` takes them out. While `run` runs,
     `abort` ends the link from outside: as a cancel does, but `run` returns. Who aborts or cancels may set
     `abort_reason` and `abort_by` first: they are what the peer sidecar is told. `outcome` is set when `run` is over,
-    also when it raises.
+    also when it raises. `leg_port` is ours of the endpoint leg, or 0 where nobody asks for it.
     """
 
     client: PlainLeg | TunnelLeg
@@ -74,6 +74,7 @@ class Link:
     abort_by: EndedBy = EndedBy.PROXY
     abort: Callable[[], None] | None = None
     outcome: "Outcome | None" = None
+    leg_port: int = 0
 
 
 @dataclass(slots=True)
@@ -199,6 +200,10 @@ class OrderedLink(Protocol):
 
     @property
     def abort(self) -> Callable[[], None] | None: ...
+
+    @property
+    def leg_port(self) -> int:
+        """Ours of the endpoint leg, of a connection that has lived for a moment; 0 before."""
 
     def live(self) -> tuple[int, int, bool, bool, float]:
         """For Tally.live."""

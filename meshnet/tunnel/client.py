@@ -35,10 +35,11 @@ class ClientTunnel:
     """A tunnel this sidecar opened. `good_until` and `idle_since` are seconds since the epoch and monotonic ones.
 
     `idle_since` is 0 until it stands idle. `on_answer` is called when the peer has answered an OPEN: what TLS had to
-    bring, tickets among it, came before that. `is_known`: somebody has looked at that.
+    bring, tickets among it, came before that. `is_known`: somebody has looked at that. `port` is our own.
     """
 
     key: Key
+    port: int
     channel: tls.Channel
     wire: Tunnel
     good_until: float
@@ -107,7 +108,7 @@ async def connect(
     if credentials.not_after < time.time():
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
     plain = await sockets.connect(address, mark=mark, timeout=timeout)
-    started = time.monotonic()
+    port, started = sockets.port_of(plain), time.monotonic()
     ticket = resumable.ticket if resumable and resumable.fits(credentials.client) else None
     channel = await secure.connect(plain, credentials.client, ticket, timeout)
     if channel.identity != identity:
@@ -117,6 +118,7 @@ async def connect(
         )
     return ClientTunnel(
         key=key,
+        port=port,
         channel=channel,
         wire=Tunnel(Role.CLIENT),
         good_until=min(channel.good_until, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,

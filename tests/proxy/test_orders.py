@@ -55,7 +55,7 @@ def limit(hosts: Hosts, limits: LimitsSpec) -> None:
 
 def told(connection: Connection) -> dict[str, object]:
     """What does not differ from one connection of a flow to the next."""
-    own = {"id", "openedAt", "closedAt", "durationMs", "connectMs", "idleMs", "attempts"}
+    own = {"id", "openedAt", "closedAt", "durationMs", "connectMs", "idleMs", "attempts", "legPort"}
     fields = {name: value for name, value in msgspec.to_builtins(connection).items() if name not in own}
     fields["source"] = {**fields["source"], "address": connection.source.address.rpartition(":")[0]}
     return fields | {"tried": [(attempt.endpoint, attempt.result) for attempt in connection.attempts]}

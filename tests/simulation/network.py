@@ -52,6 +52,9 @@ class Socket:
     def fileno(self) -> int:
         return -1
 
+    def getsockname(self) -> tuple[str, int]:
+        return self.host, 0
+
     def close(self) -> None:
         self.closed = True
 
@@ -128,6 +131,7 @@ class Pool:
 
         return SimpleNamespace(
             key=(address, identity),
+            port=0,
             channel=SimpleNamespace(version="TLSv1.3", cipher="simulated", resumed=False, host=address.host),
             wire=SimpleNamespace(idle=True),
             is_fresh=True,

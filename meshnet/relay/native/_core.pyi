@@ -13,6 +13,7 @@ class Link:
     ) -> tuple[
         int, float, float, float, int, int, float, bool, bool, int, int, int, bool, int, str, str, bytes, bytes
     ]: ...
+    def leg_port(self) -> int: ...
 
 @final
 class Listener:

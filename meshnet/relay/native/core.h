@@ -186,6 +186,7 @@ struct link {
     bool undone;             /* Python has got everything back as it came, and begins anew */
     /* Nanoseconds, CLOCK_MONOTONIC, and 0 before it is so; read by Python at any time. */
     _Atomic uint64_t opened_at, connected_at, ended_at;
+    _Atomic uint16_t leg_port; /* ours of the endpoint leg; 0 until `dial_settle`. Read by Python at any time */
     uint64_t dial_until;
     struct link *next_dialling, **dialling_place; /* in core->dialling while it dials */
     struct backlog early; /* what the client has said, until it is known that the endpoint can be reached */

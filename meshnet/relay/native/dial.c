@@ -29,11 +29,25 @@ static bool tune(int fd, const struct order *order)
            set(fd, IPPROTO_TCP, TCP_NODELAY, 1);
 }
 
+/* By its port who looks at a connection finds its endpoint leg among the sockets of this host. */
+static void note_port(struct link *link, int fd)
+{
+    struct sockaddr_storage name;
+    socklen_t size = sizeof name;
+    struct address ours;
+    if (!getsockname(fd, (struct sockaddr *)&name, &size) && address_of(&ours, &name))
+        atomic_store(&link->leg_port, ntohs(ours.port));
+}
+
 /* Its endpoint leg gets what only a connection needs that lasts. */
 void dial_settle(struct link *link)
 {
-    int fd = link->endpoint.fd;
-    if (link->order->local || link->endpoint.closed)
+    const struct leg *leg = &link->endpoint;
+    int fd = leg->tunnel ? leg->tunnel->fd : leg->fd;
+    if (leg->closed && !leg->tunnel)
+        return;
+    note_port(link, fd);
+    if (leg->tunnel || link->order->local)
         return;
     if (!set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) || !set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE) ||
         !set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL) ||

@@ -329,6 +329,12 @@ PyObject *doors_facts(PyObject *object, PyObject *unused)
     return facts(self->link, self->ended);
 }
 
+PyObject *doors_leg_port(PyObject *link, PyObject *unused)
+{
+    (void)unused;
+    return PyLong_FromLong(atomic_load(&((LinkObject *)link)->link->leg_port));
+}
+
 PyObject *doors_begun(struct link *link)
 {
     LinkObject *made = link->object;

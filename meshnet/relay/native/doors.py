@@ -118,6 +118,10 @@ class NativeOrderedLink:
     def live(self) -> tuple[int, int, bool, bool, float]:
         return self._handle.counts()
 
+    @property
+    def leg_port(self) -> int:
+        return self._handle.leg_port()
+
     def facts(self) -> Facts:
         return Facts._make(self._handle.facts())
 

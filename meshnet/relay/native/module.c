@@ -118,6 +118,7 @@ static PyMethodDef link_methods[] = {
      "await_end(waiter)\n\n`waiter` comes back from `news` when the link has ended; of one that an order began."},
     {"facts", doors_facts, METH_NOARGS,
      "facts() -> tuple\n\nOf a link that an order began: see `doors.c`."},
+    {"leg_port", doors_leg_port, METH_NOARGS, "leg_port() -> int\n\nOf the same: see OrderedLink."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -59,6 +59,7 @@ PyObject *doors_order(CoreObject *core, PyObject *arguments);
 bool doors_host(const char *host, struct address *address);
 /* What to tell Python, or NULL with an exception set; None: nothing. */
 PyObject *doors_facts(PyObject *link, PyObject *unused);
+PyObject *doors_leg_port(PyObject *link, PyObject *unused);
 PyObject *doors_begun(struct link *link);
 PyObject *doors_ended(struct link *link);
 PyObject *doors_accepted(struct accepted *accepted);

@@ -187,6 +187,21 @@ async def test_one_lease_after_another_and_each_tunnel_is_told_when_it_is_taken_
     assert stand.depot.take() is None
 
 
+async def test_one_that_lasts_tells_the_port_of_its_tunnel(stand: Stand) -> None:
+    _, peer = await stand.tunnel()
+    stand.order()
+    client = stand.call()
+    await asked(peer)
+    await peer.send(peer.wire.opened())
+    await eventually(lambda: stand.told.begun and stand.told.begun[0].leg_port, what="the port of its tunnel")
+    (link,) = stand.told.begun
+    assert link.leg_port == peer.sock.getpeername()[1]
+    await converse(client, peer)
+    await stand.told.one()
+    await stand.counts(1, 0)
+    assert link.leg_port == peer.sock.getpeername()[1]
+
+
 async def test_where_no_tunnel_stands_python_decides(stand: Stand) -> None:
     stand.order()
     with stand.call():
@@ -320,7 +335,7 @@ async def test_who_has_said_half_a_frame_is_not_parked(stand: Stand) -> None:
     back = stand.depot.take()
     assert back is not None
     wire = Tunnel(Role.CLIENT)
-    kept = ClientTunnel((TARGET.address, ""), back.channel, wire, 0.0, 0.0, Deadlines())
+    kept = ClientTunnel((TARGET.address, ""), 0, back.channel, wire, 0.0, 0.0, Deadlines())
     peer = KnownPeer(Demand(0.0), depot=stand.depot, orders=1)
     wire.receive(encode(Reset(reason="peer.rst"))[:6])
     peer.keep(kept)

@@ -48,7 +48,8 @@ class Gate:
         target = more.pop("target", self.server.getsockname()[:2])
         places, patience = more.pop("places", 1000), more.pop("patience", 5.0)
         waiter, direction = more.pop("waiter", "order"), more.pop("direction", OUTBOUND)
-        order = self.core.order(direction, 0, source, original, target, 0, False, patience, places, None, waiter)
+        local = more.pop("local", False)
+        order = self.core.order(direction, 0, source, original, target, 0, local, patience, places, None, waiter)
         self.orders.append(order)
         return order
 

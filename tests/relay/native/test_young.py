@@ -64,6 +64,29 @@ def test_what_lasts_asks_now_and_then_whether_its_endpoint_lives(gate: Gate) -> 
             assert [leg.getsockopt(socket.IPPROTO_TCP, each) for each in times] == [60, 10, 6]
 
 
+def test_what_lasts_tells_its_port_to_whoever_looks(gate: Gate) -> None:
+    gate.order()
+    client, (app, leg) = gate.client(), gate.server.accept()
+    link = wait_for(lambda: [about for _, kind, about in gate.core.news(True) if kind == BEGUN])[0]
+    wait_for(link.leg_port, what="the port of its endpoint leg")
+    assert link.leg_port() == leg[1]
+    link.await_end("its end")
+    client.close()
+    app.close()
+    wait_for(lambda: "its end" in gate.core.news())
+    assert link.leg_port() == leg[1]
+
+
+def test_one_on_this_host_tells_it_too(gate: Gate) -> None:
+    gate.order(local=True)
+    with gate.client():
+        app, leg = gate.server.accept()
+        (link,) = gate.until(1, BEGUN)
+        with app:
+            wait_for(link.leg_port, what="the port of its endpoint leg")
+            assert link.leg_port() == leg[1]
+
+
 def legs_to(address: tuple[str, int]) -> list[socket.socket]:
     """Copies of this process's connections there."""
     found = []
