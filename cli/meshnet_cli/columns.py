@@ -67,7 +67,10 @@ COLUMNS: Mapping[str, Callable[[Connection], str]] = {
     "DST_IDENTITY": lambda connection: connection.destination.identity or "-",
     "RELAY": lambda connection: connection.relay or "-",
     "REASON": lambda connection: connection.reason.code.value if connection.reason else "-",
-    "PROCESS": lambda _: "-",  # a record does not know it; see print_connections
+    "PROCESS": lambda _: "-",  # a record does not know it; see _looked_up
+    "LEG_PORT": lambda connection: str(connection.leg_port or "-"),
+    "RTT": lambda _: "-",  # nor these
+    "RETRANS": lambda _: "-",
 }
 WIDE = tuple(COLUMNS)
 TABLE = WIDE[: WIDE.index("STATE") + 1]
@@ -94,13 +97,26 @@ STREAM_WIDTHS: Mapping[str, int] = {
 
 def print_connections(connections: Sequence[Connection], columns: Sequence[str], *, header: bool = True) -> None:
     """A table of them; without `header` also without the second lines."""
-    rows = [[COLUMNS[name](connection) for name in columns] for connection in connections]
-    if "PROCESS" in columns:
-        processes, at = _processes(connections), columns.index("PROCESS")
-        for row, connection in zip(rows, connections, strict=True):
-            row[at] = processes.get(connection.source.address, "-")
+    found = _looked_up(connections, columns)
+    cells = [found.get(name) or [COLUMNS[name](connection) for connection in connections] for name in columns]
+    rows = list(zip(*cells, strict=True))
     notes = [note(connection) for connection in connections] if header else []
     print_table(columns, rows, header=header, notes=notes, colors=COLORS)
+
+
+def _looked_up(connections: Sequence[Connection], columns: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of those columns that say what the kernel of this host knows."""
+    found = {}
+    if "PROCESS" in columns:
+        processes = _processes(connections)
+        found["PROCESS"] = [processes.get(connection.source.address, "-") for connection in connections]
+    if "RTT" in columns or "RETRANS" in columns:
+        from meshnet_cli.legs import endpoint_legs  # only for those who look
+
+        legs = endpoint_legs(connections)
+        found["RTT"] = [milliseconds(leg.rtt_us / 1000) if leg else "-" for leg in legs]
+        found["RETRANS"] = [str(leg.retransmits) if leg else "-" for leg in legs]
+    return found
 
 
 def _processes(connections: Sequence[Connection]) -> dict[str, str]:

@@ -9,16 +9,27 @@ import msgspec
 
 from meshnet.errors import CommandError, Reason
 from meshnet.model.admin import ConnectionList, ExplainConnection, ListConnections
-from meshnet.model.connection import Connection
+from meshnet.model.connection import Connection, Shape
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
 from meshnet_cli.explain_capture import explain_capture
+from meshnet_cli.legs import endpoint_legs
 from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
 
 
+class TcpView(Shape, frozen=True):
+    """Of the endpoint leg, or of the tunnel that it goes through: `retransmits` since that was opened."""
+
+    rtt_us: int
+    rtt_var_us: int
+    retransmits: int
+
+
 class Explanation(Connection, frozen=True, kw_only=True):
     """The connection, and what its reason code means; both texts are empty while it is open.
+
+    `tcp` is what the kernel knows of an open one, if it was asked on the sidecar's own host.
 
     `others` have the same id. A client's sidecar gives a connection its id on both hosts: the same again when it tries
     another endpoint of one host, and a hostile one gives any.
@@ -26,6 +37,7 @@ class Explanation(Connection, frozen=True, kw_only=True):
 
     cause: str = ""
     cure: str = ""
+    tcp: TcpView | None = None
     others: tuple[Connection, ...] = ()
     api_version: str = "meshnet.dev/v1"
     kind: str = "Explanation"
@@ -87,7 +99,8 @@ def _begin(connection: Connection) -> tuple[str, ...]:
 def _explained(connection: Connection, others: tuple[Connection, ...]) -> Explanation:
     fields = msgspec.structs.asdict(connection) | {"others": others}
     if connection.reason is None:
-        return Explanation(**fields)
+        (leg,) = endpoint_legs([connection])
+        return Explanation(**fields, tcp=TcpView(leg.rtt_us, leg.rtt_var_us, leg.retransmits) if leg else None)
     advice = ADVICE[connection.reason.code]
     own = {"SERVICE": shlex.quote(connection.destination.service or "SERVICE"), "ID": shlex.quote(connection.id)}
     cure = re.sub(r"\b(SERVICE|ID)\b", lambda match: own[match[1]], advice.cure)
@@ -119,10 +132,19 @@ def _facts(it: Explanation) -> Iterator[tuple[str, str]]:
     yield "client", _joined(it.source.address, it.source.identity)
     yield "service", _joined(it.destination.service, it.original_destination)
     yield "endpoint", _joined(it.endpoint, it.destination.identity, tls_name(it) if it.endpoint else "")
+    yield "leg", _leg(it)
     yield "policy", it.policy
     yield "bytes", f"{size(it.bytes_sent)} sent, {size(it.bytes_received)} received by the client"
     lasted = milliseconds(it.duration_ms) if it.duration_ms < 1000 else age(it.duration_ms / 1000)
     yield "time", _joined(f"{lasted} from {it.opened_at}", it.closed_at and f"to {it.closed_at}")
+
+
+def _leg(it: Explanation) -> str:
+    if it.leg_port is None:
+        return ""
+    tcp = it.tcp
+    found = f"round trip {milliseconds(tcp.rtt_us / 1000)}, {tcp.retransmits} retransmits" if tcp else ""
+    return _joined(f"from our port {it.leg_port}", found)
 
 
 def _joined(*parts: str) -> str:

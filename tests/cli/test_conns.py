@@ -68,6 +68,9 @@ def test_wide_adds_times_tries_and_identities(meshnet: Meshnet, sidecar: Sidecar
         "RELAY": "python",
         "REASON": "-",
         "PROCESS": "-",
+        "LEG_PORT": "-",
+        "RTT": "-",
+        "RETRANS": "-",
     }
 
 
