@@ -90,6 +90,7 @@ def findings(settings: Settings, config: str | None) -> Iterator[Finding]:
     else:
         yield Finding(code="sidecar.running", level="ok", what=f"a sidecar runs (pid {status.pid})")
         yield _needed("sidecar.settings", "it fits these settings", partial(preflight.need_fit, settings, status))
+    yield _truthful(settings, status)
     yield _needed(
         "ssh.reachable", "SSH does not depend on the sidecar", lambda: ssh.need_safe(settings, (), "meshnet up")
     )
@@ -116,12 +117,31 @@ def _needed(code: str, fine: str, look: Callable[[], str | None]) -> Finding:
 
 
 def _backend(settings: Settings) -> str:
-    from meshnet_init.apply import choose
+    from meshnet_init.apply import choose_for
     from meshnet_init.host import host_facts
     from meshnet_init.plan import make_plan
 
     plan = make_plan(settings, host_facts())
-    return f"the kernel takes them by {choose(settings.capture.backend).name}: {len(plan.rules)} rules"
+    return f"the kernel takes them by {choose_for(settings).name}: {len(plan.rules)} rules"
+
+
+def _truthful(settings: Settings, status: Status | None) -> Finding:
+    """Whether the sidecar that runs holds connect(); that the kernel can is said with the rules' backend."""
+    code = "connect.truthful"
+    if not settings.capture.truthful_connect:
+        return Finding(code=code, level="ok", what="capture.truthful_connect is off")
+    if status is None:
+        return Finding(code=code, level="ok", what="no sidecar runs that could hold connect()")
+    truthful = status.truthful
+    if truthful is not None and truthful.in_force:
+        return Finding(code=code, level="ok", what=f"connect() is held: {truthful.held} times until now")
+    return Finding(
+        code=code,
+        level="warning",
+        what="capture.truthful_connect is not in force",
+        why="the sidecar was started without it" if truthful is None else truthful.problem or "it has just begun",
+        fix="give the sidecar the capability NET_ADMIN, and start it again: sudo meshnet down && sudo meshnet up",
+    )
 
 
 def _identity(settings: Settings) -> Finding:

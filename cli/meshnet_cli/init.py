@@ -126,6 +126,7 @@ FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("proxy", "outbound_port", _PORT, "Where the proxy takes outbound connections."),
     ("capture", "inbound_mode", click.Choice(("redirect", "tproxy")), "How inbound connections come to the proxy."),
     ("capture", "original_source", click.BOOL, "Have applications see their clients' addresses."),
+    ("capture", "truthful_connect", click.BOOL, "Hold an application's connect() until the endpoint is reached."),
     ("capture", "inbound_ports", _PORTS, "Inbound ports to capture: 80,8000-8100 or *."),
     ("capture", "exclude_inbound_ports", _SOME_PORTS, "Inbound ports to leave alone."),
     ("capture", "inbound_cidrs", _CIDRS, "Clients to capture: 10.0.0.0/8,fd00::/8 or *."),

@@ -31,9 +31,9 @@ def check(settings: Settings, *, running: bool) -> str:
 
     Raises CommandError for the first thing that stands in the way.
     """
-    from meshnet_init.apply import choose
+    from meshnet_init.apply import choose_for
 
-    backend = choose(settings.capture.backend).name
+    backend = choose_for(settings).name
     if not running:
         need_free_ports(settings)
         need_free_group(settings)

@@ -157,7 +157,7 @@ def _without_capture(settings: Settings) -> object:
     """What the sidecar itself reads."""
     capture = settings.capture
     ways = (capture.gid, capture.inbound_mode, capture.original_source, bool(capture.reroute_interfaces))
-    own = (ways, capture.proof_interval, capture.required)
+    own = (ways, capture.proof_interval, capture.required, capture.truthful_connect)
     return settings.proxy, settings.admin, settings.mesh, settings.identity, settings.pool, settings.log, own
 
 

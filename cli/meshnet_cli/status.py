@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import click
 
-from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status, WorkerStatus
+from meshnet.model.admin import CertificateStatus, ConfigStatus, GetStatus, Status, TruthfulStatus, WorkerStatus
 from meshnet.model.capture import CaptureStatus
 from meshnet_cli import lock
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
@@ -53,6 +53,8 @@ def _rows(status: Status) -> Iterator[tuple[str, str]]:
         yield "" if at else "workers", _worker(worker)
     if status.capture is not None:
         yield from _capture(status.capture)
+    if status.truthful is not None:
+        yield from _truthful(status.truthful)
     yield from _certificate(status.certificate)
     yield from _config(status.config)
     yield "relay", ", ".join(status.relay.in_use) or "none"
@@ -101,6 +103,16 @@ def _capture(capture: CaptureStatus) -> Iterator[tuple[str, str]]:
         yield "problem", f"keeper: {keeper.problem}"
     if keeper.unguarded:
         yield "", f"a flush of all rules lets connections pass until they are repaired: {keeper.unguarded}"
+
+
+def _truthful(truthful: TruthfulStatus) -> Iterator[tuple[str, str]]:
+    place = "in force" if truthful.in_force else "NOT in force"
+    held = f"{truthful.held} held, {truthful.waiting} of them now, {truthful.unheld} came past it"
+    yield "connect()", f"truthful: {place}, {held}"
+    if truthful.problem:
+        yield "problem", f"{truthful.problem}; connect() succeeds at once, and what fails then is reset"
+    elif truthful.in_force and truthful.unheld and not truthful.held:
+        yield "problem", "no rule holds connections: put the rules in again (sudo meshnet init, or meshnet up)"
 
 
 def _certificate(certificate: CertificateStatus) -> Iterator[tuple[str, str]]:

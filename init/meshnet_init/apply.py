@@ -1,6 +1,7 @@
 """Puts the rules that settings ask for into the kernel. Twice is the same as once."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import msgspec
 
@@ -58,7 +59,7 @@ def apply(settings: Settings, backend: str = "") -> Applied:
     Open connections live on. Raises ConfigError for settings that make no plan and CommandError when the kernel
     refuses; then what was in force still is. A keeper waits meanwhile, and reads its settings again.
     """
-    plan, chosen = make_plan(settings, host_facts()), choose(backend or settings.capture.backend)
+    plan, chosen = make_plan(settings, host_facts()), choose_for(settings, backend)
     keeper = tell_keeper(StandDown())
     try:
         return apply_plan(plan, chosen)
@@ -69,7 +70,7 @@ def apply(settings: Settings, backend: str = "") -> Applied:
 
 def would_change(settings: Settings) -> bool:
     """Whether `apply` would write anything. Raises as that does."""
-    chosen = choose(settings.capture.backend)
+    chosen = choose_for(settings)
     plan = make_plan(settings, host_facts())
     found = in_kernel()
     return bool(drift(plan, chosen, found)) or any(backend.name != chosen.name for backend, _ in found)
@@ -132,15 +133,20 @@ def drift(plan: Plan, chosen: Backend, found: Sequence[tuple[Backend, Installed]
     return lines
 
 
-def choose(name: str) -> Backend:
-    """The backend of that name.
+def choose_for(settings: Settings, name: str = "") -> Backend:
+    """The backend of that name, or the one the settings name, that can do what they ask for."""
+    return choose(name or settings.capture.backend, holds=settings.capture.truthful_connect)
+
+
+def choose(name: str, *, holds: bool = False) -> Backend:
+    """The backend of that name. `holds`: for a plan that queues connections.
 
     `auto` is legacy where others have rules in those tables, for of two tables that redirect the one made last wins;
     else the first that the kernel takes rules from: nft, iptables, legacy.
     """
     reasons = []
     for backend in _in_order(name):
-        reason = tried_in_scratch(backend.unavailable)
+        reason = tried_in_scratch(partial(backend.unavailable, holds=holds))
         if not reason:
             return backend
         reasons.append(f"{backend.name}: {reason}")
@@ -163,10 +169,16 @@ def choose(name: str) -> Backend:
     raise CommandError(
         "no way to put rules into this kernel" if name == "auto" else f"backend {name} cannot be used here",
         why="; ".join(reasons),
-        fix="load the kernel's NAT modules (modprobe nft_redir nf_nat), or install iptables"
-        if name == "auto"
-        else "leave the choice to meshnet: --backend auto",
+        fix=_fix(name, holds),
     )
+
+
+def _fix(name: str, holds: bool) -> str:
+    if name != "auto":
+        return "leave the choice to meshnet: --backend auto"
+    modules = "nft_redir nf_nat nft_queue" if holds else "nft_redir nf_nat"
+    without = "; or set capture.truthful_connect = false" if holds else ""
+    return f"load the kernel's NAT modules (modprobe {modules}), or install iptables{without}"
 
 
 def every_backend() -> list[Backend]:

@@ -3,7 +3,8 @@
 MESHNET_IN sees what arrives, MESHNET_OUT what local processes send. A rule of theirs that matches either returns, which
 leaves the connection to the host's other rules, or redirects. The other chains exist only where settings need them:
 MESHNET_MARK_IN gives arriving connections to a transparent listener, and carries marks over with MESHNET_MARK_OUT;
-MESHNET_GUARD_IN, _OUT and _FWD refuse what should have been redirected and was not, and UDP where it is not wanted.
+MESHNET_HOLD queues what is about to be redirected until the sidecar has reached the endpoint; MESHNET_GUARD_IN, _OUT
+and _FWD refuse what should have been redirected and was not, what the sidecar refuses, and UDP where it is not wanted.
 """
 
 import ipaddress
@@ -15,7 +16,18 @@ from meshnet.errors import ConfigError
 from meshnet.model.address import Network
 from meshnet.model.canary import FAMILIES, OWN_CANARY, PROOF_PORT
 from meshnet.model.settings import Settings
-from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, CHAINS, NAT_CHAINS, Chain, Family, Plan, Routing, Rule
+from meshnet_init.rule import (
+    CHAIN_IN,
+    CHAIN_OUT,
+    CHAINS,
+    NAT_CHAINS,
+    Chain,
+    Family,
+    Plan,
+    Routing,
+    Rule,
+    is_for_canary,
+)
 from meshnet_init.values import (
     ALL_PORTS,
     ANYTHING,
@@ -67,6 +79,8 @@ def make_plan(settings: Settings, host: Host) -> Plan:
     outbound = every_outbound if ipv6 else _without_ipv6(every_outbound)
 
     rules = [*_carried(settings, host), *outbound]
+    if capture.truthful_connect:
+        rules += [*_held(settings, outbound), *_refused(settings)]
     if capture.inbound_mode == "tproxy":
         rules += [*_given_to_a_listener(settings, inbound), *_rerouting(inbound)]
     else:
@@ -297,13 +311,32 @@ def _guard(rules: Iterable[Rule], chain: Chain) -> Iterator[Rule]:
             yield msgspec.structs.replace(rule, chain=chain)
 
 
+def _held(settings: Settings, outbound: Iterable[Rule]) -> Iterator[Rule]:
+    """The same again ahead of the redirects: who is let pass there is not held here."""
+    for rule in outbound:
+        if rule.redirect and not is_for_canary(rule):
+            why = "held until its endpoint is reached, capture.truthful_connect"
+            yield msgspec.structs.replace(
+                rule, chain="MESHNET_HOLD", redirect=0, queue=settings.proxy.outbound_port, why=why
+            )
+        elif not rule.redirect:
+            yield msgspec.structs.replace(rule, chain="MESHNET_HOLD")
+
+
+def _refused(settings: Settings) -> Iterator[Rule]:
+    """What the sidecar says of those. It marks them as its own, too, so that nothing redirects them on their way."""
+    reset, unreachable = settings.refusal_marks()
+    yield Rule(chain="MESHNET_GUARD_OUT", mark=reset, verdict="reset", why="refused by its endpoint, or by the sidecar")
+    yield Rule(chain="MESHNET_GUARD_OUT", mark=unreachable, verdict="unreachable", why="its endpoint is not reached")
+
+
 def _passes(rule: Rule) -> bool:
     """Whether it is about what comes from behind a bridge and goes elsewhere."""
     return bool(rule.interface) and rule.local is False
 
 
 def _lets_ipv6_pass(rule: Rule) -> bool:
-    return rule.why == _IPV6_OFF and rule.chain not in NAT_CHAINS
+    return rule.why == _IPV6_OFF and rule.chain not in (*NAT_CHAINS, "MESHNET_HOLD")
 
 
 def _of_ipv6(rules: Iterable[Rule]) -> Iterator[Rule]:
@@ -378,5 +411,13 @@ def _check(settings: Settings) -> None:
             f"proxy.mark {proxy.mark:#x} and proxy.local_mark {proxy.local_mark:#x} share a bit",
             suggestion="give each bits of its own, such as 0x1000 and 0x2000",
         )
+    if capture.truthful_connect:
+        try:
+            settings.refusal_marks()
+        except ValueError:
+            raise ConfigError(
+                "capture.truthful_connect needs two bits that proxy.mark and proxy.local_mark leave free",
+                suggestion="give those fewer bits, such as 0x1000 and 0x2000",
+            ) from None
     if not 0 <= capture.gid <= _LARGEST_GID:
         raise ConfigError(f"capture.gid: {capture.gid} is not a group id", suggestion="write the proxy's primary group")

@@ -16,6 +16,7 @@ _NFT_VERDICTS: dict[Verdict, str] = {
     "drop": "drop",
     "reset": "reject with tcp reset",
     "reject": "reject with icmpx port-unreachable",
+    "unreachable": "reject with icmpx host-unreachable",
 }
 _ANY_ADDRESS = {"any": "0.0.0.0", "ipv4": "0.0.0.0", "ipv6": "::"}
 
@@ -53,6 +54,8 @@ def action(rule: Rule) -> str:
         mark = f"meta mark set meta mark | {rule.tproxy_mark:#010x} " if rule.tproxy_mark else ""
         family = {"any": "", "ipv4": "ip ", "ipv6": "ip6 "}[rule.family]
         return f"tproxy {family}to :{rule.tproxy} {mark}accept"
+    if rule.queue:
+        return f"queue flags bypass to {rule.queue}"
     if rule.verdict == "save":
         return f"ct mark set ct mark | {rule.mark:#010x}"
     if rule.verdict == "restore":
@@ -180,6 +183,8 @@ def _target(rule: Rule) -> list[str]:
     if rule.tproxy:
         where = ["--on-port", str(rule.tproxy), "--on-ip", _ANY_ADDRESS[rule.family]]
         return ["TPROXY", *where, "--tproxy-mark", _bits(rule.tproxy_mark)]
+    if rule.queue:
+        return ["NFQUEUE", "--queue-num", str(rule.queue), "--queue-bypass"]
     match rule.verdict:
         case "save":
             return ["CONNMARK", "--set-xmark", _bits(rule.mark)]
@@ -189,6 +194,9 @@ def _target(rule: Rule) -> list[str]:
             return ["REJECT", "--reject-with", "tcp-reset"]
         case "reject":
             icmp = "icmp6-port-unreachable" if rule.family == "ipv6" else "icmp-port-unreachable"
+            return ["REJECT", "--reject-with", icmp]
+        case "unreachable":
+            icmp = "icmp6-addr-unreachable" if rule.family == "ipv6" else "icmp-host-unreachable"
             return ["REJECT", "--reject-with", icmp]
         case "return" | "drop":
             return [rule.verdict.upper()]
@@ -200,10 +208,13 @@ _VERDICTS: dict[str, Verdict] = {
     "REJECT tcp-reset": "reset",
     "REJECT icmp-port-unreachable": "reject",
     "REJECT icmp6-port-unreachable": "reject",
+    "REJECT icmp-host-unreachable": "unreachable",
+    "REJECT icmp6-addr-unreachable": "unreachable",
     "CONNMARK": "save",
     "MARK": "restore",
     "REDIRECT": "return",
     "TPROXY": "return",
+    "NFQUEUE": "return",
 }
 
 
@@ -235,6 +246,7 @@ def read_iptables_rule(chain: Chain, family: Family, words: Sequence[str]) -> Ru
             redirect=int(value.get("--to-ports", "0")),
             tproxy=int(value.get("--on-port", "0")),
             tproxy_mark=_number(value.get("--tproxy-mark")),
+            queue=int(value.get("--queue-num", "0")),
             verdict=_VERDICTS[" ".join(filter(None, (value.get("-j"), value.get("--reject-with"))))],
         )
     except (KeyError, ValueError):

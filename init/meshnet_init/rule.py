@@ -17,6 +17,7 @@ from meshnet_init.values import ALL_PORTS, Ports
 Chain = Literal[
     "MESHNET_MARK_IN",
     "MESHNET_MARK_OUT",
+    "MESHNET_HOLD",
     "MESHNET_IN",
     "MESHNET_OUT",
     "MESHNET_GUARD_IN",
@@ -26,7 +27,7 @@ Chain = Literal[
 Family = Literal["any", "ipv4", "ipv6"]
 Table = Literal["mangle", "nat", "filter"]
 Hook = Literal["PREROUTING", "INPUT", "FORWARD", "OUTPUT"]
-Verdict = Literal["return", "drop", "reset", "reject", "save", "restore"]
+Verdict = Literal["return", "drop", "reset", "reject", "unreachable", "save", "restore"]
 
 
 class Place(NamedTuple):
@@ -43,13 +44,14 @@ CHAIN_OUT: Chain = "MESHNET_OUT"
 PLACES: dict[Chain, Place] = {
     "MESHNET_MARK_IN": Place("mangle", "PREROUTING", "filter", -155),
     "MESHNET_MARK_OUT": Place("mangle", "OUTPUT", "route", -155),
+    "MESHNET_HOLD": Place("mangle", "OUTPUT", "filter", -154),
     CHAIN_IN: Place("nat", "PREROUTING", "nat", -105),
     CHAIN_OUT: Place("nat", "OUTPUT", "nat", -105),
     "MESHNET_GUARD_IN": Place("filter", "INPUT", "filter", -5),
     "MESHNET_GUARD_OUT": Place("filter", "OUTPUT", "filter", -5),
     "MESHNET_GUARD_FWD": Place("filter", "FORWARD", "filter", -5),
 }
-"""In the order in which they are written: what marks, what redirects, what refuses that which was not redirected."""
+"""In the order in which they are written: what marks, what holds, what redirects, what refuses."""
 CHAINS: tuple[Chain, ...] = tuple(PLACES)
 NAT_CHAINS: tuple[Chain, ...] = (CHAIN_IN, CHAIN_OUT)
 """Those are always there: without a nat chain translation stops."""
@@ -67,9 +69,10 @@ _OWN_CANARIES = frozenset(str(ipaddress.ip_network(host)) for host in OWN_CANARY
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What matches every field set is redirected to port `redirect`; or given to the listener on port `tproxy`, marked
-    with the bits `tproxy_mark`; or else `verdict` is done: the chain is left, the packet dropped, refused with a TCP
-    reset or an ICMP error, its mark's bits `mark` saved to its connection's, or the connection's bits `connmark`
-    restored to the packet's.
+    with the bits `tproxy_mark`; or put into the queue of that number until whoever listens there says what becomes of
+    it, and let pass where nobody does; or else `verdict` is done: the chain is left, the packet dropped, refused with a
+    TCP reset or an ICMP error (of the port, or of the host), its mark's bits `mark` saved to its connection's, or the
+    connection's bits `connmark` restored to the packet's.
 
     `loopback` is the interface it came from, or leaves by where the chain sees what leaves. `local` asks whether the
     destination is an address of this host. Of the bits `mark` and `connmark` all must be set. `uid`, `gid` and `cgroup`
@@ -77,8 +80,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     `interface` is a name, or with `*` behind it the beginning of names. `ports` are TCP's, with `udp` UDP's.
     `established` asks whether conntrack knows the connection already: in a nat chain that matches nothing ever, and
     while such a rule stands conntrack keeps running for the family. `invalid`: it knows none that TCP fits into.
-    Whoever redirects, gives to a listener, drops or resets does so with an opening SYN only, unless it is `udp` or
-    `invalid`.
+    Whoever redirects, gives to a listener, queues, drops, resets or says that the host is unreachable does so with an
+    opening SYN only, unless it is `udp` or `invalid`.
     """
 
     chain: Chain
@@ -101,6 +104,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     redirect: int = 0
     tproxy: int = 0
     tproxy_mark: int = 0
+    queue: int = 0
     verdict: Verdict = "return"
 
     def of_tcp(self) -> bool:
@@ -109,7 +113,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def opening(self) -> bool:
         """Whether it matches opening SYNs only."""
-        takes = self.redirect or self.tproxy or self.verdict in ("drop", "reset")
+        takes = self.redirect or self.tproxy or self.queue or self.verdict in ("drop", "reset", "unreachable")
         return bool(takes) and not self.udp and not self.invalid
 
     def keeps(self) -> bool:

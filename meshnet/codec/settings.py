@@ -158,6 +158,8 @@ def _value_problems(settings: Settings) -> list[Problem]:
         # At least one of the two was written by somebody: there it can be mended.
         own = "mark" if proxy.local_mark == defaults.proxy.local_mark else "local_mark"
         fields.wrong(("proxy", own), f"proxy.mark {proxy.mark:#x} and local_mark {proxy.local_mark:#x} share a bit")
+    if capture.truthful_connect:
+        _check_truthful(fields, settings)
     fields.number(("proxy", "relay_threads"), proxy.relay_threads, 1, 1024)
     fields.number(("proxy", "workers"), proxy.workers, 1, 64)
     fields.wait(("proxy", "drain_timeout"), proxy.drain_timeout)
@@ -215,6 +217,17 @@ def _value_problems(settings: Settings) -> list[Problem]:
         if not text or "\0" in text:
             fields.wrong(path, f"{quoted(text)} is not a path")
     return fields.problems
+
+
+def _check_truthful(fields: Fields, settings: Settings) -> None:
+    where = ("capture", "truthful_connect")
+    if settings.proxy.workers > 1:
+        wrong = "cannot be true while proxy.workers is above 1"
+        fields.wrong(where, wrong, "one process holds all connections: write workers = 1, or leave it false")
+    try:
+        settings.refusal_marks()
+    except ValueError:
+        fields.wrong(where, "needs two bits that proxy.mark and proxy.local_mark leave free")
 
 
 _SHORTEST_PROOF = 0.1  # seconds; each is a connection in each family

@@ -189,6 +189,18 @@ class WorkerStatus(Shape, frozen=True):
     problem: str = ""
 
 
+class TruthfulStatus(Shape, frozen=True):
+    """Truthful connect: whether the sidecar has the queue, and since it began, who `held` for an endpoint, and who came
+    `unheld`, past the queue, to be told by a reset.
+    """
+
+    in_force: bool
+    waiting: int = 0
+    held: int = 0
+    unheld: int = 0
+    problem: str = ""  # why it is not in force
+
+
 class Status(Shape, frozen=True):
     node: str
     version: str
@@ -210,6 +222,7 @@ class Status(Shape, frozen=True):
     gid: int | None = None
     inbound_mode: str = ""  # how it takes inbound connections, redirect or tproxy; empty where it does not say
     original_source: bool | None = None
+    truthful: TruthfulStatus | None = None  # None where capture.truthful_connect is off
     capture: CaptureStatus | None = None  # None where capture.proof_interval is off
     workers: tuple[WorkerStatus, ...] = ()  # of the parent of several; then the rest is of all of them together
     api_version: str = "meshnet.dev/v1"

@@ -70,6 +70,7 @@ class CaptureSection(Section, frozen=True):
     backend: Literal["auto", "nft", "iptables", "legacy"] = "auto"
     inbound_mode: Literal["redirect", "tproxy"] = "redirect"  # tproxy: without translating addresses
     original_source: bool = False  # applications see the client's address, not the proxy's
+    truthful_connect: bool = False  # an application's connect() waits for the endpoint, and fails as it does
     inbound_ports: tuple[str, ...] = ("*",)
     exclude_inbound_ports: tuple[str, ...] = ("22",)  # the way in must not depend on the sidecar
     inbound_cidrs: tuple[str, ...] = ("*",)  # where it comes from
@@ -110,6 +111,14 @@ class Settings(Section, frozen=True):
     log: LogSection = LogSection()
     probes: ProbesSection = ProbesSection()
     capture: CaptureSection = CaptureSection()
+
+    def refusal_marks(self) -> tuple[int, int]:
+        """What marks a held SYN that is to be answered by a reset, and by an ICMP error: beside the bits of proxy.mark
+        one that is in no mark of the proxy's own. Raises ValueError where there are not two such bits.
+        """
+        own = self.proxy.mark | self.proxy.local_mark
+        reset, unreachable, *_ = (self.proxy.mark | 1 << bit for bit in range(32) if not own >> bit & 1)
+        return reset, unreachable
 
     def own_ports(self) -> frozenset[int]:
         """The ports that are the sidecar itself: never captured, never dialled on a local address."""

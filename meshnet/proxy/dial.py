@@ -1,12 +1,10 @@
 """Choose an endpoint, try it, learn from it, choose again: until a leg is up or nothing is left to try."""
 
-import socket
 import time
 from collections.abc import Sequence
 
 import trio
 
-from meshnet.codec.frames import MAX_DATA
 from meshnet.decide.balance import Balancer
 from meshnet.decide.breaker import BreakerState, counts_against_endpoint
 from meshnet.decide.names import nameless
@@ -16,6 +14,7 @@ from meshnet.model.service import Endpoint, HashOn, OnEject, ServicePort, Tunnel
 from meshnet.net.strand import in_task
 from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
 from meshnet.proxy.candidates import Candidates
+from meshnet.proxy.client import Client
 from meshnet.proxy.record import Record
 from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import EndpointState, ProxyState
@@ -26,7 +25,7 @@ _TOLD = 10  # endpoints that were passed over, for who asks why a connection fai
 async def dial_service(
     service: ServicePort,
     pinned: Endpoint | None,
-    client: socket.socket,
+    client: Client,
     record: Record,
     state: ProxyState,
     before: Before,
@@ -61,7 +60,7 @@ async def dial_service(
         assert endpoint is not None  # or there would have been nothing to try
         tried.add(endpoint.address)
         if endpoint.tunnel is not TunnelKind.NONE and not early:
-            early = _early_data(client)
+            early = client.early_data()
         known = state.endpoint(endpoint, service)
         if not known.breaker.admit(now):
             continue
@@ -159,13 +158,3 @@ def _nothing_to_try(
     return ConnectionFailed(
         Reason.LIMIT_CONNECTIONS, f"every endpoint of {service.name} is at its limit", ended_by=EndedBy.LIMIT
     )
-
-
-def _early_data(client: socket.socket) -> bytes:
-    """What the client has sent already: it goes up with OPEN, and is kept until OPENED to be sent elsewhere."""
-    try:
-        return client.recv(MAX_DATA)
-    except BlockingIOError:
-        return b""
-    except OSError as error:
-        raise ConnectionFailed(Reason.PEER_RST, "the client gave up", ended_by=EndedBy.CLIENT) from error

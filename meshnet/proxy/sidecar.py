@@ -22,6 +22,7 @@ from meshnet.net import sockets
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import Strands
 from meshnet.proxy import inbound, outbound
+from meshnet.proxy.held import HeldClient, HeldSyns
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.in_force import MeshInForce
 from meshnet.proxy.lag import LoopLag
@@ -140,6 +141,8 @@ class Sidecar:
             }
             for name, (carry, direction) in carries.items():
                 nursery.start_soon(self._accept, self._listeners[name], direction, self._starter(strands, carry))
+            if state.held is not None:
+                nursery.start_soon(self._hold, state.held, strands)
             # What is alive now stays: the collector need not look at it again with every connection's garbage.
             gc.collect()
             gc.freeze()
@@ -187,6 +190,27 @@ class Sidecar:
                 else:
                     accept = partial(self.state.relays.available[0].accept_forever, shared=shared)
                     nursery.start_soon(accept, sock, direction, start)
+            await self._last_call.wait()
+            nursery.cancel_scope.cancel()
+
+    async def _hold(self, held: HeldSyns, strands: Strands) -> None:
+        # As in `_accept`: until the mesh is known SYNs pass, and wait at the listener.
+        await self._first_look.wait()
+
+        def begin(client: HeldClient) -> None:
+            if strands.closed:
+                held.finish(client, Reason.DRAIN)
+            else:
+                strands.start(carry_one(client))
+
+        async def carry_one(client: HeldClient) -> None:
+            try:
+                await outbound.carry_held(client, held, self.state)
+            except Exception:
+                _log.exception("a connection from %s failed inside the proxy", client.syn.source)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(held.run, begin)
             await self._last_call.wait()
             nursery.cancel_scope.cancel()
 

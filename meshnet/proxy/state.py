@@ -26,6 +26,7 @@ from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import in_task
 from meshnet.proxy.checks import Checks
+from meshnet.proxy.held import HeldSyns
 from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.names import Names
@@ -118,6 +119,8 @@ class ProxyState:
         self.names = Names(settings.mesh, mark)
         self.checks = Checks(self)
         addresses.on_change = self._addresses_changed
+        # Where capture.truthful_connect asks for it: those whose SYN waits for a leg.
+        self.held = HeldSyns(settings) if settings.capture.truthful_connect else None
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 

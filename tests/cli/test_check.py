@@ -10,6 +10,7 @@ import pytest
 from meshnet.control.authority import Authority, save_issued
 from tests.cli.machine import Machine
 from tests.cli.sidecar import ROOT
+from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -51,6 +52,23 @@ def test_a_host_that_is_up_is_well(machine: Machine) -> None:
     assert wrong(found) == {}
     assert {"sidecar.running", "sidecar.settings"} <= set(found)
     assert machine.meshnet("down").returncode == 0
+
+
+def test_connect_is_held_once_a_sidecar_runs_that_was_told_so(machine: Machine) -> None:
+    def told() -> tuple[str, str, str]:
+        found = looked_at(machine)["connect.truthful"]
+        return found["level"], found["what"], found["why"]
+
+    assert told() == ("ok", "capture.truthful_connect is off", "")
+    machine.up()
+    machine.configure("[capture]\ntruthful_connect = true\n")
+    assert told()[0::2] == ("warning", "the sidecar was started without it")
+    assert machine.meshnet("down").returncode == 0
+    assert told() == ("ok", "no sidecar runs that could hold connect()", "")
+    machine.up()
+    wait_for(lambda: (truthful := machine.status().truthful) is not None and truthful.in_force)
+    assert told()[0] == "ok"
+    assert told()[1].startswith("connect() is held")
 
 
 def test_every_code_is_told(machine: Machine) -> None:

@@ -8,6 +8,7 @@ from meshnet.model.admin import (
     GetStatus,
     RelayStatus,
     Status,
+    TruthfulStatus,
     TunnelStatus,
     WorkerStatus,
 )
@@ -108,6 +109,21 @@ def test_each_worker_has_a_line(meshnet: Meshnet, sidecar: Sidecar) -> None:
         "              3: does not run, 5 deaths",
         "              4: does not answer, pid 2235",
     ]
+
+
+def test_truthful_connect_has_a_line_and_what_keeps_it_from_working_another(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    def told(truthful: TruthfulStatus) -> list[str]:
+        sidecar.will_answer(msgspec.structs.replace(READY, truthful=truthful))
+        lines = meshnet("status").output.splitlines()
+        return lines[3 : next(at for at, line in enumerate(lines) if line.startswith("certificate"))]
+
+    assert told(TruthfulStatus(in_force=True, waiting=2, held=40, unheld=1)) == [
+        "connect()     truthful: in force, 40 held, 2 of them now, 1 came past it"
+    ]
+    assert told(TruthfulStatus(in_force=False, problem="queue 15101: no right"))[1] == (
+        "problem       queue 15101: no right; connect() succeeds at once, and what fails then is reset"
+    )
+    assert told(TruthfulStatus(in_force=True, unheld=9))[1].startswith("problem       no rule holds connections")
 
 
 def test_a_draining_sidecar_with_an_expired_certificate_says_both(meshnet: Meshnet, sidecar: Sidecar) -> None:

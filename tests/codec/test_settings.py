@@ -208,6 +208,16 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
             '(write udp = "allow", the default)',
         ),
         (
+            "capture.truthful_connect = true\nproxy.workers = 2\n",
+            "meshnet.toml:1: capture.truthful_connect: cannot be true while proxy.workers is above 1"
+            " (one process holds all connections: write workers = 1, or leave it false)",
+        ),
+        (
+            "capture.truthful_connect = true\nproxy.mark = 0xffffffff\n",
+            "meshnet.toml:1: capture.truthful_connect: needs two bits that proxy.mark and proxy.local_mark leave free"
+            " (write truthful_connect = false, the default)",
+        ),
+        (
             "capture.original_source = true\nproxy.local_mark = 0x3000\n",
             "meshnet.toml:2: proxy.local_mark: proxy.mark 0x1000 and local_mark 0x3000 share a bit"
             " (write local_mark = 8192, the default)",

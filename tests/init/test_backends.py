@@ -56,6 +56,12 @@ def test_the_three_promised_backends_are_there() -> None:
 def test_what_is_written_is_read_back(lab: Lab, name: str) -> None:
     plan = Plan(rules=tuple(rule for rule in PLANS[name].rules if rule.gid is None), ipv6=PLANS[name].ipv6)
     with lab.app.entered():
+        if name == "truthful" and lab.backend.unavailable(holds=True):
+            assert lab.backend.name == "nft"  # a kernel may be without nft_queue; it has xt_NFQUEUE
+            with pytest.raises(CommandError, match="the kernel refused the nftables rules"):
+                lab.backend.apply(plan)
+            assert lab.backend.installed() is None
+            return
         lab.backend.apply(plan)
         installed = lab.backend.installed()
 
@@ -103,6 +109,7 @@ def test_asking_whether_it_can_be_used_leaves_no_trace(lab: Lab) -> None:
     before = lab.rules_text()
     with lab.app.entered():
         assert lab.backend.unavailable() == ""
+        lab.backend.unavailable(holds=True)
 
     assert lab.rules_text() == before
 

@@ -60,6 +60,42 @@ def test_the_sidecars_own_canary_is_caught_ahead_of_what_lets_the_sidecar_pass(i
     assert not captures(rules, OWN_CANARY["ipv4"], 80)
 
 
+def test_what_is_redirected_is_held_first_and_nothing_else() -> None:
+    values = {"exclude_outbound_ports": ["25"], "outbound_cidrs": ["10.0.0.0/8"], "loopback_ports": ["8080"]}
+    assert plan_rules("MESHNET_HOLD", **values) == []
+    held = plan_rules("MESHNET_HOLD", truthful_connect=True, **values)
+    turned = plan_rules(CHAIN_OUT, truthful_connect=True, **values)
+    assert [replace(rule, chain=CHAIN_OUT, queue=0, why="") for rule in held] == [
+        replace(rule, redirect=0, why="") for rule in turned
+    ]
+    assert [rule.queue for rule in held] == [rule.redirect for rule in turned]
+    assert not any(rule.destination.startswith(OWN_CANARY["ipv4"]) for rule in held)
+
+
+@pytest.mark.parametrize("ipv6", ["off", "reject"])
+def test_what_is_not_redirected_in_ipv6_is_not_held_either(ipv6: str) -> None:
+    first = plan_rules("MESHNET_HOLD", truthful_connect=True, ipv6=ipv6)[0]
+    assert (first.family, first.queue, first.verdict) == ("ipv6", 0, "return")
+
+
+@given(st.integers(1, 2**32 - 1), st.integers(1, 2**32 - 1))
+def test_what_refuses_a_held_connection_never_matches_the_proxys_own(mark: int, local_mark: int) -> None:
+    settings = Settings(
+        proxy=ProxySection(mark=mark, local_mark=local_mark), capture=CaptureSection(truthful_connect=True)
+    )
+    if (mark | local_mark).bit_count() > 30:
+        with pytest.raises(ConfigError, match="two bits"):
+            make_plan(settings, Host())
+        return
+    rules = make_plan(settings, Host()).rules
+    refusing = {rule.verdict: rule.mark for rule in rules if rule.mark and rule.verdict in ("reset", "unreachable")}
+    assert len(refusing) == 2
+    for refused in refusing.values():
+        assert refused & mark == mark  # so nothing redirects it
+        assert (mark | local_mark) & refused != refused
+    assert refusing["reset"] & refusing["unreachable"] not in refusing.values()
+
+
 def test_every_rule_has_a_reason_that_no_syntax_can_take_apart() -> None:
     rules = plan_rules(CHAIN_IN, exclude_inbound_ports=["22"], exclude_inbound_cidrs=["10.0.0.0/8"])
     rules += plan_rules(CHAIN_OUT, ipv6="off", exclude_outbound_ports=["25"], exclude_outbound_cidrs=["10.0.0.0/8"])

@@ -54,12 +54,26 @@ PLANS = {
         Host(accepts_marks=False),
     ),
     "valid": make_plan(Settings(capture=CaptureSection(drop_invalid=True, inbound_ports=("80", "443"))), Host()),
+    "truthful": make_plan(
+        Settings(
+            capture=CaptureSection(
+                truthful_connect=True,
+                strict=True,
+                reroute_interfaces=("docker0",),
+                exclude_outbound_cidrs=("10.9.9.9",),
+                outbound_ports=("80", "5432"),
+                loopback_ports=("8080",),
+            )
+        ),
+        Host(),
+    ),
     "ipv6-rejected": make_plan(Settings(capture=CaptureSection(ipv6="reject", udp="reject")), Host()),
     "without-ipv6": make_plan(Settings(capture=CaptureSection(ipv6="off")), Host()),
     "drain": drain_set([15101, 15106]),
 }
 
 
+TAKES = ("REDIRECT", "TPROXY", "QUEUE", "DROP", "RESET", "HOST-UNREACHABLE", "ADDR-UNREACHABLE")
 GOLDENS = [
     f"{name}.{kind}"
     for name, plan in PLANS.items()
@@ -99,8 +113,10 @@ def rules(draw: st.DrawFn) -> Rule:
     first, last = sorted(draw(st.tuples(st.integers(1, 65535), st.integers(1, 65535))))
     loopback = draw(st.booleans())
     uid = draw(st.none() | st.integers(0, 2**32 - 2))
-    redirect, tproxy = draw(st.sampled_from([(0, 0), (1, 0), (65535, 0), (0, 15106), (0, 1)]))
-    verdict = draw(st.sampled_from(typing.get_args(Verdict))) if not redirect and not tproxy else "return"
+    redirect, tproxy, queue = draw(
+        st.sampled_from([(0, 0, 0), (1, 0, 0), (65535, 0, 0), (0, 15106, 0), (0, 1, 0), (0, 0, 1), (0, 0, 65535)])
+    )
+    verdict = draw(st.sampled_from(typing.get_args(Verdict))) if not redirect and not tproxy and not queue else "return"
     established = draw(st.booleans())
     needed = 1 if verdict in ("save", "restore") else 0  # a mark to carry over
     ports = draw(st.none() | st.just(Ports(first, last)) | st.just(Ports(first, first)))
@@ -119,11 +135,12 @@ def rules(draw: st.DrawFn) -> Rule:
         local=draw(st.sampled_from([None, True, False])),
         ports=ports,
         established=established,
-        invalid=not established and not redirect and not tproxy and draw(st.booleans()),
-        udp=not redirect and not tproxy and verdict in ("return", "reject") and draw(st.booleans()),
+        invalid=not established and not redirect and not tproxy and not queue and draw(st.booleans()),
+        udp=not redirect and not tproxy and not queue and verdict in ("return", "reject") and draw(st.booleans()),
         redirect=redirect,
         tproxy=tproxy,
         tproxy_mark=draw(st.integers(0, 2**32 - 1)) if tproxy else 0,
+        queue=queue,
         verdict=verdict,
     )
 
@@ -148,7 +165,8 @@ def test_every_redirect_matches_only_the_opening_syn(rule: Rule) -> None:
 
     for text in texts:
         for line in text.splitlines():
-            if any(word in line.upper() for word in ("REDIRECT", "TPROXY", "DROP", "RESET")) and not rule.invalid:
+            takes = any(word in line.upper() for word in TAKES)
+            if takes and not rule.invalid:
                 assert "(fin | syn | rst | ack) == syn" in line or "--tcp-flags FIN,SYN,RST,ACK SYN" in line
 
 

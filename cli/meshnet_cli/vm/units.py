@@ -94,7 +94,7 @@ FileDescriptorStoreMax=16
 {runtime}# No StateDirectory=: systemd would make a present of the authority's key in it to the sidecar's user.
 ReadWritePaths={" ".join(f"-{_word(str(path))}" for path in written)}
 
-# SO_MARK, and IP_TRANSPARENT.
+# SO_MARK, IP_TRANSPARENT, and the queue of capture.truthful_connect.
 AmbientCapabilities=CAP_NET_ADMIN
 CapabilityBoundingSet=CAP_NET_ADMIN
 {_HARDENED}ProtectHome={_protect_home(seen)}

@@ -57,8 +57,8 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def unavailable(self) -> str:
-        """Why this backend cannot be used here; empty when it can."""
+    def unavailable(self, *, holds: bool = False) -> str:
+        """Why this backend cannot be used here; empty when it can. `holds`: for a plan that queues connections."""
 
     def installed(self) -> Installed | None:
         """What is in the kernel, or None when nothing of ours is."""

@@ -61,18 +61,22 @@ class IptablesBackend:
             _Table(family, table, kind, speaker) for family, speaker in speakers.items() for table in TABLES
         ]
 
-    def unavailable(self) -> str:
+    def unavailable(self, *, holds: bool = False) -> str:
         """Tries it for real: one commit that makes a chain with such a rule and takes both away again."""
-        nat = self._nat("ipv4")
-        probe = "*nat\n:MESHNET_PROBE - [0:0]\n-A MESHNET_PROBE -p tcp -j REDIRECT --to-ports 1\n"
-        try:
-            with self._session(True):
-                nat.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
-        except CommandError as error:
-            if error.code in (5, 6):  # no right to, or somebody else writes: that says nothing about the backend
-                raise
-            return error.why
-        nat.drop_if_empty()
+        probes = [("nat", "-p tcp -j REDIRECT --to-ports 1")]
+        if holds:
+            probes.append(("mangle", "-p tcp -j NFQUEUE --queue-num 1 --queue-bypass"))
+        for name, rule in probes:
+            table = next(table for table in self._tables if table.family == "ipv4" and table.name == name)
+            probe = f"*{name}\n:MESHNET_PROBE - [0:0]\n-A MESHNET_PROBE {rule}\n"
+            try:
+                with self._session(True):
+                    table.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
+            except CommandError as error:
+                if error.code in (5, 6):  # no right to, or somebody else writes: that says nothing about the backend
+                    raise
+                return error.why
+            table.drop_if_empty()
         return ""
 
     def installed(self) -> Installed | None:
@@ -146,9 +150,6 @@ class IptablesBackend:
             return None
         rules = [counted.rule for state in states for counted in state.rules]
         return drain_set({rule.redirect for rule in rules if rule.redirect}, rules)
-
-    def _nat(self, family: IpFamily) -> "_Table":
-        return next(table for table in self._tables if table.family == family and table.name == "nat")
 
 
 def _order(rule: Rule) -> tuple[str, int]:

@@ -139,8 +139,9 @@ class Table:
                     part.set_parameter(word.removeprefix("--"), value)
             negated = ""
         made = self._iptc.Target(rule, target)
-        for name, value in zip(values[::2], values[1::2], strict=True):
-            made.set_parameter(name.removeprefix("--"), value)
+        while values:
+            name = values.pop(0).removeprefix("--")
+            made.set_parameter(name, values.pop(0) if values and not values[0].startswith("--") else "")
         rule.target = made
         return rule
 

@@ -69,17 +69,22 @@ class NftBackend:
     def __init__(self, table: str = NFT_TABLE, owner: socket.socket | None = None) -> None:
         self._name, self._owner = table, owner
 
-    def unavailable(self) -> str:
+    def unavailable(self, *, holds: bool = False) -> str:
         """Tries it for real: a transaction that makes a table with such rules and deletes it again."""
         scratch = f"{self._name}_probe"
         plan = Plan(rules=(Rule(chain=CHAIN_IN, local=False), Rule(chain=CHAIN_IN, redirect=1), *drain_set(()).rules))
         try:
             _commit([*self._made(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)], self._owner)
+            if holds:
+                plan = Plan(rules=(Rule(chain="MESHNET_HOLD", queue=1),))
+                _commit([*self._made(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)], self._owner)
         except OSError as error:
             if error.errno == errno.EPERM:
                 raise not_permitted("change") from error
-            what = "nat rules" if self._owner is None else "tables with an owner"
-            return f"the kernel does not take nftables {what}: {error.strerror}"
+            kind = "queue rules" if plan.rules[0].queue else "nat rules"
+            if self._owner is not None:
+                kind = "tables with an owner"
+            return f"the kernel does not take nftables {kind}: {error.strerror}"
         return ""
 
     def installed(self) -> Installed | None:

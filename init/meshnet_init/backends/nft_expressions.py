@@ -79,11 +79,14 @@ _RTN_LOCAL = struct.pack("=I", 2)
 _INVALID = struct.pack("=I", 1)  # NF_CT_STATE_INVALID_BIT
 _ESTABLISHED = struct.pack("=I", 2)  # NF_CT_STATE_BIT(IP_CT_ESTABLISHED)
 _NFT_RETURN, _NF_DROP, _NF_ACCEPT = -5, 0, 1
+_QUEUE_BYPASS, _BYPASS_SHOWN = 1, frozenset({"NFT_QUEUE_FLAG_BYPASS"})  # pyroute2 writes the number, and reads names
 _VERDICTS = {"NFT_RETURN": "return", "NF_DROP": "drop", "NF_ACCEPT": "accept"}
-_TCP_RST, _ICMPX_UNREACH, _ICMPX_PORT = 1, 2, 1  # NFT_REJECT_ICMPX_PORT_UNREACH
+_TCP_RST, _ICMPX_UNREACH = 1, 2
+_ICMPX_PORT, _ICMPX_HOST = 1, 2  # NFT_REJECT_ICMPX_PORT_UNREACH, _HOST_UNREACH
 _REJECTS = {
     ("NFT_REJECT_TCP_RST", ""): "reset",
     ("NFT_REJECT_ICMPX_UNREACH", "NFT_REJECT_ICMPX_PORT_UNREACH"): "reject",
+    ("NFT_REJECT_ICMPX_UNREACH", "NFT_REJECT_ICMPX_HOST_UNREACH"): "unreachable",
 }
 _UNSPEC = b"\0"  # NFPROTO_UNSPEC: of either family
 _PORT_SIZE = 2
@@ -130,6 +133,8 @@ def _action(rule: Rule) -> Iterator[Expression]:
         if rule.tproxy_mark:
             yield from _set_bits("meta", _LOADS["mark"], rule.tproxy_mark)
         yield _verdict(_NF_ACCEPT)
+    elif rule.queue:
+        yield _expression("queue", NUM=rule.queue, TOTAL=1, FLAGS=_QUEUE_BYPASS)
     elif rule.verdict == "save":
         yield from _set_bits("ct", _LOADS["connmark"], rule.mark)
     elif rule.verdict == "restore":
@@ -138,6 +143,8 @@ def _action(rule: Rule) -> Iterator[Expression]:
         yield _expression("reject", TYPE=_TCP_RST, ICMP_CODE=0)
     elif rule.verdict == "reject":
         yield _expression("reject", TYPE=_ICMPX_UNREACH, ICMP_CODE=_ICMPX_PORT)
+    elif rule.verdict == "unreachable":
+        yield _expression("reject", TYPE=_ICMPX_UNREACH, ICMP_CODE=_ICMPX_HOST)
     else:
         yield _verdict(_NF_DROP if rule.verdict == "drop" else _NFT_RETURN)
 
@@ -154,6 +161,7 @@ class Done(NamedTuple):
 
     redirect: int = 0
     tproxy: int = 0
+    queue: int = 0
     verdict: Verdict = "return"
     bits: int = 0
 
@@ -164,7 +172,7 @@ def decode(
     """The rule a kernel message holds, or None where it is none that `encode` writes."""
     named = [(expr.get_attr("NFTA_EXPR_NAME"), expr.get_attr("NFTA_EXPR_DATA")) for expr in expressions]
     # What people and programs write by hand has no counter; then what is done begins with the verdict.
-    at = next((at for at, (name, _) in enumerate(named) if name in ("counter", "immediate", "reject")), None)
+    at = next((at for at, (name, _) in enumerate(named) if name in ("counter", "immediate", "reject", "queue")), None)
     if at is None:
         return None
     counted = named[at][0] == "counter"
@@ -194,8 +202,10 @@ def decode(
 def _done(expressions: list[tuple[str, Any]]) -> Done | None:
     """None where it is nothing that `_action` writes."""
     said = [_said(name, body) for name, body in expressions]
+    if [name for name, _ in expressions] == ["queue"]:
+        return _queued(expressions[0][1])
     match said:
-        case ["return"] | ["drop"] | ["reset"] | ["reject"]:
+        case ["return"] | ["drop"] | ["reset"] | ["reject"] | ["unreachable"]:
             return Done(verdict=said[0])
         case [int(port), "redir"]:
             return Done(redirect=port)
@@ -209,6 +219,12 @@ def _done(expressions: list[tuple[str, Any]]) -> Done | None:
             return Done(verdict="restore", bits=bits)
         case _:
             return None
+
+
+def _queued(body: Any) -> Done | None:
+    """One queue, which those pass whom nobody waits for."""
+    shown = (body.get_attr("NFTA_QUEUE_TOTAL"), body.get_attr("NFTA_QUEUE_FLAGS"))
+    return Done(queue=body.get_attr("NFTA_QUEUE_NUM")) if shown == (1, _BYPASS_SHOWN) else None
 
 
 def _said(name: str, body: Any) -> Any:
@@ -310,6 +326,7 @@ def _rule(chain: Chain, matches: list[Match], done: Done, cgroup_path: Callable[
             redirect=done.redirect,
             tproxy=done.tproxy,
             tproxy_mark=done.bits if done.tproxy else 0,
+            queue=done.queue,
             verdict=done.verdict,
         )
     except ValueError:  # a mask that is no prefix

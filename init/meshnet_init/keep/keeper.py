@@ -23,7 +23,7 @@ from meshnet.model.capture import KeeperReport, Proof, Repair, StandDown, TakeUp
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.proxy.notify import Notifier
-from meshnet_init.apply import apply_plan, choose, drift, every_backend, in_kernel
+from meshnet_init.apply import apply_plan, choose_for, drift, every_backend, in_kernel
 from meshnet_init.canary import ask_the_proxy
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
@@ -50,7 +50,7 @@ class Keeper:
     def __init__(self, read_settings: Callable[[], Settings]) -> None:
         self._read_settings = read_settings
         self._settings = read_settings()
-        self._backend = choose(self._settings.capture.backend)
+        self._backend = choose_for(self._settings)
         self._plan = make_plan(self._settings, host_facts())
         self._line: SidecarLine | None = None
         self._guard = Guard()
@@ -314,7 +314,7 @@ class Keeper:
         try:
             settings = self._read_settings()
             make_plan(settings, host_facts())
-            self._backend = choose(settings.capture.backend)
+            self._backend = choose_for(settings)
         except (ConfigError, CommandError) as error:
             _log.error("the settings stay as they were: %s", error)
         else:
