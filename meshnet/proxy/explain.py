@@ -4,6 +4,8 @@ import time
 
 from meshnet.decide.locality import distance
 from meshnet.decide.route import Passthrough, Refuse, ToService, route
+from meshnet.decide.truth import refused
+from meshnet.errors import Reason
 from meshnet.model.address import Address
 from meshnet.model.admin import Candidate, RouteView
 from meshnet.model.canary import is_canary
@@ -47,6 +49,8 @@ def trace(record: Record) -> tuple[str, ...]:
         )
         who = f"{record.source_identity} to {record.destination_identity}"
         steps.append(f"mtls: {who}, {record.tls_version} {record.cipher}, {shake}")
+    if record.held:
+        steps.append(f"connect: the application's own was held{_told_by_connect(record)}")
     if record.connected is not None:
         steps.append(
             f"data: {record.tally.sent} bytes sent, {record.tally.received} received, moved by {record.relay or '-'}"
@@ -57,6 +61,16 @@ def trace(record: Record) -> tuple[str, ...]:
         detail = f": {record.detail}" if record.detail else ""
         steps.append(f"end: {record.reason} by {record.ended_by} in phase {record.phase}{detail}")
     return tuple(steps)
+
+
+def _told_by_connect(record: Record) -> str:
+    if record.connected is not None:
+        return " until then"
+    if record.reason is None:
+        return ", and still is"
+    if record.reason is Reason.PEER_RST:
+        return " until it gave up"
+    return f", and failed with {'ECONNREFUSED' if refused(record.reason) else 'EHOSTUNREACH'}"
 
 
 def explain_route(target: Address, state: ProxyState) -> RouteView:

@@ -180,6 +180,10 @@ class Metrics:
         yield authorized
         yield _counter("meshnet_dropped_series", "Label sets counted under other.", self._dropped_series)
         yield _counter("meshnet_ordered_connections", "Connections that a standing order covered.", self._ordered)
+        if self.state is not None and self.state.held is not None:
+            truthful = self.state.held.status()
+            yield _counter("meshnet_held_connections", "Whose connect() waited for the endpoint.", truthful.held)
+            yield _counter("meshnet_unheld_connections", "Accepted without, past the queue.", truthful.unheld)
         yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
         yield _counter("meshnet_ejections", "Endpoints that were ejected as outliers.", self.ejections)
         yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)

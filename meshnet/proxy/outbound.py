@@ -42,6 +42,7 @@ async def carry_held(client: HeldClient, held: HeldSyns, state: ProxyState) -> N
     """One whose SYN waits. Whatever happens in here, one record comes out, and who waits still is refused."""
     record = state.registry.life(Direction.OUTBOUND, client.syn.source, None)
     record.original = client.syn.destination
+    record.held = True
     try:
         with record:
             await _carry(client, record.original, record, state, Before())

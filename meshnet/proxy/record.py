@@ -77,6 +77,7 @@ class Record:
         "flushed_received",
         "flushed_sent",
         "handshake_ms",
+        "held",
         "hidden",
         "id",
         "leg_port",
@@ -142,6 +143,7 @@ class Record:
         self.connected: float | None = None
         self.ended: float | None = None
         self.phase = Phase.ACCEPT
+        self.held = False  # its client's connect() waited for the endpoint
         self.hidden = False  # nobody's traffic: it leaves no trace when it has ended
         self.reason: Reason | None = None
         self.ended_by: EndedBy | None = None

@@ -1,5 +1,7 @@
 """The steps of a connection, told from its record."""
 
+import pytest
+
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Attempt, Direction, Security
@@ -40,6 +42,22 @@ def test_a_connection_through_the_mesh_is_told_from_capture_to_end() -> None:
         "data: 5 bytes sent, 7 received, moved by python",
         "end: ok by server in phase data",
     )
+
+
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        (Reason.CONNECT_REFUSED, ", and failed with ECONNREFUSED"),
+        (Reason.CONNECT_TIMEOUT, ", and failed with EHOSTUNREACH"),
+        (Reason.PEER_RST, " until it gave up"),
+    ],
+)
+def test_of_a_held_connect_it_is_told_how_it_failed(reason: Reason, told: str) -> None:
+    with outbound() as record:
+        record.held = True
+        assert trace(record)[-2] == "connect: the application's own was held, and still is"
+        raise ConnectionFailed(reason)
+    assert trace(record)[-2] == f"connect: the application's own was held{told}"
 
 
 def test_a_tunnel_that_stood_already_and_a_resumed_handshake_are_told_apart() -> None:
