@@ -87,6 +87,11 @@ class HeldSyns:
     def in_force(self) -> bool:
         return self._queue is not None
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether each outbound connection is, or is about to be, one that is held: no order may take it first."""
+        return not self._problem
+
     def status(self) -> TruthfulStatus:
         return TruthfulStatus(
             in_force=self.in_force,

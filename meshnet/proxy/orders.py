@@ -57,7 +57,7 @@ class Orders:
         `decided`: the generation before the decision. `held` and `known` are what the connections count against.
         `asking`: the endpoint is reached through a tunnel.
         """
-        if record.direction is Direction.OUTBOUND and self._state.held is not None and self._state.held.in_force:
+        if record.direction is Direction.OUTBOUND and self._state.held is not None and self._state.held.wants_all:
             return  # the next one's SYN waits for a leg that Python has to dial
         relay = self._state.relays.available[0]
         if not relay.takes_orders or self._stopped or decided != self.generation or record.original is None:

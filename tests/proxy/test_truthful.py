@@ -40,6 +40,7 @@ API, API6 = "10.96.0.10", "fd96::10"
 PLAIN, DENIED, LIMITED, SILENT = "10.96.0.40", "10.96.0.50", "10.96.0.60", "10.96.0.70"
 NO_WAY = {"ipv4": "198.51.100.9", "ipv6": "2001:db8:1::9"}  # a router says so
 PATIENT = "20s"
+ORDERED = "meshnet_ordered_connections_total"
 NEVER = BreakerSpec(failures=1_000_000)
 
 
@@ -195,6 +196,7 @@ def test_one_after_many_that_were_accepted_is_refused_all_the_same(held: Held) -
             for _ in range(10):
                 assert ask(held.web, address, port) == b"question"
         assert failure(held.web, address, port) == "ECONNREFUSED"
+    assert value(held.web, ORDERED) == 0
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
@@ -387,6 +389,11 @@ def test_a_sidecar_without_the_right_goes_on_as_without_the_setting(held: Held) 
         with held.web.connect(PLAIN, 6000, timeout=30.0) as client:
             assert ended_by_rst(client)
         assert reason(out.one()) == "connect.refused by proxy in connect"
+        with echo(held.outside, 6000):
+            for _ in range(3):
+                assert ask(held.web, PLAIN, 6000) == b"question"
+        is_native = held.sidecar.status().relay.in_use[0] == "native"
+        assert value(held.web, ORDERED) == (2 if is_native else 0)
     finally:
         assert held.sidecar.process is not None
         held.sidecar.process.kill()
