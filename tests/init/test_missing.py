@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from meshnet.errors import CommandError
-from meshnet_init.apply import choose
+from meshnet_init.apply import choose, every_backend
 from tests.init.kernel import Lab
 from tests.world import World
 
@@ -99,3 +99,15 @@ def test_a_backend_that_was_asked_for_by_name_is_not_replaced_by_another(lab: La
     # The binary says nothing of itself on a kernel without nf_tables: it is as if it were not there.
     assert said.startswith((f"backend {lab.backend.name} cannot be used here", "no iptables that writes nf_tables"))
     assert "--backend auto" in said or 'capture.backend = "auto"' in said
+
+
+def test_what_holds_connections_is_put_in_by_a_backend_whose_kernel_can(world: World) -> None:
+    with world.host("app").entered():
+        assert choose("auto", holds=True).unavailable(holds=True) == ""
+        for backend in every_backend():
+            if backend.unavailable(holds=True):
+                with pytest.raises(CommandError, match=f"backend {backend.name} cannot be used here") as refused:
+                    choose(backend.name, holds=True)
+                assert "queue" in refused.value.why
+            else:
+                assert choose(backend.name, holds=True).name == backend.name
