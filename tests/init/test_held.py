@@ -117,14 +117,14 @@ def test_what_others_turn_elsewhere_meanwhile_is_refused(by_nft: Kept, family: s
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
-@pytest.mark.parametrize("backend", ["nft", "iptables"])
+@pytest.mark.parametrize(("backend", "truthful"), [("nft", False), ("iptables", False), ("iptables", True)])
 def test_what_is_meant_for_a_tunnel_is_never_to_be_read_on_the_wire(
-    world: World, mesh: Mesh, backend: str, family: str
+    world: World, mesh: Mesh, backend: str, truthful: bool, family: str
 ) -> None:
     web, api = world.host("web"), world.host("api")
     mesh.write(mesh.service("api", [APP_PORT], [api], addresses=list(SERVICE.values())))
     mesh.sidecar(api).capture()
-    sidecar = mesh.sidecar(web, capture={"strict": True, "backend": backend})
+    sidecar = mesh.sidecar(web, capture={"strict": True, "backend": backend, "truthful_connect": truthful})
     keeper = web.spawn("meshnet", "rules", "keep", "--config", sidecar.config, name="keeper")
     wait_for(lambda: held(web), timeout=30.0, what="the guard stands")
     with listening(api, "ipv4", APP_PORT) as server, Capture(world.switch, SAID) as wire:

@@ -23,7 +23,11 @@ class Guard:
         self._owner: socket.socket | None = None
 
     def hold(self, plan: Plan) -> bool:
-        """Whether anything had to be written for it. Raises CommandError and OSError; then what was held still is."""
+        """Whether anything had to be written for it. Raises CommandError and OSError; then what was held still is.
+
+        Nothing is queued here: what the rules themselves have queued would be queued again.
+        """
+        plan = structs.replace(plan, rules=tuple(rule for rule in plan.rules if rule.chain != "MESHNET_HOLD"))
         owner = self._owner or netlink_socket()
         table = NftBackend(KEEPER_TABLE, owner)
         if self._owner is not None and not differences(table.expected(plan), table.installed()):
