@@ -20,7 +20,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "tests/init/test_missing.py::test_a_kernel_with_neither_is_told_with_what_to_load_istio44118",
     ),
     "3 the xtables lock (istio#58507)": (
-        "tests/init/test_backends.py::test_who_holds_the_lock_of_the_legacy_tables_is_waited_for",
+        "tests/init/test_legacy.py::test_who_holds_the_lock_of_the_legacy_tables_is_waited_for",
     ),
     "4 init that runs again (istio#42792)": (
         "tests/init/test_backends.py::test_twice_is_once_down_to_the_handles",

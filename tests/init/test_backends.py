@@ -1,29 +1,26 @@
 """The contract of a backend, held by each: what is written is read back, twice is once, others' rules stay."""
 
 import ctypes
-import fcntl
 import os
 import re
 import signal
 import struct
 import sys
 from collections.abc import Callable
-from contextlib import closing
-from pathlib import Path
 
 import msgspec
 import pytest
 
 from meshnet.errors import CommandError
 from meshnet_init.apply import apply, apply_plan, choose, every_backend
-from meshnet_init.backends import differences, python_iptables
-from meshnet_init.backends.python_iptables import PythonIptables
+from meshnet_init.backends import differences
+from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.host import host_facts
 from meshnet_init.plan import Host, make_plan
 from meshnet_init.remove import Removed, remove
 from meshnet_init.render import iptables_text, nft_text
 from meshnet_init.rule import CHAIN_IN, Plan, Rule, drain_set
-from tests.init.kernel import COMMANDS, Lab, capture, legacy_rules
+from tests.init.kernel import COMMANDS, Lab, backend_named, capture, legacy_rules
 from tests.init.test_render import PLANS
 from tests.world import World
 
@@ -38,6 +35,16 @@ GUARDED = {
     "inbound_cidrs": ["10.0.0.0/8"],
 }
 OLD, NEW = {"exclude_inbound_ports": ["22"]}, {"outbound_cidrs": ["10.0.0.0/8", "fd00::/8"], "outbound_ports": ["80"]}
+
+
+@pytest.fixture(params=[*(backend.name for backend in every_backend()), "legacy by its programs"])
+def lab(request: pytest.FixtureRequest, world: World) -> Lab:
+    """The legacy tables are written by programs where python-iptables is not installed: a pod's image, say."""
+    if request.param != "legacy by its programs":
+        return Lab(world, backend_named(request.param))
+    backend = by_binaries("legacy", "legacy")
+    assert backend is not None
+    return Lab(world, backend)
 
 
 def planned(**values: object) -> Plan:
@@ -331,29 +338,6 @@ def test_to_try_a_backend_makes_no_table_here(world: World) -> None:
     with host.entered():
         assert choose("legacy").name == "legacy"
     assert "nat" not in host.run("cat", "/proc/net/ip_tables_names", check=False).stdout.split()
-
-
-def test_what_libxtables_does_not_know_ends_its_process_and_not_ours(world: World) -> None:
-    host = world.host("app")
-    with host.entered(), closing(PythonIptables("ipv6")) as speaker, pytest.raises(CommandError) as caught:
-        speaker.restore("*nat\n-A OUTPUT -m nosuchmatch --of 7 -j RETURN\nCOMMIT\n")
-    assert "nosuchmatch" in caught.value.why
-    assert legacy_rules(host, "ip6") == ""
-
-
-def test_who_holds_the_lock_of_the_legacy_tables_is_waited_for(
-    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("XTABLES_LOCKFILE", str(tmp_path / "lock"))
-    monkeypatch.setattr(python_iptables, "_LOCK_WAIT", 0.1)
-    host = world.host("app")
-    with host.entered():
-        with open(tmp_path / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with pytest.raises(CommandError) as caught:
-                apply(capture(backend="legacy"))
-            assert (caught.value.code, legacy_rules(host, "ip")) == (6, "")
-        assert apply(capture(backend="legacy")).changed
 
 
 def test_an_unknown_backend_is_told_with_those_there_are() -> None:

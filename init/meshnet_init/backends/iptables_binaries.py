@@ -66,6 +66,13 @@ class Binaries:
         if done.returncode == 0:
             return done.stdout
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        if "xtables lock" in said:
+            raise CommandError(
+                f"another program has held the lock of the legacy tables for {_LOCK_WAIT} s",
+                why=said,
+                fix=f"see who it is: fuser -v {os.environ.get('XTABLES_LOCKFILE', '/run/xtables.lock')}",
+                code=6,
+            )
         # iptables-legacy says the same of a missing right as of a missing kernel module.
         if not may_change_rules() or "Permission denied" in said or "Operation not permitted" in said:
             raise not_permitted("change" if text else "read")
