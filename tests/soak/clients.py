@@ -11,8 +11,22 @@ from typing import Self
 
 from meshnet_cli.demo.world import Host, ProgramFailed
 from tests.soak.judge import Call
-from tests.soak.stage import ADDRESSES, BULK, CACHE, CONTENT, DATABASE, ECHO, GREETER, WEB_SITE, Stage
+from tests.soak.stage import (
+    ADDRESSES,
+    BULK,
+    CACHE,
+    CONTENT,
+    DATABASE,
+    ECHO,
+    GREETER,
+    LOGIN,
+    WEB_SITE,
+    WEBSOCKET,
+    Stage,
+)
 from tests.soak.talk import LongTalk, greet
+from tests.soak.websocket import Conversation
+from tests.traffic import servers
 
 _PAUSE = 0.05  # seconds between a client's calls; longer after one that failed
 _PATIENCE = 20.0  # seconds for a program
@@ -31,11 +45,13 @@ class Clients:
             "redis": self._redis,
             "postgres": self._postgres,
             "iperf3": self._iperf3,
-            "long talk": self._long_talk,
+            "ssh": self._ssh,
+            "long talk": partial(self._lasting, LongTalk, ECHO),
+            "websocket": partial(self._lasting, Conversation, WEBSOCKET),
         }
         greeting = partial(greet, stage.web, ADDRESSES[GREETER], GREETER)
         self._works |= dict.fromkeys(GREETERS, greeting)
-        self._talk: LongTalk | None = None
+        self._talks: dict[int, LongTalk | Conversation] = {}
         self._threads = [threading.Thread(target=self._go_on, args=item) for item in self._works.items()]
 
     def __enter__(self) -> Self:
@@ -52,8 +68,8 @@ class Clients:
         self._enough.set()
         for thread in self._threads:
             thread.join()
-        if self._talk is not None:
-            self._talk.close()
+        for talk in self._talks.values():
+            talk.close()
 
     def _go_on(self, name: str, work: Callable[[], None]) -> None:
         while not self._enough.is_set():
@@ -93,14 +109,32 @@ class Clients:
             self._stage.restart_bulk()  # it serves one at a time, and may wait for one that is gone
             raise
 
-    def _long_talk(self) -> None:
-        if self._talk is None:
-            self._talk = LongTalk(self._stage.web, ADDRESSES[ECHO], ECHO)
+    def _ssh(self) -> None:
+        """A file there and back by scp, and what a shell over there says of it."""
+        here, back = (self._stage.web.directory / name for name in ("ssh-content", "ssh-back"))
+        here.write_bytes(CONTENT)
+        there, name = self._stage.api.directory / "ssh-content", f"{servers.LOGIN}@{ADDRESSES[LOGIN]}"
+        key = self._stage.key
+        known = key.with_name("known_hosts")
+        options = ("-F", "none", "-i", str(key), "-o", f"UserKnownHostsFile={known}", "-o", "ConnectTimeout=10")
+        options += ("-o", "BatchMode=yes", "-o", "LogLevel=ERROR")
+        self._run(self._stage.web, "scp", "-q", *options, "-P", str(LOGIN), str(here), f"{name}:{there}")
+        said = self._run(self._stage.web, "ssh", *options, "-p", str(LOGIN), name, "sha256sum", str(there))
+        self._run(self._stage.web, "scp", "-q", *options, "-P", str(LOGIN), f"{name}:{there}", str(back))
+        digest = hashlib.sha256(CONTENT)
+        if said.split()[0] != digest.hexdigest():
+            raise ValueError(f"what scp brought has another hash: {said}")
+        if hashlib.sha256(back.read_bytes()).digest() != digest.digest():
+            raise ValueError("scp has brought back something else")
+
+    def _lasting(self, kind: type[LongTalk] | type[Conversation], port: int) -> None:
+        """One more exchange on the connection there is; a new one after one that failed."""
+        if port not in self._talks:
+            self._talks[port] = kind(self._stage.web, ADDRESSES[port], port)
         try:
-            self._talk.say()
+            self._talks[port].say()
         except (OSError, EOFError):
-            self._talk.close()
-            self._talk = None
+            self._talks.pop(port).close()
             raise
 
     def _database(self) -> tuple[str, ...]:

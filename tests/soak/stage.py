@@ -15,9 +15,10 @@ from meshnet.model.resource import (
 from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.world import Host, Process, World, wait_for
 from tests.soak.talk import Talker
+from tests.soak.websocket import EchoServer
 from tests.traffic import servers
 
-WEB_SITE, CACHE, DATABASE, BULK, GREETER, ECHO = 8080, 6379, 5432, 5201, 7000, 7001
+WEB_SITE, CACHE, DATABASE, BULK, GREETER, ECHO, LOGIN, WEBSOCKET = 8080, 6379, 5432, 5201, 7000, 7001, 2222, 8081
 ADDRESSES = {
     WEB_SITE: "10.96.2.1",
     CACHE: "10.96.2.2",
@@ -25,6 +26,8 @@ ADDRESSES = {
     BULK: "10.96.2.4",
     GREETER: "10.96.2.5",
     ECHO: "10.96.2.6",
+    LOGIN: "10.96.2.7",
+    WEBSOCKET: "10.96.2.8",
 }
 CONTENT = bytes(range(256)) * 8192
 
@@ -50,8 +53,10 @@ class Stage:
         self.site = servers.nginx(self.api, WEB_SITE, CONTENT)
         self.cache = self._cache()
         self.bulk = self._bulk()
-        self.talkers = [Talker(host, GREETER, greets=True) for host in (self.api, self.twin)]
+        _, self.key = servers.sshd(self.api, LOGIN)
+        self.talkers: list[Talker | EchoServer] = [Talker(host, GREETER, greets=True) for host in (self.api, self.twin)]
         self.talkers.append(Talker(self.api, ECHO, greets=False))
+        self.talkers.append(EchoServer(self.api, WEBSOCKET))
 
     def __enter__(self) -> Self:
         return self

@@ -1,8 +1,10 @@
 """Real servers, unmodified, each run on a host by an ordinary user of it."""
 
+import shutil
 import textwrap
 from pathlib import Path
 
+from meshnet_cli.demo.sandbox import search_path
 from tests.world import Host, Process, wait_for
 
 # PostgreSQL refuses to be root, and nginx and Redis would change to a user who is not there in a namespace with one.
@@ -14,13 +16,16 @@ ORDINARY = ("unshare", "--user", "--map-user=65534", "--map-group=65534", "--ipc
 def start(host: Host, port: int, *command: str | Path) -> Process:
     """The program, listening."""
     process = host.spawn(*ORDINARY, *command, name=Path(command[0]).name)
+    _wait_until_listening(process, host, port)
+    return process
 
+
+def _wait_until_listening(process: Process, host: Host, port: int) -> None:
     def listens() -> bool:
         assert process.alive, process.output
         return host.listens(port)
 
     wait_for(listens, what=f"{process.name} on {host.name}, port {port}")
-    return process
 
 
 def nginx(host: Host, port: int, content: bytes) -> Process:
@@ -81,6 +86,42 @@ def postgres(host: Host, port: int) -> Process:
             "dynamic_shared_memory_type = mmap\nshared_buffers = 8MB\n"
         )
     return start(host, port, binaries / "postgres", "-D", data)
+
+
+LOGIN = "nobody"
+"""Whom sshd lets in: the user that it is itself, as it cannot become another without root."""
+
+
+def sshd(host: Host, port: int) -> tuple[Process, Path]:
+    """Debian's, and a key that it lets in; `known_hosts` beside the key has the server's own, by any name."""
+    home = host.directory / "ssh"
+    home.mkdir()
+    for key in ("host", "client"):
+        host.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / key)
+    (home / "known_hosts").write_text("* " + (home / "host.pub").read_text())
+    # Here nobody may log in, as nowhere else: a shell, and files in the world's folder.
+    users = Path("/etc/passwd").read_text().splitlines(keepends=True)
+    others = [line for line in users if not line.startswith(f"{LOGIN}:")]
+    (home / "passwd").write_text("".join([*others, f"{LOGIN}:x:65534:65534::{home}:/bin/sh\n"]))
+    config = home / "sshd_config"
+    config.write_text(
+        textwrap.dedent(f"""\
+            Port {port}
+            HostKey {home}/host
+            AuthorizedKeysFile {home}/client.pub
+            PidFile none
+            StrictModes no
+            UsePAM no
+            PasswordAuthentication no
+            KbdInteractiveAuthentication no
+            Subsystem sftp internal-sftp
+            """)
+    )
+    with_users = f'mount --bind {home}/passwd /etc/passwd && exec "$@"'
+    serve = (*ORDINARY, shutil.which("sshd", path=search_path()) or "sshd", "-D", "-e", "-f", config)
+    process = host.spawn("unshare", "--mount", "sh", "-c", with_users, "sh", *serve, name="sshd")
+    _wait_until_listening(process, host, port)
+    return process, home / "client"
 
 
 def certificate(host: Host, path: Path) -> Path:
