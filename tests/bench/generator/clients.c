@@ -7,10 +7,11 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 
-enum work { RR, CRR, STREAM, BIDI, HOLD };
+enum work { RR, CRR, STREAM, BIDI, HOLD, SLOW, STUCK }; /* from HOLD on, they are only kept */
 enum state { CLOSED, CONNECTING, WAITING, HELD, STREAMING, ENDING };
-enum { OPENED_AT_ONCE = 16 };
+enum { OPENED_AT_ONCE = 16, SIP = 512 };
 static const double PATIENCE = 10.0; /* seconds to set up, and to end in order */
+static const double SIP_EVERY = 0.2;
 static const uint64_t SIGNAL = UINT64_MAX;
 
 struct connection {
@@ -35,11 +36,11 @@ static void hold(void);
 static void work_until(double deadline);
 
 int run_clients(int argc, char **argv) {
-    static const char *const names[] = {"rr", "crr", "stream", "bidi", "hold"};
-    static const char services[] = {ECHO, ECHO, DOWNLOAD, BOTH_WAYS, ECHO};
+    static const char *const names[] = {"rr", "crr", "stream", "bidi", "hold", "slow", "stuck"};
+    static const char services[] = {ECHO, ECHO, DOWNLOAD, BOTH_WAYS, ECHO, DOWNLOAD, DOWNLOAD};
     struct usage before = {0}, after = {0};
     double others = 0, stolen = 0;
-    while (work < HOLD && strcmp(argv[1], names[work]) != 0)
+    while (work < STUCK && strcmp(argv[1], names[work]) != 0)
         work++;
     server = (struct sockaddr_in){.sin_family = AF_INET, .sin_port = htons((uint16_t)atoi(argv[3]))};
     inet_pton(AF_INET, argv[2], &server.sin_addr);
@@ -47,10 +48,10 @@ int run_clients(int argc, char **argv) {
     usage_of(argc - 7, argv + 7);
     message[0] = services[work];
     connections = calloc((size_t)wanted, sizeof *connections);
-    for (int most = work == HOLD && wanted > OPENED_AT_ONCE ? OPENED_AT_ONCE : wanted; begun < most;)
+    for (int most = work >= HOLD && wanted > OPENED_AT_ONCE ? OPENED_AT_ONCE : wanted; begun < most;)
         begin(&connections[begun++]);
 
-    if (work == HOLD) {
+    if (work >= HOLD) {
         hold();
     } else {
         work_until(now() + atof(argv[5]));
@@ -65,7 +66,7 @@ int run_clients(int argc, char **argv) {
     for (int i = 0; i < wanted; i++)
         if (connections[i].state == HELD)
             end(&connections[i]);
-    work_until(now() + PATIENCE);
+    work_until(now() + (work >= HOLD ? 6 : 1) * PATIENCE);
     errno = 0;
     for (int i = 0; i < wanted; i++)
         if (connections[i].state != CLOSED)
@@ -130,6 +131,13 @@ static void end(struct connection *connection) {
         failed(connection, "shutdown");
 }
 
+static void keep(struct connection *connection) {
+    connection->state = HELD;
+    held++;
+    if (begun < wanted)
+        begin(&connections[begun++]);
+}
+
 static void answered(struct connection *connection) {
     if (work == RR) {
         finished(connection->began);
@@ -138,10 +146,7 @@ static void answered(struct connection *connection) {
             return;
         }
     } else if (work == HOLD && running) {
-        connection->state = HELD;
-        held++;
-        if (begun < wanted)
-            begin(&connections[begun++]);
+        keep(connection);
         return;
     }
     end(connection);
@@ -192,7 +197,7 @@ static void on_readable(struct connection *connection) {
         connection->got += (size_t)size;
         if (connection->got == MESSAGE)
             answered(connection);
-    } else if (!(connection->state == ENDING && (work == STREAM || work == BIDI))) {
+    } else if (!(connection->state == ENDING && message[0] != ECHO)) {
         failed(connection, size ? "wrong bytes" : "early end");
     }
 }
@@ -201,6 +206,11 @@ static void on_event(struct connection *connection, uint32_t events) {
     errno = 0;
     if (connection->state == CONNECTING) {
         on_connected(connection);
+        return;
+    }
+    if (connection->state == WAITING && work > HOLD && running && events == EPOLLIN) {
+        watch(EPOLL_CTL_MOD, connection->fd, 0, (uint64_t)(connection - connections)); /* it stays unread */
+        keep(connection);
         return;
     }
     if (events & ~(uint32_t)EPOLLOUT)
@@ -225,8 +235,21 @@ static void work_until(double deadline) {
     }
 }
 
+/* Each of the held ones reads a little. */
+static void sip(void) {
+    for (int i = 0; i < wanted; i++) {
+        ssize_t size = connections[i].state == HELD ? recv(connections[i].fd, chunk, SIP, 0) : 0;
+        if (size > 0)
+            bytes += (uint64_t)size;
+        else if (connections[i].state == HELD && (size == 0 || errno != EAGAIN))
+            failed(&connections[i], "sip");
+    }
+}
+
 static void hold(void) {
     bool told = false;
+    int before = 0;
+    double sipped = now();
     sigset_t asked;
     sigemptyset(&asked);
     sigaddset(&asked, SIGTERM);
@@ -234,6 +257,14 @@ static void hold(void) {
     watch(EPOLL_CTL_ADD, signalfd(-1, &asked, SFD_CLOEXEC), EPOLLIN, SIGNAL);
     for (double deadline = now() + 6 * PATIENCE; running && !errors && (told || now() < deadline);) {
         work_until(now() + 0.05);
+        if (held > before) {
+            before = held;
+            deadline = now() + 6 * PATIENCE;
+        }
+        if (work == SLOW && now() > sipped + SIP_EVERY) {
+            sipped = now();
+            sip();
+        }
         if (held == wanted && !told) {
             told = true;
             printf("held\n");

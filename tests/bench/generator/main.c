@@ -1,7 +1,7 @@
 /* The server and the clients of the bench.
  *
  *   load serve PORT
- *   load rr|crr|stream|bidi|hold HOST PORT CONNECTIONS WARM SECONDS [PID... [-- PID...]]
+ *   load rr|crr|stream|bidi|hold|slow|stuck HOST PORT CONNECTIONS WARM SECONDS [PID... [-- PID...]]
  *   load noise SECONDS [-- PID...]
  *   load spin
  *
@@ -11,6 +11,8 @@
  * stream  the server sends as fast as the client takes it, on CONNECTIONS
  * bidi    both send as fast as they can, on CONNECTIONS
  * hold    opens CONNECTIONS, a few at a time, one request each, says `held`, and keeps them until SIGTERM
+ * slow    as hold, but the server sends as fast as it can; each reads 512 bytes five times a second
+ * stuck   as slow, and reads nothing until SIGTERM
  * noise   says what others use of the processors
  * spin    keeps every processor we may use awake with a process of idle priority (SCHED_IDLE, sched(7)); prints their
  *         PIDs, ends with its input

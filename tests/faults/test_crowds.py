@@ -1,0 +1,179 @@
+"""A crowd of clients at once: idle ones, slow ones and stuck ones, and one that means well in the midst of them.
+
+MESHNET_CROWD=1 has all 20,000 idle, 5,000 slow and 1,000 stuck; without it there is a part of each. What was measured,
+and how many there were, is in the summary of the run.
+"""
+
+import os
+import resource
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from meshnet.model.connection import Connection
+from tests.bench.load import Result, build, pss
+from tests.faults.books import Books
+from tests.faults.causes import SECRET
+from tests.faults.test_storms import small_buffers
+from tests.proxy.programs import echo, read, read_all
+from tests.traffic.conftest import Name, traffic
+from tests.world import Host, Mesh, Process, Sidecar, World, into_the_mesh, still_alive, wait_for
+
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(2400)]
+
+FULL = {"hold": 20_000, "slow": 5_000, "stuck": 1_000}  # by the generator's names for them
+PART = float(os.environ.get("MESHNET_CROWD", "0.15"))
+MOST = {"hold": 32, "slow": 96, "stuck": 96}  # KiB of a sidecar's memory for each, whatever it is that it does not read
+DESCRIPTORS = 2  # of a sidecar for each connection
+SPARE = 500  # for what a sidecar holds beside
+PATIENCE = 900.0  # seconds for a crowd to come, or to go, and for who means well
+
+
+@contextmanager
+def descriptors(wanted: int) -> Iterator[int]:
+    """How many the programs that are started in the block may have: root raises the limit."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, before[0]), max(wanted, before[1])))
+    except (ValueError, PermissionError):  # more than nr_open, or no right to
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
+    try:
+        yield resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def as_many_as_fit(part: float, allowed: int) -> dict[str, int]:
+    fit = (allowed - SPARE) / DESCRIPTORS / sum(FULL.values())
+    return {kind: int(count * min(part, fit)) for kind, count in FULL.items()}
+
+
+def test_a_crowd_fits_the_descriptors_there_are() -> None:
+    assert as_many_as_fit(1.0, 1_000_000) == FULL
+    assert as_many_as_fit(0.1, 1_000_000) == {"hold": 2_000, "slow": 500, "stuck": 100}
+    fewer = as_many_as_fit(1.0, 20_000)
+    assert 9_000 < sum(fewer.values()) <= (20_000 - SPARE) / DESCRIPTORS
+
+
+def test_a_crowd_of_idle_slow_and_stuck_clients_costs_little_memory_each_and_who_means_well_nothing(
+    world: World, mesh: Mesh, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
+) -> None:
+    web, api = world.host("web"), world.host("api")
+    load = build(world.directory)
+    names = {
+        kind: Name(kind, f"10.96.1.{number}", f"fd96::1:{number}", 7000 + number)
+        for number, kind in enumerate([*FULL, "quick"])
+    }
+    quick = names["quick"]
+    patience = {"attemptTimeout": "60s", "totalTimeout": "60s"}
+    mesh.write(
+        *(mesh.service(name.name, [name.port], [api], addresses=[name.address]) for name in names.values()),
+        *(traffic(names[kind], limits={"maxConnections": 0}, connect=patience) for kind in FULL),
+    )
+    with descriptors(round(DESCRIPTORS * sum(FULL.values()) * PART) + SPARE) as allowed:
+        crowd = as_many_as_fit(PART, allowed)
+        into_the_mesh(mesh, (web, api))
+        for kind in FULL:
+            api.spawn(load, "serve", str(names[kind].port), name=f"serve-{kind}")
+            wait_for(lambda kind=kind: api.listens(names[kind].port))
+        sidecars = [mesh.sidecars[host.name] for host in (web, api)]
+        books = [Books(sidecar) for sidecar in sidecars]
+        told, waits = [], []
+
+        def well() -> None:
+            began = time.monotonic()
+            assert ask(web, quick) == SECRET
+            lasting.sendall(SECRET)
+            assert read(lasting, len(SECRET)) == SECRET
+            waits.append(time.monotonic() - began)
+
+        with (
+            small_buffers(web, api),
+            echo(api, quick.port),
+            web.connect(quick.address, quick.port, timeout=PATIENCE) as lasting,
+        ):
+            well()
+            holders = []
+            for kind, count in crowd.items():
+                before, began = memory(sidecars), time.monotonic()
+                holders.append(gathered(web, load, names[kind], count, well))
+                took = time.monotonic() - began
+                grown = [(now - was) / count for now, was in zip(settled(sidecars), before, strict=True)]
+                told.append(f"{count} {kind} in {took:.0f} s: {grown[0]:.1f} and {grown[1]:.1f} KiB each")
+                assert max(grown) < MOST[kind], told
+            assert all(sidecar.status().open_connections > sum(crowd.values()) for sidecar in sidecars)
+            whole = [kib >> 10 for kib in memory(sidecars)]
+            for holder, (kind, count) in zip(holders, crowd.items(), strict=True):
+                well()
+                has_ended_well(holder, count, has_read=kind == "slow")
+            well()
+    told.append(f"sidecars of {whole[0]} and {whole[1]} MiB; the longest wait of who meant well was {max(waits):.2f} s")
+    if sum(crowd.values()) < sum(as_many_as_fit(PART, 1 << 30).values()):
+        told.append(f"fewer than asked for: there may be {allowed} descriptors")
+    record_property("measured", "; ".join(told))
+    for each in books:
+        each.balance()
+        ends = Counter((port_of(line), line.reason.code) for line in each.told() if line.reason is not None)
+        assert ends == {(names[kind].port, "ok"): count for kind, count in crowd.items()} | {
+            (quick.port, "ok"): len(waits) + 1,
+        }
+    still_alive(mesh, request)
+
+
+def ask(web: Host, name: Name) -> bytes:
+    """As anybody does, and with patience."""
+    with web.connect(name.address, name.port, timeout=PATIENCE) as client:
+        client.sendall(SECRET)
+        client.shutdown(socket.SHUT_WR)
+        return read_all(client)
+
+
+def gathered(web: Host, load: Path, name: Name, count: int, meanwhile: Callable[[], None]) -> Process:
+    """So many clients of one kind, all of them served once."""
+    holder = web.spawn(load, name.name, name.address, str(name.port), str(count), "0", "0", name=name.name)
+
+    def all_here() -> bool:
+        meanwhile()
+        return "held" in holder.output or not holder.alive
+
+    wait_for(all_here, timeout=PATIENCE, what=f"{count} {name.name}")
+    assert holder.alive, holder.output
+    return holder
+
+
+def has_ended_well(holder: Process, count: int, *, has_read: bool) -> None:
+    """Each client reads what there is to read, to the end, and no connection was lost meanwhile."""
+    holder.popen.terminate()
+    assert holder.popen.wait(PATIENCE) == 0, holder.output
+    result = msgspec.json.decode(holder.output.splitlines()[-1], type=Result)
+    assert (result.units, result.opened, result.errors) == (count, count, 0), result
+    assert (result.bytes > 0) == has_read
+
+
+def memory(sidecars: Sequence[Sidecar]) -> list[int]:
+    return [pss([sidecar.status().pid]) for sidecar in sidecars]
+
+
+def settled(sidecars: Sequence[Sidecar]) -> list[int]:
+    """The memory of each, once it has grown by no more than a hundredth for a second."""
+    most, since = memory(sidecars), time.monotonic()
+
+    def still() -> bool:
+        nonlocal most, since
+        now = memory(sidecars)
+        if any(each > 1.01 * was for each, was in zip(now, most, strict=True)):
+            most, since = now, time.monotonic()
+        return time.monotonic() - since > 1.0
+
+    wait_for(still, timeout=PATIENCE, what="that no memory grows")
+    return memory(sidecars)
+
+
+def port_of(line: Connection) -> int:
+    return int(line.original_destination.rpartition(":")[2])
