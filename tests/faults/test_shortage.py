@@ -6,11 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests.faults.causes import SECRET, descriptors, rule, without_tunnels
+from meshnet_cli.check import Findings
+from meshnet_cli.finding import Finding
+from tests.faults.causes import SECRET, descriptors, without_tunnels
 from tests.faults.conftest import once
 from tests.faults.stream import Stream
+from tests.faults.tracked import full_table
 from tests.proxy.programs import Records, accept, ask, echo, listen, read, reason, reset
 from tests.traffic.calls import is_reset
 from tests.traffic.conftest import Hosts, Name, traffic
@@ -182,32 +186,59 @@ def _is_refused(out: Records) -> bool:
 
 @once
 def test_a_full_table_of_connections_costs_new_ones_and_none_that_is_open(hosts: Hosts, name: Name) -> None:
-    """The size of the kernel's own table is the machine's, and nothing in a namespace can make it smaller: here a rule
-    counts the entries of the host and drops what would be one more, as nf_conntrack does when it is full.
-    """
+    """Where the endpoint is: who calls it hears nothing, as when its host is gone."""
     api = hosts.apis[0]
     hosts.write(
         hosts.service(name, [api]),
         traffic(name, connect={"attempts": 1, "attemptTimeout": "300ms"}, breaker=PATIENT),
     )
     without_tunnels(hosts)
-    out = Records(hosts.sidecar(hosts.web))
-    with listen(api, name.port) as server, ExitStack() as stack:
-        with rule(api, "prerouting priority -150", 'iifname "eth0" ct state new ct count over 5 drop'):
-            pairs: list[tuple[socket.socket, socket.socket]] = []
-            while len(pairs) < 10:
-                client = stack.enter_context(hosts.web.connect(name.address, name.port))
-                wait_for(lambda: _all_decided(out, len(pairs) + 1), what="what becomes of it")
-                if _is_refused(out):
-                    break
-                pairs.append((client, stack.enter_context(accept(server))))
-            assert 0 < len(pairs) < 10
-            assert is_reset(hosts.web, name)
-            for client, app in pairs:
-                client.sendall(SECRET)
-                assert read(app, len(SECRET)) == SECRET
-        with hosts.web.connect(name.address, name.port) as client, accept(server) as app:
+    with (
+        listen(api, name.port) as server,
+        hosts.web.connect(name.address, name.port) as client,
+        accept(server) as app,
+        full_table(api) as table,
+    ):
+        out = Records(hosts.sidecar(hosts.web))
+        # A place may become free meanwhile, and somebody get it.
+        wait_for(lambda: table.fill() or is_reset(hosts.web, name), timeout=60.0, what="that somebody finds no place")
+        assert reason(out.now()[-1]) == "connect.timeout by proxy in tls"
+        client.sendall(SECRET)
+        assert read(app, len(SECRET)) == SECRET
+        assert _finding(api, "conntrack.room").level == "warning"
+    with echo(api, name.port):
+        assert ask(hosts.web, name.address, name.port, SECRET) == SECRET
+    assert _finding(api, "conntrack.room").level == "ok"
+
+
+@once
+def test_a_full_table_where_the_client_is_lets_no_new_connection_out_and_none_past_the_mesh(
+    hosts: Hosts, name: Name
+) -> None:
+    """Nobody hears of those, as the kernel drops the packet that would open one; `meshnet check` says why."""
+    api = hosts.apis[0]
+    hosts.write(hosts.service(name, [api]))
+    with echo(api, name.port), hosts.web.connect(name.address, name.port) as client:
+        with full_table(hosts.web) as table:
             client.sendall(SECRET)
-            assert read(app, len(SECRET)) == SECRET
-    failed = [record for record in out.now() if record.reason and record.reason.code != "ok"]
-    assert {reason(record) for record in failed} == {"connect.timeout by proxy in tls"}
+            assert read(client, len(SECRET)) == SECRET
+            wait_for(lambda: table.fill() or _gets_no_answer(hosts.web, name), timeout=60.0)
+            finding = _finding(hosts.web, "conntrack.room")
+            assert (finding.level, finding.what.endswith("the table is nearly full")) == ("warning", True)
+        assert ask(hosts.web, name.address, name.port, SECRET) == SECRET
+        client.sendall(SECRET)
+        assert read(client, len(SECRET)) == SECRET
+
+
+def _gets_no_answer(host: Host, name: Name) -> bool:
+    try:
+        host.connect(name.address, name.port, timeout=0.5).close()
+    except TimeoutError:
+        return True
+    return False
+
+
+def _finding(host: Host, code: str) -> Finding:
+    said = host.run("meshnet", "check", "-o", "json", check=False).stdout
+    (found,) = [each for each in msgspec.json.decode(said, type=Findings).items if each.code == code]
+    return found
