@@ -165,6 +165,8 @@ class Record:
         """Ends the record; a failed connection's client leg is reset. Only trio's own exceptions go on."""
         if isinstance(error, ConnectionFailed):
             self.fail(error)
+        elif isinstance(error, MemoryError):
+            self.end(Reason.LIMIT_HOST, EndedBy.LIMIT, "no memory is left")
         elif isinstance(error, Exception):
             _log.error("connection %s failed inside the proxy", self.id, exc_info=error)
             self.end(Reason.INTERNAL, EndedBy.PROXY, f"{type(error).__name__}: {error}")

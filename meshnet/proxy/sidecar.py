@@ -3,6 +3,7 @@
 import gc
 import logging
 import resource
+import signal
 import socket
 import sys
 import time
@@ -42,6 +43,7 @@ _log = logging.getLogger("meshnet.proxy")
 _LAST_CALL = 0.05  # seconds for what was accepted at the last moment to begin its record
 # Seconds. With Python's 5 ms a relay thread waits 9 ms (median) for its turn while trio is busy; with this, 0.7 ms.
 _SWITCH_INTERVAL = 0.0005
+_LAST_SECONDS = 5  # for the process to end when it has failed
 _LAST_RECORDS = 2.0  # seconds for aborted connections to end properly
 
 Carry = Callable[[socket.socket, Address, ProxyState], Awaitable[None]]
@@ -130,6 +132,7 @@ class Sidecar:
             nursery.start_soon(Upkeep(state).run)
             nursery.start_soon(state.checks.run)
             nursery.start_soon(self._lag.run)
+            nursery.start_soon(self._end_surely)
             strands = Strands(nursery)
             nursery.start_soon(self._follow_addresses)
             state.registry.catch_up = state.relays.catch_up
@@ -151,6 +154,17 @@ class Sidecar:
             await self._drain()
             strands.close()
             nursery.cancel_scope.cancel()
+
+    async def _end_surely(self) -> None:
+        """When something else here fails, the process ends within seconds, and whoever looks after it starts another.
+
+        Without memory, which it mostly is, what is cancelled may never get to know of it. An alarm needs none.
+        """
+        try:
+            await trio.sleep_forever()
+        finally:
+            if not self.is_to_end:
+                signal.alarm(_LAST_SECONDS)
 
     @property
     def is_to_end(self) -> bool:

@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 
 from tests.traffic.conftest import Hosts
 from tests.world import Host, Sidecar
@@ -56,6 +57,21 @@ def descriptors(sidecar: Sidecar, more: int) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@contextmanager
+def memory(sidecar: Sidecar, more: int) -> Iterator[None]:
+    """The sidecar may take so many bytes more of address space than it has."""
+    assert sidecar.process is not None
+    pid = sidecar.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_AS)
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    resource.prlimit(pid, resource.RLIMIT_AS, (pages * resource.getpagesize() + more, before[1]))
+    try:
+        yield
+    finally:
+        if sidecar.process.alive:
+            resource.prlimit(pid, resource.RLIMIT_AS, before)
 
 
 @contextmanager
