@@ -4,13 +4,14 @@ MESHNET_CROWD=1 has all 20,000 idle, 5,000 slow and 1,000 stuck; without it ther
 and how many there were, is in the summary of the run.
 """
 
+import math
 import os
 import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -31,34 +32,20 @@ FULL = {"hold": 20_000, "slow": 5_000, "stuck": 1_000}  # by the generator's nam
 PART = float(os.environ.get("MESHNET_CROWD", "0.15"))
 MOST = {"hold": 32, "slow": 96, "stuck": 96}  # KiB of a sidecar's memory for each, whatever it is that it does not read
 DESCRIPTORS = 2  # of a sidecar for each connection
-SPARE = 500  # for what a sidecar holds beside
+SPARE = 500  # for what a process holds beside
+UNEVEN = 1.5
 PATIENCE = 900.0  # seconds for a crowd to come, or to go, and for who means well
 
 
-@contextmanager
-def descriptors(wanted: int) -> Iterator[int]:
-    """How many the programs that are started in the block may have: root raises the limit."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(wanted, before[0]), max(wanted, before[1])))
-    except (ValueError, PermissionError):  # more than nr_open, or no right to
-        resource.setrlimit(resource.RLIMIT_NOFILE, (before[1], before[1]))
-    try:
-        yield resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+def shares(count: int, allowed: int) -> list[int]:
+    """Of so many descriptors, for processes that may have `allowed` each and do not divide them evenly."""
+    processes = 1 if count <= allowed - SPARE else math.ceil(UNEVEN * count / (allowed - SPARE))
+    return [count // processes + (number < count % processes) for number in range(processes)]
 
 
-def as_many_as_fit(part: float, allowed: int) -> dict[str, int]:
-    fit = (allowed - SPARE) / DESCRIPTORS / sum(FULL.values())
-    return {kind: int(count * min(part, fit)) for kind, count in FULL.items()}
-
-
-def test_a_crowd_fits_the_descriptors_there_are() -> None:
-    assert as_many_as_fit(1.0, 1_000_000) == FULL
-    assert as_many_as_fit(0.1, 1_000_000) == {"hold": 2_000, "slow": 500, "stuck": 100}
-    fewer = as_many_as_fit(1.0, 20_000)
-    assert 9_000 < sum(fewer.values()) <= (20_000 - SPARE) / DESCRIPTORS
+def test_a_crowd_is_never_made_smaller_but_shared_by_more_processes() -> None:
+    assert shares(9_000, 20_000) == [9_000]
+    assert shares(52_001, 20_000) == [10_401, 10_400, 10_400, 10_400, 10_400]
 
 
 def test_a_crowd_of_idle_slow_and_stuck_clients_costs_little_memory_each_and_who_means_well_nothing(
@@ -76,46 +63,47 @@ def test_a_crowd_of_idle_slow_and_stuck_clients_costs_little_memory_each_and_who
         *(mesh.service(name.name, [name.port], [api], addresses=[name.address]) for name in names.values()),
         *(traffic(names[kind], limits={"maxConnections": 0}, connect=patience) for kind in FULL),
     )
-    with descriptors(round(DESCRIPTORS * sum(FULL.values()) * PART) + SPARE) as allowed:
-        crowd = as_many_as_fit(PART, allowed)
-        into_the_mesh(mesh, (web, api))
-        for kind in FULL:
-            api.spawn(load, "serve", str(names[kind].port), name=f"serve-{kind}")
-            wait_for(lambda kind=kind: api.listens(names[kind].port))
-        sidecars = [mesh.sidecars[host.name] for host in (web, api)]
-        books = [Books(sidecar) for sidecar in sidecars]
-        told, waits = [], []
+    crowd = {kind: round(count * PART) for kind, count in FULL.items()}
+    _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    workers = len(shares(DESCRIPTORS * sum(crowd.values()), allowed))
+    into_the_mesh(mesh, (web, api), proxy={"workers": workers})
+    for kind, count in crowd.items():
+        for number, _ in enumerate(shares(count, allowed)):
+            api.spawn(load, "serve", str(names[kind].port), name=f"serve-{kind}-{number}")
+        wait_for(lambda kind=kind: api.listens(names[kind].port))
+    sidecars = [mesh.sidecars[host.name] for host in (web, api)]
+    books = [Books(sidecar) for sidecar in sidecars]
+    told, waits = [], []
 
-        def well() -> None:
-            began = time.monotonic()
-            assert ask(web, quick) == SECRET
-            lasting.sendall(SECRET)
-            assert read(lasting, len(SECRET)) == SECRET
-            waits.append(time.monotonic() - began)
+    def well() -> None:
+        began = time.monotonic()
+        assert ask(web, quick) == SECRET
+        lasting.sendall(SECRET)
+        assert read(lasting, len(SECRET)) == SECRET
+        waits.append(time.monotonic() - began)
 
-        with (
-            small_buffers(web, api),
-            echo(api, quick.port),
-            web.connect(quick.address, quick.port, timeout=PATIENCE) as lasting,
-        ):
+    with (
+        small_buffers(web, api),
+        echo(api, quick.port),
+        web.connect(quick.address, quick.port, timeout=PATIENCE) as lasting,
+    ):
+        well()
+        holders = []
+        for kind, count in crowd.items():
+            before, began = memory(sidecars), time.monotonic()
+            holders += gathered(web, load, names[kind], shares(count, allowed), well)
+            took = time.monotonic() - began
+            grown = [(now - was) / count for now, was in zip(settled(sidecars), before, strict=True)]
+            told.append(f"{count} {kind} in {took:.0f} s: {grown[0]:.1f} and {grown[1]:.1f} KiB each")
+            assert max(grown) < MOST[kind], told
+        assert all(sidecar.status().open_connections > sum(crowd.values()) for sidecar in sidecars)
+        whole = [kib >> 10 for kib in memory(sidecars)]
+        for holder in holders:
             well()
-            holders = []
-            for kind, count in crowd.items():
-                before, began = memory(sidecars), time.monotonic()
-                holders.append(gathered(web, load, names[kind], count, well))
-                took = time.monotonic() - began
-                grown = [(now - was) / count for now, was in zip(settled(sidecars), before, strict=True)]
-                told.append(f"{count} {kind} in {took:.0f} s: {grown[0]:.1f} and {grown[1]:.1f} KiB each")
-                assert max(grown) < MOST[kind], told
-            assert all(sidecar.status().open_connections > sum(crowd.values()) for sidecar in sidecars)
-            whole = [kib >> 10 for kib in memory(sidecars)]
-            for holder, (kind, count) in zip(holders, crowd.items(), strict=True):
-                well()
-                has_ended_well(holder, count, has_read=kind == "slow")
-            well()
+            has_ended_well(holder)
+        well()
     told.append(f"sidecars of {whole[0]} and {whole[1]} MiB; the longest wait of who meant well was {max(waits):.2f} s")
-    if sum(crowd.values()) < sum(as_many_as_fit(PART, 1 << 30).values()):
-        told.append(f"fewer than asked for: there may be {allowed} descriptors")
+    told.append(f"{workers} workers, with {allowed} descriptors each")
     record_property("measured", "; ".join(told))
     for each in books:
         each.balance()
@@ -134,30 +122,45 @@ def ask(web: Host, name: Name) -> bytes:
         return read_all(client)
 
 
-def gathered(web: Host, load: Path, name: Name, count: int, meanwhile: Callable[[], None]) -> Process:
-    """So many clients of one kind, all of them served once."""
-    holder = web.spawn(load, name.name, name.address, str(name.port), str(count), "0", "0", name=name.name)
+@dataclass(frozen=True)
+class Holder:
+    process: Process
+    kind: str
+    count: int
+
+
+def gathered(
+    web: Host, load: Path, name: Name, counts: Sequence[int], meanwhile: Callable[[], None]
+) -> Sequence[Holder]:
+    """So many clients of one kind, in as many programs, and each client has been served once."""
+    there = (name.address, str(name.port))
+    holders = [
+        Holder(web.spawn(load, name.name, *there, str(count), "0", "0", name=f"{name.name}-{number}"), name.name, count)
+        for number, count in enumerate(counts)
+    ]
 
     def all_here() -> bool:
         meanwhile()
-        return "held" in holder.output or not holder.alive
+        return all("held" in each.process.output or not each.process.alive for each in holders)
 
-    wait_for(all_here, timeout=PATIENCE, what=f"{count} {name.name}")
-    assert holder.alive, holder.output
-    return holder
+    wait_for(all_here, timeout=PATIENCE, what=f"{sum(counts)} {name.name}")
+    assert [each.process.output for each in holders if not each.process.alive] == []
+    return holders
 
 
-def has_ended_well(holder: Process, count: int, *, has_read: bool) -> None:
+def has_ended_well(holder: Holder) -> None:
     """Each client reads what there is to read, to the end, and no connection was lost meanwhile."""
-    holder.popen.terminate()
-    assert holder.popen.wait(PATIENCE) == 0, holder.output
-    result = msgspec.json.decode(holder.output.splitlines()[-1], type=Result)
-    assert (result.units, result.opened, result.errors) == (count, count, 0), result
-    assert (result.bytes > 0) == has_read
+    holder.process.popen.terminate()
+    assert holder.process.popen.wait(PATIENCE) == 0, holder.process.output
+    result = msgspec.json.decode(holder.process.output.splitlines()[-1], type=Result)
+    assert (result.units, result.opened, result.errors) == (holder.count, holder.count, 0), result
+    assert (result.bytes > 0) == (holder.kind == "slow")
 
 
 def memory(sidecars: Sequence[Sidecar]) -> list[int]:
-    return [pss([sidecar.status().pid]) for sidecar in sidecars]
+    """KiB of each, with all its workers."""
+    found = [sidecar.status() for sidecar in sidecars]
+    return [pss([status.pid, *(worker.pid for worker in status.workers)]) for status in found]
 
 
 def settled(sidecars: Sequence[Sidecar]) -> list[int]:
