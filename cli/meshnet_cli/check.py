@@ -179,14 +179,14 @@ def _mesh(settings: Settings) -> str:
 def _relay(settings: Settings) -> Finding:
     from meshnet.relay.native import MISSING
 
-    if not MISSING:
-        return Finding(code="relay.native", level="ok", what="the native relay is built")
+    if MISSING is None:
+        return Finding(code="relay.native", level="ok", what="the native relay is here")
     return Finding(
         code="relay.native",
         level="error" if settings.proxy.relay == "native" else "warning",
         what="the native relay is not here",
-        why=f"{MISSING}; the Python relay takes several times the processor",
-        fix="install gcc and Python's headers, then meshnet again; and libssl.so.3",
+        why=f"{MISSING.why}; the Python relay takes several times the processor",
+        fix=MISSING.fix,
     )
 
 

@@ -20,6 +20,7 @@ from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.health import HealthServer
 from meshnet.proxy.listen import Listeners
 from meshnet.proxy.probes import ProbeRelay
+from meshnet.relay.ladder import serving
 
 _log = logging.getLogger("meshnet.proxy")
 
@@ -34,9 +35,11 @@ async def front(
 ) -> AsyncIterator[None]:
     """Within it questions are answered, signals obeyed, and capture is proved.
 
-    `told` is what the log says of where it listens. Raises CommandError if the admin socket cannot be had.
+    `told` is what the log says of where it listens. Raises CommandError if the admin socket cannot be had, or the relay
+    that the settings ask for.
     """
     admin = settings.admin
+    relay, missing = serving(settings.proxy.relay)
     async with AsyncExitStack() as stack:
         try:
             admin_socket = await stack.enter_async_context(admin_listener(admin.socket))
@@ -58,10 +61,11 @@ async def front(
         nursery.start_soon(trio.serve_listeners, guarded(AdminServer(answers).handle), [admin_socket])
         nursery.start_soon(trio.serve_listeners, guarded(HealthServer(answers).handle), _streams(listeners["health"]))
         if "probes" in listeners:
-            relay = ProbeRelay(read_checks(settings.probes.checks), _mark(settings))
-            nursery.start_soon(trio.serve_listeners, guarded(relay.handle), _streams(listeners["probes"]))
+            probes = ProbeRelay(read_checks(settings.probes.checks), _mark(settings))
+            nursery.start_soon(trio.serve_listeners, guarded(probes.handle), _streams(listeners["probes"]))
         nursery.start_soon(notify.keep_told, answers, listeners)
         nursery.start_soon(capture.run)
+        _log.info("relay: %s, %s", relay, ", ".join(f"not {name}: {why}" for name, why in missing.items()))
         _log.info("listening: %s", ", ".join(told.values()))
         yield
         nursery.cancel_scope.cancel()

@@ -9,21 +9,30 @@ from meshnet.relay.native import MISSING, NativeRelay
 from meshnet.relay.python import PythonRelay
 
 
-@asynccontextmanager
-async def best_relay(wanted: str, threads: int, ticket_secret: bytes = b"") -> AsyncIterator[Relays]:
-    """`wanted`: native, python or auto. `threads`: of the Python relay. Raises CommandError: it cannot be had.
+def serving(wanted: str) -> tuple[str, dict[str, str]]:
+    """The name of the relay that serves where `wanted` is asked for, and why another does not, as in Relays.missing.
 
-    `ticket_secret`: of all processes that serve the same ports; the native relay resumes their TLS sessions with it.
+    `wanted`: native, python or auto. Raises CommandError: it cannot be had.
     """
     if wanted == "native" and MISSING:
         raise CommandError(
             "the native relay was asked for and is not here",
-            why=MISSING,
-            fix='set relay = "auto" in [proxy]; it is built by pip where there is a C compiler and Python\'s headers',
+            why=MISSING.why,
+            fix=f'{MISSING.fix}; or set relay = "auto" in [proxy]',
         )
-    if wanted == "python" or MISSING:
-        async with PythonRelay(threads) as python:
-            yield Relays([python], missing={"native": MISSING or "the settings ask for python"})
-    else:
-        async with NativeRelay(ticket_secret) as native:
-            yield Relays([native], missing={"python": "native is faster"})
+    if MISSING:
+        return "python", {"native": MISSING.why}
+    if wanted == "python":
+        return "python", {"native": "the settings ask for python"}
+    return "native", {"python": "native is faster"}
+
+
+@asynccontextmanager
+async def best_relay(wanted: str, threads: int, ticket_secret: bytes = b"") -> AsyncIterator[Relays]:
+    """What `serving` says, running. `threads`: of the Python relay. Raises CommandError: it cannot be had.
+
+    `ticket_secret`: of all processes that serve the same ports; the native relay resumes their TLS sessions with it.
+    """
+    name, missing = serving(wanted)
+    async with NativeRelay(ticket_secret) if name == "native" else PythonRelay(threads) as relay:
+        yield Relays([relay], missing)

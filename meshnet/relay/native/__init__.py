@@ -1,6 +1,6 @@
 """The fast relay: threads in C, which move bytes without Python's lock and decide nothing (core.h).
 
-It is optional: `MISSING` says why it is not there, and then the Python relay serves.
+It is optional: `MISSING` says why it is not here, and then the Python relay serves.
 """
 
 import logging
@@ -29,6 +29,7 @@ from meshnet.relay import (
     TunnelLeg,
 )
 from meshnet.relay.native.doors import Door, NativeOrder, direction_of
+from meshnet.relay.native.missing import Missing, missing
 from meshnet.relay.native.reasons import ABORTED, END_NAMES, REASONS, RESET, link_outcome, reset_payload
 from meshnet.relay.native.tls import NativeChannel, NativeDepot, NativeTls
 
@@ -36,12 +37,11 @@ if TYPE_CHECKING:
     from meshnet.relay.native import _core
     from meshnet.relay.native._core import Core, Depot, Tunnel
 
+MISSING: Missing | None = None
 try:
     from meshnet.relay.native import _core
-
-    MISSING = ""
 except ImportError as error:
-    MISSING = f"not built: {error}"
+    MISSING = missing(error)
 
 
 _log = logging.getLogger("meshnet.relay")
@@ -77,7 +77,7 @@ class _Waiter(Wait):
 
 
 class NativeRelay:
-    """Use as an async context manager. Raises RuntimeError where the core is not built, OSError if it cannot start."""
+    """Use as an async context manager. Raises RuntimeError where the core is MISSING, OSError if it cannot start."""
 
     name = "native"
     takes_orders = True
@@ -98,7 +98,7 @@ class NativeRelay:
 
     async def __aenter__(self) -> Self:
         if MISSING:
-            raise RuntimeError(MISSING)
+            raise RuntimeError(MISSING.why)
         resets = tuple(reset_payload(reason) for reason in REASONS)
         relay, handshakes = self._cores = [_core.Core(resets, "relay"), _core.Core(resets, "handshakes")]
         self._tls = NativeTls(handshakes, relay, self._ticket_secret)

@@ -403,12 +403,22 @@ static PyType_Spec tunnel_spec = {
     .slots = tunnel_slots,
 };
 
+/* An ImportError whose `name` is what is missing: missing.py knows it by that. */
+static void say_missing(const char *why)
+{
+    PyObject *text = PyUnicode_FromString(why), *name = PyUnicode_FromString(LIBSSL);
+    if (text && name)
+        PyErr_SetImportError(text, name, NULL);
+    Py_XDECREF(text);
+    Py_XDECREF(name);
+}
+
 /* Without OpenSSL there is no core: one half of it would be of little use. */
 int handles_add(PyObject *module)
 {
     const char *missing = libssl_load();
     if (missing || tls_load()) {
-        PyErr_SetString(PyExc_ImportError, missing ? missing : "OpenSSL cannot make a BIO");
+        say_missing(missing ? missing : LIBSSL " cannot make a BIO");
         return -1;
     }
     context_type = (PyTypeObject *)PyType_FromSpec(&context_spec);

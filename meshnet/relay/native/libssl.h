@@ -16,6 +16,8 @@ typedef struct bio_st BIO;
 typedef struct bio_method_st BIO_METHOD;
 typedef struct x509_st X509;
 
+#define LIBSSL "libssl.so.3"
+
 #define SSL_ERROR_NONE 0
 #define SSL_ERROR_SSL 1
 #define SSL_ERROR_WANT_READ 2
