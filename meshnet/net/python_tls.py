@@ -1,5 +1,6 @@
 """TLS by Python's ssl module, on non-blocking sockets that the Python relay can take over."""
 
+import errno
 import socket
 import ssl
 from collections.abc import Callable
@@ -146,13 +147,14 @@ async def _channel(
     await in_task()
     sock: socket.socket = plain
     try:
+        plain.getpeername()  # asked by wrap_socket too, which leaves its own socket unclosed if the peer has reset it
         sock = secure = context.wrap_socket(
             plain, server_side=is_server, do_handshake_on_connect=False, session=session
         )
         with trio.fail_after(timeout):
             await _handshake(secure)
         return PythonChannel(secure)
-    except OSError as error:  # of wrap_socket too, when the peer is gone already
+    except OSError as error:
         sock.close()
         raise _failure(error) from error
     except trio.TooSlowError:
@@ -178,7 +180,7 @@ def _failure(error: OSError) -> ConnectionFailed:
     """What an error of the ssl module means to an operator."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return not_verified(error.verify_code, error.verify_message)
-    if isinstance(error, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError):
+    if isinstance(error, ssl.SSLEOFError | ConnectionResetError | BrokenPipeError) or error.errno == errno.ENOTCONN:
         return ConnectionFailed(Reason.TLS_HANDSHAKE, "the peer hung up during the handshake")
     if isinstance(error, ssl.SSLError):
         if error.reason in _OUR_CERTIFICATE:

@@ -9,6 +9,7 @@ from meshnet.relay.native import NativeRelay
 from meshnet.relay.python import PythonRelay
 from meshnet.relay.python.young import YOUNG_EVENTS
 from tests.relay.contract import RelayContract
+from tests.relay.handshake_contract import HandshakeContract
 from tests.relay.lease_contract import LeaseContract, TunnelContract
 from tests.relay.reset_contract import ResetContract
 
@@ -39,4 +40,8 @@ class TestARelayWithResets(ResetContract):
 
 
 class TestARelayOnATunnel(TunnelContract):
+    pass
+
+
+class TestARelaysHandshakes(HandshakeContract):
     pass

@@ -28,7 +28,7 @@ from meshnet.relay.native.tls import NativeChannel, NativeDepot
 from meshnet.tunnel.client import ClientTunnel
 from meshnet.tunnel.peer import Peer as KnownPeer
 from meshnet.tunnel.protocol import Role, Tunnel
-from tests.relay.native.leaks import nothing_left
+from tests.relay.leaks import nothing_left
 from tests.relay.native.test_orders import DIALLED
 from tests.relay.rig import Peer, TunnelPair, tunnel_pair
 from tests.world import Host, eventually

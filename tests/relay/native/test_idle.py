@@ -11,7 +11,7 @@ import trio.testing
 from meshnet.errors import ConnectionFailed
 from meshnet.net.tls import Channel, Ticket
 from meshnet.relay.native import NativeRelay
-from tests.relay.native.leaks import nothing_left
+from tests.relay.leaks import nothing_left
 from tests.relay.rig import context, tcp_pair
 
 TUNNELS = 50

@@ -20,8 +20,8 @@ from meshnet.relay.native import NativeRelay
 from meshnet.relay.native._core import Core, Link, Tunnel
 from meshnet.relay.native.reasons import REASONS
 from meshnet.relay.native.tls import NativeTls
+from tests.relay.leaks import nothing_left
 from tests.relay.lease_contract import HalfRigMaker
-from tests.relay.native.leaks import nothing_left
 from tests.relay.rig import (
     Rig,
     context,
