@@ -46,6 +46,16 @@ class Spread(msgspec.Struct, frozen=True):
         """Raises ValueError when there are none."""
         return cls(statistics.median(values), min(values), max(values), len(values))
 
+    @classmethod
+    def together(cls, spreads: Sequence["Spread"]) -> Self:
+        """All their rounds; the median is that of the medians. Raises ValueError when there are none."""
+        return cls(
+            statistics.median(each.median for each in spreads),
+            min(each.least for each in spreads),
+            max(each.most for each in spreads),
+            sum(each.rounds for each in spreads),
+        )
+
 
 class Verdict(enum.StrEnum):
     PASS = "PASS"

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import msgspec
 
-from tests.bench.figures import Cell, Sample, Spread
+from tests.bench.figures import Cell, Sample, Spread, verdict
 from tests.bench.table import DIRECT, PEERS, SUBJECTS, Row, rows
 from tests.bench.targets import ITSELF
 from tests.bench.tests import MODES, TESTS
@@ -63,8 +63,8 @@ def markdown(times: Sequence[Sequence[Run]]) -> str:
 def _all_times(times: Sequence[Sequence[Run]]) -> list[str]:
     """Every figure with a target: the median ratio of each time, one column for each set of circumstances."""
     lines = [
-        "The median ratio of each time, and what they say together: *met* or *missed* when all are on one side, else",
-        "*about*.\n",
+        "The median ratio of each time, [least..most] of the rounds of all times, and the verdict on all these rounds:",
+        "as within one time, it needs every one of them on one side of the target.\n",
     ]
     lines += [f"- {run.title}: {run.machine.get('quiet', '')}" for runs in times for run in runs]
     titles = [run.title for run in times[0]]
@@ -79,13 +79,14 @@ def _all_times(times: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _together(seen: Sequence[Row | None]) -> str:
-    ratios = [row.ratio.median for row in seen if row and row.ratio]
+    ratios = [row.ratio for row in seen if row and row.ratio]
     row = seen[0]
     if row is None or len(ratios) < len(seen):
         return "-"
-    good = [row.met_by(ratio) for ratio in ratios]
-    said = "met" if all(good) else "about" if any(good) else "missed"
-    return f"{', '.join(map(number, ratios))}: {said}"
+    rounds = Spread.together(ratios)
+    said = verdict(rounds, row.limit, lower_is_better=row.lower_is_better)
+    medians = ", ".join(number(ratio.median) for ratio in ratios)
+    return f"{medians} {_range(rounds)}: {said}"
 
 
 def _run(machine: Mapping[str, str], samples: Sequence[Sample]) -> list[str]:
@@ -163,7 +164,11 @@ def _workers(count: int) -> str:
 
 
 def _spread(seen: Spread) -> str:
-    return f"{number(seen.median)} [{number(seen.least)}..{number(seen.most)}]"
+    return f"{number(seen.median)} {_range(seen)}"
+
+
+def _range(seen: Spread) -> str:
+    return f"[{number(seen.least)}..{number(seen.most)}]"
 
 
 def number(value: float) -> str:

@@ -38,9 +38,6 @@ class Row(msgspec.Struct, frozen=True):
     target: str
     verdict: Verdict | None
 
-    def met_by(self, ratio: float) -> bool:
-        return ratio <= self.limit.value if self.lower_is_better else ratio >= self.limit.value
-
 
 def rows(samples: Sequence[Sample]) -> list[Row]:
     """In the order of modes, workers and tests; only cells that were measured."""

@@ -147,24 +147,56 @@ def test_how_noisy_it_was_is_told_before_and_while_measuring() -> None:
     assert quietness(looks[:1], []) == "waited 0 s in all for a quiet machine"
 
 
-def test_times_are_told_together_and_the_last_in_full() -> None:
-    def run(time: int, title: str, ours: float) -> Run:
-        samples = [*shown("haproxy", CPU, [1000] * 3), *shown(MESHNET, CPU, [ours] * 3)]
-        return Run(title, time, {"quiet": f"time {time}"}, samples)
+def together(*times: Sequence[Run]) -> tuple[list[str], str]:
+    """The cells of the one row with a target of all times together, and what comes behind that table."""
+    text, rest = markdown(times).split("## Unpinned, the last time")
+    line = next(line for line in text.splitlines() if "CPU us/connection" in line)
+    return [part.strip() for part in line.strip("|").split("|")], text + rest
 
-    pinned, unpinned = (200, 250, 299), (290, 310, 280)
-    text = markdown(
-        [
-            [run(time, "Unpinned", one), run(time, "Pinned", other)]
+
+def run(time: int, title: str, ours: Sequence[float]) -> Run:
+    samples = [*shown("haproxy", CPU, [1000] * len(ours)), *shown(MESHNET, CPU, ours)]
+    return Run(title, time, {"quiet": f"time {time}"}, samples)
+
+
+def test_times_are_told_together_and_the_last_in_full() -> None:
+    unpinned, pinned = (290, 310, 280), (200, 250, 299)
+    row, text = together(
+        *(
+            [run(time, "Unpinned", [one] * 3), run(time, "Pinned", [other] * 3)]
             for time, one, other in zip((1, 2, 3), unpinned, pinned, strict=True)
-        ]
+        )
     )
-    together, rest = text.split("## Unpinned, the last time")
-    line = next(line for line in together.splitlines() if "CPU us/connection" in line)
-    assert [part.strip() for part in line.strip("|").split("|")] == [
+    assert row == [
         *("crr mtls, one worker", "CPU us/connection", "at most 0.3"),
-        *("0.29, 0.31, 0.28: about", "0.2, 0.25, 0.299: met"),
+        *("0.29, 0.31, 0.28 [0.28..0.31]: too noisy", "0.2, 0.25, 0.299 [0.2..0.299]: PASS"),
     ]
-    assert "280 [280..280]" in rest
-    assert "310 [310..310]" not in rest
-    assert "- Unpinned: time 2" in together
+    assert "280 [280..280]" in text
+    assert "310 [310..310]" not in text
+    assert "- Unpinned: time 2" in text
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        # Every median is on one side, and that of all times too; a single round is not.
+        (([200, 250, 290], [200, 250, 301]), "0.25, 0.25 [0.2..0.301]: too noisy"),
+        (([310, 350, 390], [299, 350, 390]), "0.35, 0.35 [0.299..0.39]: too noisy"),
+        # One time by itself is too noisy for a verdict, and no other can lend it one.
+        (([100, 100, 100], [100, 250, 400]), "0.1, 0.25 [0.1..0.4]: too noisy"),
+        (([200, 250, 290], [210, 240, 299]), "0.25, 0.24 [0.2..0.299]: PASS"),
+        (([310, 350, 390], [301, 350, 390]), "0.35, 0.35 [0.301..0.39]: miss"),
+        (([100], [100]), "0.1, 0.1 [0.1..0.1]: too few rounds"),
+        (([100], [100], [100]), "0.1, 0.1, 0.1 [0.1..0.1]: PASS"),
+    ],
+)
+def test_a_verdict_on_all_times_needs_all_their_rounds(times: Sequence[Sequence[float]], said: str) -> None:
+    row, _ = together(*([run(time, "Unpinned", ours)] for time, ours in enumerate(times, 1)))
+    assert row[-1] == said
+
+
+def test_a_time_that_failed_leaves_no_verdict_on_all() -> None:
+    broken = Sample(cell=CRR, peer=MESHNET, round=1, failure="a reset")
+    failed = Run("Unpinned", 2, {}, [*shown("haproxy", CPU, [1000]), broken])
+    row, _ = together([run(1, "Unpinned", [100] * 3)], [failed])
+    assert row[-1] == "-"
