@@ -14,6 +14,7 @@ from tests.bench import load, machine
 from tests.bench.profile import profile
 from tests.bench.report import Run, markdown
 from tests.bench.rounds import Plan, measure
+from tests.bench.subjects import versions
 from tests.bench.table import MESHNET, SUBJECTS, rows
 from tests.bench.tests import MODES, TESTS, WORKERS
 
@@ -113,7 +114,7 @@ def _save(done: Sequence[Sequence[Run]], results: Path | None, json_file: Path |
 
 def _run(program: Path, plan: Plan, *, pin: bool, spin: bool, time: int) -> Run:
     with machine.pinned(pin), machine.spinners(program, spin) as spinning:
-        about = machine.description(spinning)
+        about = machine.description(spinning) | versions()
         measured = measure(program, plan, spinning)
     about["meshnet"] = "; ".join(measured.said)
     about["rounds"] = str(plan)

@@ -16,7 +16,6 @@ from pathlib import Path
 import msgspec
 
 from tests.bench.figures import Sample
-from tests.bench.subjects import versions
 from tests.bench.tests import OTHERS, STOLEN
 
 QUIET = 0.05  # the part of the processors' time that others may use
@@ -100,7 +99,6 @@ def description(spinning: Sequence[int]) -> dict[str, str]:
         "processors": f"{model[1] if model else platform.machine()}, {os.cpu_count()} of them; {where}",
         "spinners": f"on, {len(spinning)} of idle priority" if spinning else "off: virtual processors may have slept",
         "kernel": platform.release(),
-        **versions(),
         "Python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
     }
 

@@ -42,6 +42,12 @@ Connect, request, response, close, 256 at a time for 5 s, after 3 s of the same.
 the same number, on both sides.
 """
 
+_SERVICES = """\
+In one event loop, with real files: all services change, and then, every endpoint being known, there is a scrape. *Lag*
+is by how much a task was late that wants to run every millisecond, and not for want of a processor. Each figure is the
+worst of three changes. The verdict needs all three of them on one side of the target; otherwise it is *too noisy*.
+"""
+
 _WARM, _SECONDS = 3.0, 5.0
 _LONGEST = {PLAIN: 30.0, MTLS: 75.0}  # seconds, for a table of open connections; of mTLS each takes a handshake
 _PATIENCE = 20.0  # seconds, for a quiet machine
@@ -76,7 +82,11 @@ def main(context: click.Context, write: bool) -> None:
                 table, wrong = storm(program, [PLAIN, MTLS], warm=_WARM, seconds=_SECONDS)
                 parts += ["\n## A storm of connections\n", _STORM, table, *(f"- **wrong**: {line}" for line in wrong)]
             parts += ["\n## Endpoints of a service, choosing one\n", mesh.endpoints()]
-            parts += ["\n## A change of all services, and a scrape when every endpoint is known\n", mesh.services()]
+            parts += [
+                "\n## A change of all services, and a scrape when every endpoint is known\n",
+                _SERVICES,
+                mesh.services(),
+            ]
     text = "\n".join(parts)
     click.echo(text)
     if write:
