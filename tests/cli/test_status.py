@@ -36,7 +36,7 @@ READY = Status(
         expires_in_seconds=57_600.0,
     ),
     config=ConfigStatus(version=12, directory="/etc/meshnet/mesh.d", services=2, policies=1, age_seconds=5.0),
-    relay=RelayStatus(in_use=("native", "python"), not_in_use={"sockmap": "off by default"}),
+    relay=RelayStatus(in_use=("python",), not_in_use={"native": "no libssl.so.3 on this machine"}),
     tunnels=(
         TunnelStatus(peer="10.9.0.3:15108 spiffe://prod/ns/default/sa/api", idle=2, leased=1),
         TunnelStatus(peer="10.9.0.4:15108", idle=0, leased=4),
@@ -71,8 +71,8 @@ def test_a_ready_sidecar_is_told_in_a_line_a_matter(meshnet: Meshnet, sidecar: S
         "connections   38 open, 1204 opened, 3 failed since it started\n"
         "certificate   spiffe://prod/ns/default/sa/web, expires in 16h (2026-01-02T00:00:00Z)\n"
         "config        version 12, 5s old, from /etc/meshnet/mesh.d: 2 services, 1 policy\n"
-        "relay         native, python\n"
-        "              not sockmap: off by default\n"
+        "relay         python\n"
+        "              not native: no libssl.so.3 on this machine\n"
         "tunnels       10.9.0.3:15108 spiffe://prod/ns/default/sa/api: 2 idle, 1 in use\n"
         "              10.9.0.4:15108: 0 idle, 4 in use\n"
     )
