@@ -25,11 +25,11 @@ _SOURCE_PORT_TRIES = 20
 _TRANSPARENT = {socket.AF_INET: (socket.IPPROTO_IP, 19), socket.AF_INET6: (socket.IPPROTO_IPV6, 75)}
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
-# A client leg's keepalive stays below the 60 s after which conntrack forgets a half-closed connection (CLOSE_WAIT):
-# the probes refresh the entry, so the NAT lives as long as the sockets do.
-_CLIENT_KEEPALIVE = (30, 10, 3)
-_ENDPOINT_KEEPALIVE = (60, 10, 6)
-_USER_TIMEOUT_MS = 60_000
+# Below the 60 s after which conntrack forgets a half-closed connection (CLOSE_WAIT): the probes refresh the entry, so
+# the NAT lives as long as the sockets do. Each leg has its own times, for thousands that were opened together would
+# probe together, and the queues on their way have no room for all. No TCP_USER_TIMEOUT: that would end one that only
+# does not read; relays look for those that are gone (relay/native/gone.c, net/tcp_state.py).
+_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_COUNT = range(25, 36), range(7, 11), 6
 
 _BROKEN_LISTENER = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK})
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -63,7 +63,7 @@ def listen(host: str, port: int, *, transparent: bool = False) -> socket.socket 
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if transparent:
             make_transparent(sock)
-        _tune(sock, _CLIENT_KEEPALIVE)
+        _tune(sock)
         sock.bind((host, port))
         sock.listen(_BACKLOG)
     except OSError as error:
@@ -106,7 +106,9 @@ def accept_the_rest(listener: socket.socket, carry: Callable[[socket.socket, Add
 def adopt(fd: int, host: str) -> socket.socket:
     """A socket object for the descriptor of a connected, non-blocking TCP socket with a peer at `host`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, 0, fd)
+    _spread(sock)
+    return sock
 
 
 def peer_address(pair: tuple[str, int] | tuple[str, int, int, int]) -> Address:
@@ -141,7 +143,7 @@ async def connect(
         if local:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
-            _tune(sock, _ENDPOINT_KEEPALIVE)
+            _tune(sock)
         if code == errno.EALREADY:
             await in_task()
             with trio.move_on_after(timeout):
@@ -241,6 +243,7 @@ def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Addres
             _log.error("cannot accept on port %d: %s", listener.getsockname()[1], error.strerror)
             return False
         sock.setblocking(False)
+        _spread(sock)
         carry(sock, peer_address(peer))
     return True
 
@@ -294,11 +297,15 @@ def _dial_as(source: str, address: Address, family: int, mark: int) -> tuple[soc
     raise _shortage(f"no port is free to speak to {address} as {source}")
 
 
-def _tune(sock: socket.socket, keepalive: tuple[int, int, int]) -> None:
-    idle, interval, count = keepalive
+def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, idle)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, interval)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, count)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_COUNT)
+    _spread(sock)
+
+
+def _spread(sock: socket.socket) -> None:
+    """Keepalive times of its own; what is accepted has the listener's."""
+    fd = sock.fileno()
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE[fd % len(_KEEPALIVE_IDLE)])
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL[fd % len(_KEEPALIVE_INTERVAL)])

@@ -14,6 +14,9 @@ from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.net.tls import Channel, Depot, Tls
 
+SILENCE = 60.0
+"""Seconds: a peer that has answered nothing for so long, while bytes wait for it, is gone."""
+
 
 class Wire(Protocol):
     """One lease on a tunnel, as a relay needs it; `meshnet.tunnel.protocol.Tunnel` is one."""

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -109,7 +109,20 @@ async def test_accepted_sockets_do_not_block_and_inherit_what_was_set_on_the_lis
                     assert not sock.getblocking()
                     assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
                     assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 0
             nursery.cancel_scope.cancel()
+
+
+async def test_connections_that_were_opened_together_do_not_all_ask_together_whether_the_peer_lives() -> None:
+    times = set()
+    with listening() as listener, ExitStack() as stack:
+        for _ in range(20):
+            leg = stack.enter_context(await sockets.connect(address_of(listener), mark=0, timeout=5))
+            options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+            idle, interval, count = (leg.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+            assert (idle + interval < 60, count) == (True, 6)
+            times.add((idle, interval))
+    assert len(times) > 10
 
 
 def test_probes_come_before_conntrack_forgets_a_half_closed_connection_istio43297(world: World) -> None:

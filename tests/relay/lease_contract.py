@@ -172,10 +172,7 @@ class LeaseContract:
     async def test_a_peer_whose_host_fell_silent_is_told_from_a_lost_tunnel(
         self, relay: Relay, rig: HalfRigMaker
     ) -> None:
-        def prepare(it: HalfRig) -> None:
-            it.own_sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 100)
-
-        async with rig(relay, prepare=prepare) as it:
+        async with rig(relay) as it:
             fall_silent(it.peer.sock)
             await it.app.send_all(b"anybody?")
             outcome = await it.run.result()

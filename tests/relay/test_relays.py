@@ -8,7 +8,7 @@ from meshnet.relay import Relay
 from meshnet.relay.native import NativeRelay
 from meshnet.relay.python import PythonRelay
 from meshnet.relay.python.young import YOUNG_EVENTS
-from tests.relay.contract import RelayContract
+from tests.relay.contract import QUIET, RelayContract
 from tests.relay.handshake_contract import HandshakeContract
 from tests.relay.lease_contract import LeaseContract, TunnelContract
 from tests.relay.reset_contract import ResetContract
@@ -20,10 +20,10 @@ _PYTHON = {"young": YOUNG_EVENTS, "growing-up": 2, "grown-up": 0}
 @pytest.fixture(params=["native", *_PYTHON])
 async def relay(request: pytest.FixtureRequest) -> AsyncIterator[Relay]:
     if request.param == "native":
-        async with NativeRelay() as native:
+        async with NativeRelay(silence=QUIET) as native:
             yield native
     else:
-        async with PythonRelay(threads=1, young_events=_PYTHON[request.param]) as python:
+        async with PythonRelay(threads=1, young_events=_PYTHON[request.param], silence=QUIET) as python:
             yield python
 
 

@@ -17,6 +17,7 @@ from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.net.strand import Wait, on_strand
 from meshnet.relay import (
+    SILENCE,
     Flow,
     Issuer,
     Link,
@@ -82,9 +83,13 @@ class NativeRelay:
     name = "native"
     takes_orders = True
 
-    def __init__(self, ticket_secret: bytes = b"") -> None:
-        """`ticket_secret`: of all processes that serve the same ports, so that they resume each other's sessions."""
+    def __init__(self, ticket_secret: bytes = b"", *, silence: float = SILENCE) -> None:
+        """`ticket_secret`: of all processes that serve the same ports, so that they resume each other's sessions.
+
+        `silence`: see meshnet.relay.
+        """
         self._ticket_secret = ticket_secret
+        self._silence = silence
         self._cores: list[Core] = []
         self._tls: NativeTls | None = None
         self._orders: set[NativeOrder] = set()  # in force
@@ -100,7 +105,10 @@ class NativeRelay:
         if MISSING:
             raise RuntimeError(MISSING.why)
         resets = tuple(reset_payload(reason) for reason in REASONS)
-        relay, handshakes = self._cores = [_core.Core(resets, "relay"), _core.Core(resets, "handshakes")]
+        relay, handshakes = self._cores = [
+            _core.Core(resets, "relay", self._silence),
+            _core.Core(resets, "handshakes"),
+        ]
         self._tls = NativeTls(handshakes, relay, self._ticket_secret)
         for core in self._cores:
             trio.lowlevel.spawn_system_task(self._listen, core)

@@ -306,6 +306,8 @@ static int patience(struct core *core)
         until = core->look_due;
     if (core->young_due && core->young_due < until)
         until = core->young_due;
+    if (core->gone_due && core->gone_due < until)
+        until = core->gone_due;
     if (core->unrung && core->unrung_since + QUIET_NS < until)
         until = core->unrung_since + QUIET_NS;
     if (until == UINT64_MAX)
@@ -339,6 +341,7 @@ static void *run(void *argument)
         cut_lingering(core);
         dial_give_up(core);
         young_grow(core);
+        gone_look(core);
         listeners_look(core);
         report(core);
     }

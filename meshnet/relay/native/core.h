@@ -156,6 +156,7 @@ struct link {
     struct leg client, endpoint;
     /* Read by Python at any time. Bytes handed to the next socket; moved_at: nanoseconds, CLOCK_MONOTONIC. */
     _Atomic uint64_t sent, received, moved_at;
+    uint64_t looked_at; /* what `moved_at` was when nothing waited at either leg */
     _Atomic bool client_done, endpoint_done;
     bool over;
     bool failed;
@@ -241,6 +242,8 @@ struct core {
     uint64_t young_due; /* when the first of the young may be so no more; 0: there is none */
     struct link *dialling;
     uint64_t dial_due;                /* when the first of them may be out of time; 0: none */
+    uint64_t silence;                 /* nanoseconds without an answer after which a peer is gone */
+    uint64_t gone_due;                /* when links are looked at next for peers that are; 0: there are no links */
     struct news *fresh, **last_fresh; /* of this round */
     unsigned asked;                   /* OPENs so far */
     unsigned unrung;                  /* news since the bell was last rung */
@@ -259,7 +262,7 @@ struct core {
 };
 
 /* core.c */
-/* `core->resets` is set before. 0, or -1 with errno. */
+/* `core->resets` and `core->silence` are set before. 0, or -1 with errno. */
 int core_open(struct core *core);
 void core_close(struct core *core);
 int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size);
@@ -307,6 +310,9 @@ void young_forget(struct link *link);
 void young_connected(struct link *link);
 void young_grow(struct core *core);
 void young_tell(struct core *core, struct news **last);
+
+/* gone.c */
+void gone_look(struct core *core);
 
 /* ask.c */
 void ask(struct link *link);

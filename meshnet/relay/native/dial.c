@@ -12,11 +12,10 @@
 #include <sys/epoll.h>
 #include <unistd.h>
 
-/* As meshnet/net/sockets.py has it for endpoint legs. */
-#define KEEPALIVE_IDLE 60
-#define KEEPALIVE_INTERVAL 10
+/* Seconds, as meshnet/net/sockets.py has them, and says why. */
+#define KEEPALIVE_IDLE(fd) (25 + (fd) % 11)
+#define KEEPALIVE_INTERVAL(fd) (7 + (fd) % 4)
 #define KEEPALIVE_COUNT 6
-#define USER_TIMEOUT_MS 60000
 
 static bool set(int fd, int level, int option, int value)
 {
@@ -39,20 +38,22 @@ static void note_port(struct link *link, int fd)
         atomic_store(&link->leg_port, ntohs(ours.port));
 }
 
-/* Its endpoint leg gets what only a connection needs that lasts. */
+static bool keep_alive(const struct leg *leg)
+{
+    int fd = leg->fd;
+    return leg->tunnel || leg->closed ||
+           (set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) && set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE(fd)) &&
+            set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL(fd)) &&
+            set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_COUNT));
+}
+
+/* Its legs get what only a connection needs that lasts. */
 void dial_settle(struct link *link)
 {
     const struct leg *leg = &link->endpoint;
-    int fd = leg->tunnel ? leg->tunnel->fd : leg->fd;
-    if (leg->closed && !leg->tunnel)
-        return;
-    note_port(link, fd);
-    if (leg->tunnel || link->order->local)
-        return;
-    if (!set(fd, SOL_SOCKET, SO_KEEPALIVE, 1) || !set(fd, IPPROTO_TCP, TCP_KEEPIDLE, KEEPALIVE_IDLE) ||
-        !set(fd, IPPROTO_TCP, TCP_KEEPINTVL, KEEPALIVE_INTERVAL) ||
-        !set(fd, IPPROTO_TCP, TCP_KEEPCNT, KEEPALIVE_COUNT) ||
-        !set(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, USER_TIMEOUT_MS))
+    if (leg->tunnel || !leg->closed)
+        note_port(link, leg->tunnel ? leg->tunnel->fd : leg->fd);
+    if (!keep_alive(&link->client) || (!link->order->local && !keep_alive(&link->endpoint)))
         link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
 }
 

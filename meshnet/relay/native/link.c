@@ -158,6 +158,7 @@ void link_on_fin(struct leg *leg)
         atomic_store_explicit(&link->client_done, true, memory_order_relaxed);
     else
         atomic_store_explicit(&link->endpoint_done, true, memory_order_relaxed);
+    atomic_store_explicit(&link->moved_at, link->core->now, memory_order_relaxed);
     if (leg->peer->tunnel)
         lease_finish(leg->peer);
     else

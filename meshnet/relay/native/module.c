@@ -166,16 +166,18 @@ static bool take_resets(struct core *core, PyObject *resets)
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"resets", "name", NULL};
+    static char *names[] = {"resets", "name", "silence", NULL};
     PyObject *resets;
     const char *name;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!s", names, &PyTuple_Type, &resets, &name))
+    double silence = 60;
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!s|d", names, &PyTuple_Type, &resets, &name, &silence))
         return NULL;
     PyObject *object = module_allocate(type);
     if (!object)
         return NULL;
     CoreObject *self = (CoreObject *)object;
     self->core.bell = -1;
+    self->core.silence = (uint64_t)(silence * 1e9);
     strncpy(self->core.name, name, sizeof self->core.name - 1);
     if (take_resets(&self->core, resets)) {
         if (!core_open(&self->core)) {
@@ -452,7 +454,7 @@ static PyMethodDef core_methods[] = {
 };
 
 static PyType_Slot core_slots[] = {
-    {Py_tp_doc, "Core(resets, name)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET frame for each\n"
+    {Py_tp_doc, "Core(resets, name, silence=60)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET frame for each\n"
                 "reason. Raises OSError."},
     {Py_tp_new, core_new},
     {Py_tp_dealloc, core_dealloc},

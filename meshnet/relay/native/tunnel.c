@@ -374,6 +374,12 @@ void tunnel_kill(struct tunnel *tunnel)
         note_lost(tunnel, 0, 0, 0);
 }
 
+/* Its peer answers no more. */
+void tunnel_gone(struct tunnel *tunnel)
+{
+    lose(tunnel, ETIMEDOUT, 0, 0);
+}
+
 /* The thread is about to end: whoever waits for the tunnel must not wait for ever. */
 void tunnel_abandon(struct tunnel *tunnel)
 {

@@ -109,6 +109,7 @@ void tunnel_flush(struct tunnel *tunnel);
 void tunnel_keep(struct tunnel *tunnel, const uint8_t *bytes, size_t size);
 bool tunnel_has_full_inbox(struct tunnel *tunnel);
 void tunnel_kill(struct tunnel *tunnel);
+void tunnel_gone(struct tunnel *tunnel);
 void tunnel_abandon(struct tunnel *tunnel);
 void tunnel_close(struct tunnel *tunnel);
 void tunnel_free(struct tunnel *tunnel);

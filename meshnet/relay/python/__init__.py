@@ -16,7 +16,7 @@ from meshnet.model.connection import Direction
 from meshnet.net import sockets
 from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.net.strand import in_task
-from meshnet.relay import Flow, Issuer, Link, Order, Outcome, PlainLeg, Tally, Target, Through
+from meshnet.relay import SILENCE, Flow, Issuer, Link, Order, Outcome, PlainLeg, Tally, Target, Through
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.thread import RelayThread
 from meshnet.relay.python.young import YOUNG_EVENTS, YoungLoop, wake_tasks
@@ -28,10 +28,12 @@ class PythonRelay:
     name = "python"
     takes_orders = False  # to decide once for many connections pays only where the rest is not Python's work either
 
-    def __init__(self, threads: int = 1, *, young_events: int = YOUNG_EVENTS) -> None:
+    def __init__(self, threads: int = 1, *, young_events: int = YOUNG_EVENTS, silence: float = SILENCE) -> None:
+        """`silence`: see meshnet.relay."""
         self.tls = PythonTls()
         self._count = threads
         self._young_events = young_events
+        self._silence = silence
         self._threads: list[RelayThread] = []
         self._young: YoungLoop | None = None
 
@@ -44,11 +46,12 @@ class PythonRelay:
             except trio.RunFinishedError:
                 pass  # nobody is left who could ask how it went
 
-        self._threads = [RelayThread(f"relay-{number}", ended) for number in range(self._count)]
+        self._threads = [RelayThread(f"relay-{number}", ended, self._silence) for number in range(self._count)]
         for thread in self._threads:
             thread.start()
-        self._young = YoungLoop(self._idlest_thread, self._young_events)
+        self._young = YoungLoop(self._idlest_thread, self._young_events, self._silence)
         trio.lowlevel.spawn_system_task(self._young.run)
+        trio.lowlevel.spawn_system_task(self._young.look_forever)
 
     def close(self) -> None:
         """Ends the threads; links still running are reset, with no wait for a tunnel's peer."""

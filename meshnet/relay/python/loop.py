@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from meshnet.codec.frames import HEADER_SIZE, MAX_DATA
+from meshnet.relay import SILENCE
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.side import Side
 from meshnet.relay.python.splice import MAX_PIPES, Pipes
@@ -18,6 +19,7 @@ log = logging.getLogger("meshnet.relay")
 
 LINGER = 1.0  # seconds a lease may still wait for the end the tunnel's peer owes
 EVENTS_PER_ROUND = 64
+LOOKS_PER_SILENCE = 6
 
 
 class RelayLoop:
@@ -27,7 +29,9 @@ class RelayLoop:
     that a frame is made without moving the bytes.
     """
 
-    def __init__(self, ended: Callable[[list[Pair]], None], *, most_pipes: int = MAX_PIPES) -> None:
+    def __init__(
+        self, ended: Callable[[list[Pair]], None], *, most_pipes: int = MAX_PIPES, silence: float = SILENCE
+    ) -> None:
         self.pairs: set[Pair] = set()
         self.sides: dict[int, Side] = {}
         self.unread: list[Side] = []  # sides with bytes that epoll does not see
@@ -37,6 +41,8 @@ class RelayLoop:
         self.frame = memoryview(bytearray(HEADER_SIZE + 4 * MAX_DATA))
         self.payload = self.frame[HEADER_SIZE:]
         self.now = time.monotonic()
+        self.silence = silence
+        self._look_due = self.now
         self._tell_ended = ended
         self._lingering: deque[tuple[float, Pair]] = deque()
 
@@ -62,8 +68,17 @@ class RelayLoop:
             self.read_unread()
         if self._lingering:
             self._expire()
+        if self.pairs and self.now >= self._look_due:
+            self.look()
         if self.ended:
             self.report()
+
+    def look(self) -> None:
+        """For peers that are gone: nothing else tells of those for which bytes wait."""
+        self._look_due = self.now + self.silence / LOOKS_PER_SILENCE
+        for pair in list(self.pairs):
+            if not pair.over:
+                self.attempt(pair, pair.look)
 
     def dispatch(self, side: Side, mask: int) -> None:
         side.on_event(mask)
@@ -74,9 +89,10 @@ class RelayLoop:
     def timeout(self) -> float | None:
         if self.unread:
             return 0
-        if self._lingering:
-            return max(0.0, self._lingering[0][0] - time.monotonic())
-        return None
+        due = [self._lingering[0][0]] if self._lingering else []
+        if self.pairs:
+            due.append(self._look_due)
+        return max(0.0, min(due) - time.monotonic()) if due else None
 
     def read_unread(self) -> None:
         unread, self.unread = self.unread, []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.errors import EndedBy, Reason
+from meshnet.net.tcp_state import Peer, peer_of
 from meshnet.relay import Link, Outcome, PlainLeg, Tally, TunnelLeg
 from meshnet.relay.python.plain import PlainSide
 from meshnet.relay.python.side import Side
@@ -29,6 +30,7 @@ class Pair:
         self.raise_cancel: trio.lowlevel.RaiseCancelT | None = None
         self.cancelled = False
         self.over = False
+        self._looked_at = 0.0  # what the tally's `moved_at` was when nothing waited at either leg
         self.events = 0  # while it is young
         self._failure: Outcome | None = None
         self._first_fin = EndedBy.PROXY
@@ -84,7 +86,23 @@ class Pair:
             self.tally.client_done = True
         else:
             self.tally.endpoint_done = True
+        self.tally.moved_at = self.loop.now
         side.peer.finish()
+
+    def look(self) -> None:
+        """Fails it if a peer is gone."""
+        moved_at, silence = self.tally.moved_at, self.loop.silence
+        if self._failure is not None or moved_at == self._looked_at or self.loop.now - moved_at < silence:
+            return
+        waits = False
+        for side in (self._client, self._endpoint):
+            peer = Peer.UP_TO_DATE if side.over else peer_of(side.sock, silence)
+            if peer is Peer.GONE:
+                side.gone()
+                return
+            waits |= peer is Peer.WAITED_FOR
+        if not waits:
+            self._looked_at = moved_at
 
     def fail(self, reason: Reason, ended_by: EndedBy, detail: str = "") -> None:
         """The first failure is the reason; what it brings about is not."""

@@ -205,6 +205,9 @@ class PlainSide(Side):
         elif not self.writing:
             self.unwatch()
 
+    def gone(self) -> None:
+        self._fail(OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)))
+
     def _fail(self, error: OSError) -> None:
         reason = Reason.KEEPALIVE_DEAD if error.errno == errno.ETIMEDOUT else Reason.PEER_RST
         self.pair.fail(reason, self.who, error.strerror or str(error))

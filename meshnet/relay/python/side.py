@@ -129,6 +129,10 @@ class Side(abc.ABC):
         """The pair has failed: RST or RESET."""
 
     @abc.abstractmethod
+    def gone(self) -> None:
+        """Its peer answers no more."""
+
+    @abc.abstractmethod
     def cut(self) -> None:
         """Whatever `abort` was still waiting for will not be waited for."""
 

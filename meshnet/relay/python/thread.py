@@ -13,8 +13,8 @@ from meshnet.relay.python.pair import Pair
 class RelayThread(RelayLoop):
     """`start`, `post`, `stop` and `join` are for other threads; all else belongs to the thread itself."""
 
-    def __init__(self, name: str, ended: Callable[[list[Pair]], None]) -> None:
-        super().__init__(ended)
+    def __init__(self, name: str, ended: Callable[[list[Pair]], None], silence: float) -> None:
+        super().__init__(ended, silence=silence)
         self._commands: deque[tuple[Pair, Callable[[], None]]] = deque()
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)

@@ -264,6 +264,10 @@ class TunnelSide(Side):
     def _on_reset(self, text: str) -> None:
         self.pair.fail(*reset_by_peer(text, self.who))
 
+    def gone(self) -> None:
+        self._error = errno.ETIMEDOUT
+        self._lose()
+
     def _lose(self, detail: str | None = None) -> None:
         reason = Reason.KEEPALIVE_DEAD if self._error == errno.ETIMEDOUT else Reason.TUNNEL_LOST
         if self._error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import outcome
 import trio
 
-from meshnet.relay.python.loop import RelayLoop
+from meshnet.relay.python.loop import LOOKS_PER_SILENCE, RelayLoop
 from meshnet.relay.python.pair import Pair
 from meshnet.relay.python.side import Side
 from meshnet.relay.python.thread import RelayThread
@@ -21,8 +21,8 @@ YOUNG_EVENTS = 16  # a request, its answer and both ends are four to eight
 class YoungLoop(RelayLoop):
     """All of it belongs to the trio thread. `choose_thread` says where a link goes after `most` events."""
 
-    def __init__(self, choose_thread: Callable[[], RelayThread], most: int) -> None:
-        super().__init__(wake_tasks, most_pipes=0)  # a link in bulk does not stay
+    def __init__(self, choose_thread: Callable[[], RelayThread], most: int, silence: float) -> None:
+        super().__init__(wake_tasks, most_pipes=0, silence=silence)  # a link in bulk does not stay
         self._choose_thread = choose_thread
         self._most = most
         self._leaving: set[Pair] = set()
@@ -37,6 +37,13 @@ class YoungLoop(RelayLoop):
         except (trio.ClosedResourceError, ValueError):
             if not self.epoll.closed:
                 raise
+
+    async def look_forever(self) -> None:
+        """Until a while after `close`."""
+        while not self.epoll.closed:
+            self.round(0)
+            self._send_on()
+            await trio.sleep(self.silence / LOOKS_PER_SILENCE)
 
     def close(self) -> None:
         trio.lowlevel.notify_closing(self.epoll.fileno())

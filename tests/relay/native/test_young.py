@@ -59,9 +59,8 @@ def test_what_lasts_asks_now_and_then_whether_its_endpoint_lives(gate: Gate) -> 
         (leg,) = wait_for(lambda: legs_to(gate.server.getsockname()))
         with leg:
             wait_for(lambda: leg.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
-            wait_for(lambda: leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000)
-            times = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
-            assert [leg.getsockopt(socket.IPPROTO_TCP, each) for each in times] == [60, 10, 6]
+            wait_for(lambda: leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 6)
+            assert 25 <= leg.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < 36
 
 
 def test_what_lasts_tells_its_port_to_whoever_looks(gate: Gate) -> None:
