@@ -35,12 +35,15 @@ class RuleStep(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class CaptureExplanation(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """`rule` decides, but for those of `unless`, which are ahead of it. `others` are rules of other programs."""
+    """`rule` decides, but for those of `unless`, which are ahead of it. `others` are rules of other programs.
+
+    `perhaps captured`: one of those is asked before ours, and may take the connection away.
+    """
 
     target: str
     source: str
     direction: Literal["outbound", "inbound"]
-    verdict: Literal["captured", "left alone", "no rules"]
+    verdict: Literal["captured", "perhaps captured", "left alone", "no rules"]
     backend: str = ""
     rule: RuleStep | None = None
     unless: tuple[RuleStep, ...] = ()
@@ -95,10 +98,12 @@ def _explained(source: str, target: str) -> CaptureExplanation:
     way = walk(in_force.rules, call, families_apart=in_force.backend != "nft")
     reasons = reasons_of(None)
     taken = way.decides.counted.rule if way.decides is not None else None
-    captured = taken is not None and bool(taken.redirect or taken.tproxy)
+    verdict: Literal["captured", "perhaps captured", "left alone"] = "left alone"
+    if taken is not None and (taken.redirect or taken.tproxy):
+        verdict = "perhaps captured" if any(other.ahead for other in others) else "captured"
     return msgspec.structs.replace(
         found,
-        verdict="captured" if captured else "left alone",
+        verdict=verdict,
         backend=in_force.backend,
         rule=_step(way.decides, reasons) if way.decides is not None else None,
         unless=tuple(_step(step, reasons) for step in way.unless),

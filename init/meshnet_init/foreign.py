@@ -1,8 +1,9 @@
 """Other programs' rules that may decide about a connection before ours do, or instead of ours.
 
 They are read as text: by `nft list ruleset`, which shows those of iptables-nft too, and by iptables-legacy-save. Only
-what a text plainly rules out is left aside; sets, marks and the like may match. Of nat chains only those count that
-translate: whatever else one says, the kernel goes on to the next (nf_nat_inet_fn).
+what a text plainly rules out is left aside; sets, marks and the like may match. Of other nat chains only those count
+that translate: whatever else one says, the kernel goes on to the next (nf_nat_inet_fn). In a chain that itself leads to
+ours whatever ends the walk counts: what was accepted there never comes to our jump.
 """
 
 import ipaddress
@@ -10,7 +11,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,7 +25,11 @@ _LEGACY_PRIORITIES = {"raw": -300, "mangle": -150, "nat": -100, "filter": 0}
 _TABLE = re.compile(r"table (\S+) (\S+) \{")
 _CHAIN = re.compile(r"\tchain (\S+) \{")
 _BASE = re.compile(r"\t\ttype (\S+) hook (\S+) (?:device \S+ )?priority (-?\d+);")
-_JUMP = re.compile(r"\b(?:jump|goto) (\S+)|-[jg] (\S+)")
+_JUMP = re.compile(r"(?:\b(jump|goto)|-([jg])) (\S+)")
+_ENDING_TARGETS = {"ACCEPT", "DROP", "REJECT", "QUEUE", "NFQUEUE", "DNAT", "REDIRECT", "NETMAP", "TPROXY"}
+_ENDING_WORDS = re.compile(
+    r"(?<!policy )\b(?:accept|drop|reject|queue|dnat|redirect|tproxy|DNAT|REDIRECT|NETMAP|TPROXY)\b"
+)
 _TRANSLATES = re.compile(r"\b(?:redirect|dnat|tproxy|REDIRECT|DNAT|TPROXY|NETMAP)\b")
 _STOPS = re.compile(r"\b(?:drop|reject|notrack|tproxy|DROP|REJECT|NOTRACK|TPROXY|CT --notrack)\b")
 _COUNTER = re.compile(r" ?counter packets \d+ bytes \d+")
@@ -30,6 +37,7 @@ _NFT_PORTS = re.compile(r"\b(?:tcp|th) dport (\{[^}]*\}|\S+)")
 _SAVED_PORTS = re.compile(r"(?<!! )--dports? (\S+)")
 _DESTINATION = re.compile(r"\bip6? daddr (\{[^}]*\}|[\da-f.:/]+)(?!\S)|(?<!! )-d (\S+)")
 _NOT_TCP = re.compile(r"\b(?:udp|icmp|sctp) |-p (?:udp|icmp|sctp|icmpv6)\b")
+_STATES = re.compile(r"(?<!! )(?:--(?:ct)?state|\bct state) (\S+)")
 
 
 class Foreign(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -49,25 +57,39 @@ def foreign_rules(backend: str, chain: Chain, target: str, port: int) -> tuple[t
     """
     place = PLACES[chain]
     own = place.priority if backend == "nft" else _LEGACY_PRIORITIES[place.table]
+    may = partial(may_match, target=target, port=port)
     found, unread = [], []
     nft = _said("nft", "-y", "list", "ruleset")
     if nft is None:
         unread.append("nftables: nft is not installed, or did not work")
     else:
-        found += list(_of_nft(nft, chain, own))
+        found += list(_of_nft(nft, chain, own, may))
     family = "ip6" if ":" in target else "ip"
     for table in _legacy_tables(family):
         saved = _said(f"{family}tables-legacy-save", "-t", table) or _said(f"{family}tables-save", "-t", table)
         if saved is None:
             unread.append(f"the legacy table {table}: iptables-legacy-save is not installed")
         else:
-            found += list(_of_save(saved, f"legacy {family} {table}", chain, own))
+            found += list(_of_save(saved, f"legacy {family} {table}", chain, own, may))
     families = {"inet", family, f"legacy {family}"}
-    mine = [each for each in found if each.table.rpartition(" ")[0] in families and may_match(each.text, target, port)]
+    mine = [each for each in found if each.table.rpartition(" ")[0] in families]
     return tuple(sorted(mine, key=lambda each: each.priority)), tuple(unread)
 
 
-def _of_nft(text: str, ours: Chain, own: int) -> Iterator[Foreign]:
+def standing_ahead(chains: Mapping[str, Sequence[str]], ours: Chain) -> tuple[str, ...]:
+    """The rules that may end the way of a new TCP connection in the built-in chain that leads to `ours`, ahead of that.
+
+    `chains` are one table's, as iptables-save prints their rules. Each is a rule of the built-in chain, with what it
+    leads to in brackets.
+    """
+    found: dict[str, str] = {}
+    for it in _reachable(chains, PLACES[ours].hook, ours, _may_open):
+        if it.ahead and it.ends:
+            found.setdefault(it.by, it.rule)
+    return tuple(by if by == rule else f"{by} ({rule})" for by, rule in found.items())
+
+
+def _of_nft(text: str, ours: Chain, own: int, may: Callable[[str], bool]) -> Iterator[Foreign]:
     tables: dict[str, dict[str, list[str]]] = {}
     table = chain = ""
     for line in text.splitlines():
@@ -89,15 +111,14 @@ def _of_nft(text: str, ours: Chain, own: int) -> Iterator[Foreign]:
             if hooked is not None and hooked[2] == PLACES[ours].hook.lower():
                 deciding = _TRANSLATES if hooked[1] == "nat" else _STOPS
                 priority = int(hooked[3])
-                for rule, ahead in _reachable(chains, base, ours):
-                    if deciding.search(rule):
-                        text = _COUNTER.sub("", rule).strip()
-                        yield Foreign(
-                            table=name, chain=base, priority=priority, ahead=ahead or priority < own, text=text
-                        )
+                for it in _reachable(chains, base, ours, may):
+                    if deciding.search(it.rule) or (it.ahead and it.ends):
+                        ahead = it.ahead or priority < own
+                        rule = _COUNTER.sub("", it.rule).strip()
+                        yield Foreign(table=name, chain=base, priority=priority, ahead=ahead, text=rule)
 
 
-def _of_save(text: str, table: str, ours: Chain, own: int) -> Iterator[Foreign]:
+def _of_save(text: str, table: str, ours: Chain, own: int, may: Callable[[str], bool]) -> Iterator[Foreign]:
     chains: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith("-A "):
@@ -106,31 +127,57 @@ def _of_save(text: str, table: str, ours: Chain, own: int) -> Iterator[Foreign]:
     kind = table.rpartition(" ")[2]
     priority = _LEGACY_PRIORITIES[kind]
     hook = PLACES[ours].hook
-    for rule, ahead in _reachable(chains, hook, ours):
-        if (_TRANSLATES if kind == "nat" else _STOPS).search(rule):
-            yield Foreign(table=table, chain=hook, priority=priority, ahead=ahead or priority < own, text=rule)
+    deciding = _TRANSLATES if kind == "nat" else _STOPS
+    for it in _reachable(chains, hook, ours, may):
+        if deciding.search(it.rule) or (it.ahead and it.ends):
+            yield Foreign(table=table, chain=hook, priority=priority, ahead=it.ahead or priority < own, text=it.rule)
 
 
-def _reachable(chains: dict[str, list[str]], base: str, ours: Chain) -> list[tuple[str, bool]]:
-    """Rules of `base` and of the chains it leads to, each with whether a jump to ours comes behind it."""
-    found: list[str] = []
+class _Reached(NamedTuple):
+    """`by`: the rule of the base chain that it is or that leads to it. `ahead`: a jump to ours comes behind it.
+
+    `ends`: what matches it comes to no rule of the base chain behind that.
+    """
+
+    rule: str
+    by: str
+    ahead: bool
+    ends: bool
+
+
+def _reachable(
+    chains: Mapping[str, Sequence[str]], base: str, ours: Chain, may: Callable[[str], bool]
+) -> list[_Reached]:
+    """Rules of `base` and of the chains it leads to, as far as they `may` match."""
+    found: list[tuple[str, str, bool]] = []
     ours_at = -1
     seen = set()
 
-    def visit(name: str) -> None:
+    def visit(name: str, by: str) -> None:
         nonlocal ours_at
         seen.add(name)
-        for rule in chains.get(name, []):
-            found.append(rule)
+        for rule in chains.get(name, ()):
+            if not may(rule):
+                continue
             match = _JUMP.search(rule)
-            to = (match[1] or match[2]) if match else ""
+            verb, to = (match[1] or match[2], match[3]) if match else ("", "")
+            ends = to in _ENDING_TARGETS if to else bool(_ENDING_WORDS.search(rule))
+            if name == base:  # whoever returns from there, or goes from there for good, is done with it
+                ends |= verb in ("goto", "g") or to == "RETURN" or (not to and "return" in rule.split())
+            found.append((rule, by or rule, ends))
             if to == ours:
                 ours_at = len(found)
             elif to in chains and to not in seen:
-                visit(to)
+                visit(to, by or rule)
 
-    visit(base)
-    return [(rule, at < ours_at) for at, rule in enumerate(found)]
+    visit(base, "")
+    return [_Reached(rule, by, at < ours_at, ends) for at, (rule, by, ends) in enumerate(found)]
+
+
+def _may_open(text: str) -> bool:
+    """Whether a rule as iptables-save prints it may match the packet that opens a TCP connection; in doubt it may."""
+    states = _STATES.search(text)
+    return not _NOT_TCP.search(text) and (states is None or "NEW" in states[1].upper())
 
 
 def may_match(text: str, target: str, port: int) -> bool:

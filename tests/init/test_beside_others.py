@@ -1,5 +1,7 @@
 """Rules of Docker, kube-proxy and ufw beside ours: untouched, and still doing what they are there for."""
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
@@ -8,8 +10,22 @@ from pyroute2.iproute.linux import IPRoute
 
 from meshnet.model.address import Address
 from meshnet.net.sockets import peer_address
+from meshnet_init.apply import apply_plan, drift, in_kernel
+from meshnet_init.host import host_facts
+from meshnet_init.plan import make_plan
 from meshnet_init.remove import remove
-from tests.init.kernel import APP_PORT, INBOUND, OTHER_PORT, OUTBOUND, Lab, connect, listening
+from meshnet_init.verify import verify
+from tests.init.kernel import (
+    APP_PORT,
+    COMMANDS,
+    INBOUND,
+    OTHER_PORT,
+    OUTBOUND,
+    Lab,
+    capture,
+    connect,
+    listening,
+)
 from tests.init.sides import marked
 from tests.init.test_tproxy import transparent
 from tests.world import Host
@@ -198,3 +214,145 @@ def test_a_host_firewall_sees_the_port_that_was_dialled_behind_tproxy(lab: Lab, 
         connect(lab.peer, lab.app.address, APP_PORT, inbound).close()
         with pytest.raises(ConnectionRefusedError):
             lab.peer.connect(lab.app.address, 9999)
+
+
+@pytest.fixture
+def ahead(lab: Lab) -> Iterator[Callable[[str], None]]:
+    """Puts somebody's rules in when ours are there, ahead of them; they are as they were in the end."""
+    before: list[str] = []
+
+    def put_in(rules: str) -> None:
+        inserted = re.sub(r"^-A (PREROUTING|OUTPUT) ", r"-I \1 ", rules, flags=re.MULTILINE)
+        lab.app.run(f"{command(lab)}-restore", "--noflush", stdin=inserted)
+        before.extend(of_others(lab))
+        assert before
+
+    yield put_in
+    assert of_others(lab) == before
+    with lab.app.entered():
+        remove(0.0)
+    assert of_others(lab) == before
+
+
+def command(lab: Lab) -> str:
+    return "iptables" if lab.backend.name == "nft" else COMMANDS[lab.backend.name]
+
+
+def of_others(lab: Lab) -> list[str]:
+    saved = lab.app.run(f"{command(lab)}-save").stdout
+    return [line for line in saved.splitlines() if line.startswith("-A") and "MESHNET" not in line]
+
+
+def repaired(lab: Lab) -> bool:
+    """Whether there was something to repair: others that are asked before ours, and nothing else. Now there is not."""
+    with lab.app.entered():
+        plan = make_plan(capture(), host_facts())
+        lines = drift(plan, lab.backend, in_kernel())
+        assert all(line.startswith("ipv4: ahead of MESHNET_") for line in lines), lines
+        changed = apply_plan(plan, lab.backend).changed
+        assert changed == bool(lines)
+        assert not drift(plan, lab.backend, in_kernel())
+        assert not apply_plan(plan, lab.backend).changed
+    return changed
+
+
+def verdict(lab: Lab, target: str) -> str:
+    return str(json.loads(lab.app.run("meshnet", "explain", target, "-o", "json").stdout)["verdict"])
+
+
+def test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again(
+    lab: Lab, ahead: Callable[[str], None]
+) -> None:
+    """istio#56414: kube-proxy puts its jumps first, so what they translate never came to ours."""
+    service, other = f"{CLUSTER_IP}:443", f"{CLUSTER_IP}:80"
+    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    lab.install()
+
+    with ExitStack() as stack:
+        inbound = stack.enter_context(listening(lab.app, "ipv4", INBOUND))
+        outbound = stack.enter_context(listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1"))
+        server = stack.enter_context(listening(lab.peer, "ipv4", APP_PORT))
+        opened = [
+            connect(lab.app, CLUSTER_IP, 443, outbound, server),
+            connect(lab.peer, lab.app.address, APP_PORT, inbound),
+        ]
+        ahead(KUBE_PROXY.replace("ENDPOINT", f"{lab.peer.address}:{APP_PORT}"))
+        if lab.backend.name == "nft":  # its chain has a place of its own, ahead of all of iptables
+            assert not repaired(lab)
+            assert verdict(lab, service) == "captured"
+        else:
+            opened.append(connect(lab.app, CLUSTER_IP, 443, server, outbound))
+            assert [verdict(lab, target) for target in (service, other)] == ["perhaps captured", "captured"]
+            assert repaired(lab)
+            assert verdict(lab, service) == "captured"
+        captured = connect(lab.app, CLUSTER_IP, 443, outbound, server)
+        assert captured.captured_from() == Address(CLUSTER_IP, 443)
+        own = marked(lab.app, "ipv4", 0x1000)
+        past = connect(lab.app, CLUSTER_IP, 443, server, outbound, client=own)
+        for each in (*opened, captured, past):
+            assert each.works()
+            each.close()
+
+    if lab.backend.name != "nft":
+        jump = ("-t", "nat", "-{}", "OUTPUT", "-j", "KUBE-SERVICES")
+        for verb in "DI":
+            lab.app.run(command(lab), *(word.format(verb) for word in jump))
+        with lab.app.entered():
+            found = verify(capture())
+        assert [canary.status for canary in found.canaries] == ["captured", "captured"]
+        assert not found.ok
+        assert found.differences == (
+            "ipv4: ahead of MESHNET_OUT in OUTPUT: -j KUBE-SERVICES"
+            f" (-p tcp -m tcp -j DNAT --to-destination {lab.peer.address}:{APP_PORT})",
+        )
+        assert repaired(lab)
+
+
+def test_a_published_port_of_docker_whose_rules_came_later_is_captured_again(
+    lab: Lab, container: Host, ahead: Callable[[str], None]
+) -> None:
+    lab.install()
+
+    with ExitStack() as stack:
+        inbound = stack.enter_context(listening(lab.app, "ipv4", INBOUND))
+        published = stack.enter_context(listening(container, "ipv4", 80))
+        older = connect(lab.peer, lab.app.address, OTHER_PORT, inbound, published)
+        ahead(DOCKER)
+        if lab.backend.name != "nft":
+            connect(lab.peer, lab.app.address, OTHER_PORT, published, inbound).close()
+        assert repaired(lab) == (lab.backend.name != "nft")
+        captured = connect(lab.peer, lab.app.address, OTHER_PORT, inbound, published)
+        assert captured.captured_from() == Address(lab.app.address, OTHER_PORT)
+        assert older.works()
+        older.close()
+        captured.close()
+        lab.install(exclude_inbound_ports=[str(OTHER_PORT)])
+        connect(lab.peer, lab.app.address, OTHER_PORT, published, inbound).close()
+
+
+def test_rules_that_let_pass_ahead_of_ours_hide_them_as_well(lab: Lab) -> None:
+    """In one chain of iptables ACCEPT and RETURN are the end of it; another chain of nftables is asked still."""
+    if lab.backend.name == "nft":
+        return
+    lab.install()
+    for verdict in ("ACCEPT", "RETURN"):
+        rule = ("OUTPUT", "-p", "tcp", "--dport", str(APP_PORT), "-j", verdict)
+        with listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(lab.peer, "ipv4", APP_PORT) as it:
+            lab.app.run(command(lab), "-t", "nat", "-I", *rule)
+            connect(lab.app, lab.peer.address, APP_PORT, it, outbound).close()
+            assert repaired(lab)
+            connect(lab.app, lab.peer.address, APP_PORT, outbound, it).close()
+        lab.app.run(command(lab), "-t", "nat", "-D", *rule)
+
+
+def test_what_decides_nothing_for_new_tcp_may_stand_ahead_of_ours(lab: Lab, ahead: Callable[[str], None]) -> None:
+    """ufw's chains are in another table; and who counts, logs or means UDP takes nothing away."""
+    lab.install()
+    ahead(
+        allowed(22, INBOUND)
+        + "*nat\n:COUNTED - [0:0]\n-A OUTPUT -j COUNTED\n-A COUNTED -p tcp -j RETURN\n"
+        + "-A OUTPUT -p tcp -m tcp --dport 80\n-A OUTPUT -p udp -m udp --dport 53 -j REDIRECT --to-ports 5353\nCOMMIT\n"
+    )
+    assert not repaired(lab)
+    with listening(lab.app, "ipv4", INBOUND) as inbound:
+        connect(lab.peer, lab.app.address, APP_PORT, inbound).close()

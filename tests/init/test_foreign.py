@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshnet_init.foreign import Foreign, foreign_rules, may_match
+from meshnet_init.foreign import Foreign, foreign_rules, may_match, standing_ahead
 from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Chain
 from tests.init.kernel import Lab, backend_named
 from tests.world import World
@@ -33,6 +33,37 @@ from tests.world import World
 )
 def test_in_doubt_a_rule_may_match(text: str, may: bool) -> None:
     assert may_match(text, "10.1.2.3", 8080) == may
+
+
+@pytest.mark.parametrize(
+    ("rule", "may"),
+    [
+        ("-p tcp -j DNAT --to-destination 1.2.3.4", True),
+        ("-p udp -j DNAT --to-destination 1.2.3.4", False),
+        ("-d 10.1.2.3/32 -j ACCEPT", True),
+        ("-d 10.1.2.3/32 -j RETURN", True),
+        ("-g THEIRS", True),
+        ("-j THEIRS", False),
+        ("-j EMPTY-DROP", False),
+        ("-j DEEP", True),
+        ("-p udp -j DEEP", False),
+        ("-j LOG --log-prefix ACCEPT", False),
+        ("-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", False),
+        ("-m conntrack --ctstate NEW,RELATED -j ACCEPT", True),
+        ("-m conntrack ! --ctstate RELATED -j ACCEPT", True),
+    ],
+)
+def test_what_may_end_a_new_connections_way_ahead_of_ours(rule: str, may: bool) -> None:
+    chains = {
+        "THEIRS": ["-j MARK --set-xmark 0x1/0x1", "-j RETURN"],
+        "DEEP": ["-j DEEPER", "-p udp -j REDIRECT --to-ports 9"],
+        "DEEPER": ["-p tcp -j REDIRECT --to-ports 9"],
+    }
+    found = standing_ahead({"OUTPUT": [rule, "-p tcp -j MESHNET_OUT"], **chains}, CHAIN_OUT)
+    inside = " (-p tcp -j REDIRECT --to-ports 9)" if "DEEP" in rule else ""
+    assert found == ((rule + inside,) if may else ())
+    assert standing_ahead({"OUTPUT": ["-p tcp -j MESHNET_OUT", rule], **chains}, CHAIN_OUT) == ()
+    assert standing_ahead({"PREROUTING": [rule, "-p tcp -j MESHNET_IN"], "OUTPUT": [], **chains}, CHAIN_OUT) == ()
 
 
 @pytest.mark.netns

@@ -8,6 +8,7 @@ import pytest
 
 from tests.init.kept import Kept
 from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, connect, listening
+from tests.init.sides import marked
 from tests.world import ProgramFailed, wait_for
 
 pytestmark = pytest.mark.netns
@@ -50,6 +51,39 @@ def test_one_rule_that_is_slipped_in_is_taken_out(kept: Kept) -> None:
     assert "5432" in "".join(report.last_repair.differences)
     with kept.host.entered():
         assert "5432" not in kept.lab.rules_text()
+
+
+def test_rules_that_are_put_ahead_of_ours_are_put_behind_again_and_stay(kept: Kept) -> None:
+    """istio#56414: somebody whose jump came first translated what ours never saw."""
+    host, peer = kept.host, kept.lab.peer
+    looked = kept.start().looked_at
+    legacy = kept.lab.backend.name == "legacy"
+    to = (
+        "-p",
+        "tcp",
+        "-d",
+        "10.96.0.7",
+        "--dport",
+        "443",
+        "-j",
+        "DNAT",
+        "--to-destination",
+        f"{peer.address}:{APP_PORT}",
+    )
+    host.run("iptables-legacy" if legacy else "iptables", "-t", "nat", "-I", "OUTPUT", *to)
+    host.configure(f"route add 10.96.0.7/32 via {peer.address}")
+    if kept.lab.backend.name == "nft":  # is asked first wherever they stand
+        wait_for(lambda: kept.now().looked_at > looked)
+        assert kept.now().repairs == 0
+    else:
+        report = kept.repaired()
+        assert report.last_repair is not None
+        assert "ahead of MESHNET_OUT in OUTPUT: -d 10.96.0.7/32 -p tcp" in "".join(report.last_repair.differences)
+        wait_for(lambda: kept.now().in_place)
+    with listening(host, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(peer, "ipv4", APP_PORT) as direct:
+        connect(host, "10.96.0.7", 443, outbound, direct).close()
+        own = marked(host, "ipv4", 0x1000)
+        connect(host, "10.96.0.7", 443, direct, outbound, client=own).close()
 
 
 def test_who_fights_is_named_and_it_goes_on_with_pauses(by_nft: Kept) -> None:

@@ -21,6 +21,7 @@ from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed
 from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.nft import drop_empty_iptables, nft_chains
+from meshnet_init.foreign import standing_ahead
 from meshnet_init.render import TABLES, chains_of, insert_jump, iptables_table, jump, read_iptables_rule
 from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain, Plan, Rule, Table, drain_set
 
@@ -101,7 +102,7 @@ class IptablesBackend:
         """Whether the nat table of either family has rules that are not ours."""
         nat = [table for table in self._tables if table.name == "nat"]
         with self._session(False):
-            return any(table.exists() and table.read().others for table in nat)
+            return any(table.exists() and table.read().has_others() for table in nat)
 
     def expected(self, plan: Plan) -> tuple[Rule, ...]:
         plan = without_missing(plan)
@@ -165,10 +166,14 @@ class _State(msgspec.Struct):
     rules: list[Counted] = []
     lines: list[str] = []
     foreign: list[str] = []
-    others: int = 0  # rules of other chains that have nothing to do with ours
+    others: dict[str, list[str]] = {}  # the rules of other chains, jumps to ours among them
 
     def present(self) -> bool:
         return bool(self.chains or self.jumps)
+
+    def has_others(self) -> bool:
+        """Whether there are rules that have nothing to do with ours."""
+        return sum(map(len, self.others.values())) > len(self.jumps)
 
     def drains(self) -> bool:
         return bool(self.rules) and all(counted.rule.keeps() for counted in self.rules)
@@ -178,14 +183,20 @@ class _State(msgspec.Struct):
         unhung = [chain for chain in needed if jump(chain) not in self.jumps]
         missing = [f"{PLACES[chain].hook} does not jump to {chain}" for chain in unhung]
         extra = [f"jump that is not in the plan: {line}" for line in self._extra_jumps(needed)]
-        return missing + extra + [f"rule that is not meshnet's: {line}" for line in self.foreign]
+        late = [f"ahead of {chain} in {PLACES[chain].hook}: {line}" for chain in needed for line in self._ahead(chain)]
+        return missing + late + extra + [f"rule that is not meshnet's: {line}" for line in self.foreign]
 
     def changes(self, chains: Sequence[Chain]) -> list[str]:
-        """The commands that leave each built-in chain with one jump to each of `chains`, and ours with no other."""
-        inserts = [insert_jump(chain) for chain in chains if jump(chain) not in self.jumps]
+        """The commands that leave each built-in chain with one jump to each of `chains`, and ours with no other.
+
+        One that has others' rules ahead of it is put first again: kube-proxy, for one, puts its own there.
+        """
+        placed = [chain for chain in chains if self.jumps.count(jump(chain)) == 1 and not self._ahead(chain)]
+        kept = [jump(chain) for chain in placed]
         gone = [chain for chain in self.chains if chain not in chains]
-        unhung = [*inserts, *(f"-D {line}" for line in self._extra_jumps(chains))]
-        return [*unhung, *(f"-F {chain}" for chain in gone), *(f"-X {chain}" for chain in gone)]
+        unhung = [f"-D {line}" for line in self.jumps if line not in kept]
+        inserts = [insert_jump(chain) for chain in chains if chain not in placed]
+        return [*unhung, *inserts, *(f"-F {chain}" for chain in gone), *(f"-X {chain}" for chain in gone)]
 
     def deletion(self) -> str:
         chains = [f":{chain} - [0:0]" for chain in self.chains]
@@ -194,6 +205,10 @@ class _State(msgspec.Struct):
 
     def commit(self, lines: Iterable[str]) -> str:
         return "\n".join([f"*{self.table}", *lines, "COMMIT"]) + "\n"
+
+    def _ahead(self, chain: Chain) -> tuple[str, ...]:
+        # The guard redirects nothing: who stands ahead of it in a filter table takes no connection away from the proxy.
+        return () if self.table == "filter" else standing_ahead(self.others, chain)
 
     def _needed(self) -> Sequence[Chain]:
         return NAT_CHAINS if self.table == "nat" else self.chains
@@ -272,10 +287,9 @@ class _Table:
             words = text.split()
         chain = next((chain for chain in CHAINS if chain == chain_name), None)
         if chain is None:
+            state.others.setdefault(chain_name, []).append(text)
             if words[-1] in CHAINS:
                 state.jumps.append(f"{chain_name} {text}")
-            else:
-                state.others += 1
             return
         state.lines.append(f"-A {chain} {text}")
         rule = read_iptables_rule(chain, self.family, words)
