@@ -39,6 +39,7 @@ _FIRST = 0.5  # seconds; while capture is not proved it is tried again after pau
 _SECOND_LOOK = 0.2  # seconds; the kernel's list is not of one moment, so what got past is seen twice
 _EXAMPLES = 5
 _DEFINITE: frozenset[ProofResult] = frozenset({"captured", "not captured"})
+_FAMILY: dict[int, IpFamily] = {4: "ipv4", 16: "ipv6"}  # by the length of a packed address
 _NAMES: dict[IpFamily, str] = {"ipv4": "IPv4", "ipv6": "IPv6"}
 
 Past = frozenset[tuple[Direction, TcpSocket]]
@@ -118,7 +119,21 @@ class CaptureProof:
             problems.append("capture is required, and not proved yet")
         if self._keeper is not None and (self._required or self._proved):
             problems += _problems_of(self._keeper)
+        if self._required or self._proved:
+            problems += self._inbound_past()
         return tuple(problems)
+
+    def _inbound_past(self) -> Iterator[str]:
+        """What comes in nobody proves where no keeper is, as in a pod: what came in beside the sidecar tells."""
+        reported = self._keeper.proofs if self._keeper is not None else ()
+        kept = {it.family for it in reported if it.direction == "inbound" and it.result == "captured"}
+        inbound = [each for each in sorted(self._past) if each[0] is Direction.INBOUND]
+        if past := [each for each in inbound if _FAMILY[len(each[1].local)] not in kept]:
+            many = "1 connection" if len(past) == 1 else f"{len(past)} connections"
+            yield (
+                f"{many} inbound got past the sidecar: {', '.join(map(_told, past[:_EXAMPLES]))}"
+                " (sudo meshnet rules verify; in a pod: restart it)"
+            )
 
     def status(self) -> CaptureStatus | None:
         if self._interval is None:

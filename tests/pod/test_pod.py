@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.init.kernel import listening
 from tests.pod.conftest import API, CLIENT, CURL, PORT, Cluster
 from tests.pod.kubelet import Pod
 from tests.proxy.programs import ended_by_rst
@@ -251,6 +252,25 @@ def test_a_sidecar_whose_rules_vanish_is_not_ready_until_init_runs_again(client:
     assert pod.probe("meshnet-proxy", "readinessProbe")
     pod.host.run("meshnet", "init", "remove", "--drain", "0s")
     wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is not ready")
+    assert "in force (" in pod.run_to_end("meshnet-init")
+    wait_for(lambda: pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is ready again")
+
+
+def test_a_sidecar_that_is_passed_by_inbound_is_not_ready_until_init_runs_again(
+    client: Callable[..., Pod], cluster: Cluster
+) -> None:
+    """Nothing proves inbound capture in a pod; but what came in beside a sidecar is noticed."""
+    pod = client(CLIENT)
+    pod.start()
+    assert pod.probe("meshnet-proxy", "readinessProbe")
+    pod.host.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
+    with listening(pod.host, "ipv4", PORT) as app, cluster.node.connect(pod.host.address, PORT) as past:
+        accepted, _ = app.accept()
+        with accepted:
+            past.sendall(b"in plain text")
+            assert accepted.recv(13) == b"in plain text"
+            wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is not ready")
+            assert pod.probe("meshnet-proxy", "livenessProbe")
     assert "in force (" in pod.run_to_end("meshnet-init")
     wait_for(lambda: pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is ready again")
 

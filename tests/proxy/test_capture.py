@@ -191,6 +191,7 @@ def test_what_got_past_the_sidecar_is_counted_and_what_is_older_than_capture_is_
         assert set(capture_of(sidecar).examples) == {out, into}
         assert value(web, "meshnet_uncaptured_connections", direction="inbound") == 1
         assert "got past the sidecar" in sidecar.meshnet("status", check=False)
+        assert f"1 connection inbound got past the sidecar: {into} (" in sidecar.status().not_ready_because[-1]
 
         sidecar.capture()
         wait_for(lambda: in_place(sidecar))
@@ -205,5 +206,24 @@ def test_what_got_past_the_sidecar_is_counted_and_what_is_older_than_capture_is_
                 break
         here.close()
         wait_for(lambda: capture_of(sidecar).uncaptured == {"outbound": 0, "inbound": 0})
+        wait_for(lambda: sidecar.status().ready)
         for sock in (*older, captured):
             sock.close()
+
+
+def test_what_came_in_beside_the_sidecar_takes_readiness_away_though_all_that_leaves_is_captured(
+    sidecar: Sidecar, web: Host, peer: Host
+) -> None:
+    sidecar.capture()
+    wait_for(lambda: in_place(sidecar))
+    web.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
+    with listening(web, "ipv4", APP) as here, peer.connect(web.address, APP):
+        accepted, _ = here.accept()
+        with accepted:
+            status = wait_for(lambda: not_ready(sidecar))
+            assert in_place(sidecar)
+            (why,) = status.not_ready_because
+            assert "1 connection inbound got past the sidecar" in why
+            assert get(web, "/readyz")[0] == 503
+    sidecar.capture()
+    wait_for(lambda: sidecar.status().ready)
