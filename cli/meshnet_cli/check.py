@@ -21,6 +21,7 @@ from meshnet_cli.vm import host, ssh, systemd
 EXIT_WARNED = 3
 
 _SOON = 0.25  # of a certificate's life: it should have been renewed at half of it
+_MOST_SHOWN = 3  # differences
 _MARKS = {"ok": "✓", "warning": "!", "error": "✗"}
 
 
@@ -72,15 +73,18 @@ def command(config: str | None, output: str, fail_on: str) -> None:
 
 def findings(settings: Settings, config: str | None) -> Iterator[Finding]:
     """One for each thing looked at; more where several are wrong. The settings themselves are well-formed."""
-    status = None
+    status, asked = None, True
     try:
         status = supervise.running(settings)
     except CommandError:
-        pass  # said below, by whoever holds its ports
+        asked = False  # said below, by whoever holds its ports
     yield _needed("rights.net_admin", "may change the kernel's rules", preflight.need_right)
     yield host.kernel()
     yield _needed("rules.backend", "", lambda: _backend(settings))
     yield host.guard(settings)
+    if asked:
+        yield _in_force(settings, status)
+    yield host.saved_rules()
     yield host.foreign_rules()
     if status is None:
         yield _needed("ports.free", "the sidecar's ports are free", lambda: preflight.need_free_ports(settings))
@@ -141,6 +145,45 @@ def _truthful(settings: Settings, status: Status | None) -> Finding:
         what="capture.truthful_connect is not in force",
         why="the sidecar was started without it" if truthful is None else truthful.problem or "it has just begun",
         fix="give the sidecar the capability NET_ADMIN, and start it again: sudo meshnet down && sudo meshnet up",
+    )
+
+
+def _in_force(settings: Settings, sidecar: Status | None) -> Finding:
+    """What the kernel holds of ours by now, wherever it came from, for the sidecar that runs or for nobody."""
+    from meshnet_init.apply import drift, in_kernel
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+
+    code = "rules.in_force"
+    try:
+        found = in_kernel()
+        plan = make_plan(settings, host_facts())
+    except CommandError as error:
+        return Finding(code=code, level="warning", what=error.what, why=error.why, fix="sudo meshnet check")
+    except ConfigError as error:
+        return Finding(code=code, level="warning", what="no rules can be planned", why=error.problem)
+    captures = [backend.name for backend, installed in found if not installed.draining()]
+    if sidecar is None:
+        if not captures:
+            return Finding(code=code, level="ok", what="nothing is captured, and no sidecar runs")
+        return Finding(
+            code=code,
+            level="error",
+            what=f"rules are in force ({', '.join(captures)}), and no sidecar runs",
+            why="what they capture is refused, in and out",
+            fix="sudo meshnet up; or take them out: sudo meshnet init remove",
+        )
+    lines = drift(plan, found[0][0], found) if captures else ["nothing new is captured"]
+    if not lines:
+        return Finding(code=code, level="ok", what=f"they are in force as planned ({captures[0]})")
+    return Finding(
+        code=code,
+        level="error",
+        what="a sidecar runs, and the rules in force are not those of these settings",
+        why="; ".join(
+            [*lines[:_MOST_SHOWN], *([f"and {more} more"] if (more := len(lines) - _MOST_SHOWN) > 0 else [])]
+        ),
+        fix="sudo meshnet up",
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from meshnet.control.authority import Authority, save_issued
+from meshnet.model.capture import StandDown
+from meshnet.net.keeper import tell_keeper
 from tests.cli.machine import Machine
 from tests.cli.sidecar import ROOT
 from tests.world import wait_for
@@ -55,14 +57,15 @@ def test_a_host_that_is_up_is_well(machine: Machine) -> None:
 
 
 def test_connect_is_held_once_a_sidecar_runs_that_was_told_so(machine: Machine) -> None:
-    def told() -> tuple[str, str, str]:
-        found = looked_at(machine)["connect.truthful"]
+    def told(code: int = 0) -> tuple[str, str, str]:
+        found = looked_at(machine, code=code)["connect.truthful"]
         return found["level"], found["what"], found["why"]
 
     assert told() == ("ok", "capture.truthful_connect is off", "")
     machine.up()
     machine.configure("[capture]\ntruthful_connect = true\n")
-    assert told()[0::2] == ("warning", "the sidecar was started without it")
+    # The rules are those of before as well: an error, by another code.
+    assert told(1)[0::2] == ("warning", "the sidecar was started without it")
     assert machine.meshnet("down").returncode == 0
     assert told() == ("ok", "no sidecar runs that could hold connect()", "")
     machine.up()
@@ -85,6 +88,50 @@ def test_another_mesh_is_an_error_and_dockers_rules_are_none(machine: Machine) -
     machine.host.run("nft", "add chain ip nat ISTIO_OUTPUT")
     found = looked_at(machine, code=1)["rules.foreign"]
     assert (found["level"], "ISTIO_OUTPUT" in found["what"]) == ("error", True)
+
+
+@pytest.mark.parametrize("backend", ["nft", "iptables", "legacy"])
+def test_rules_without_a_sidecar_are_an_error_wherever_they_came_from(machine: Machine, backend: str) -> None:
+    assert looked_at(machine)["rules.in_force"]["level"] == "ok"
+    machine.host.run("meshnet", "init", "--config", machine.config, "--backend", backend)
+    found = looked_at(machine, code=1)
+    assert wrong(found) == {"rules.in_force": "error", "identity.valid": "warning"}
+    assert f"rules are in force ({backend}), and no sidecar runs" == found["rules.in_force"]["what"]
+    assert "sudo meshnet up; or take them out: sudo meshnet init remove" in found["rules.in_force"]["fix"]
+    machine.host.run("meshnet", "init", "remove", "--drain", "0s")
+    assert looked_at(machine)["rules.in_force"]["level"] == "ok"
+
+
+def test_rules_that_are_not_those_of_the_sidecar_that_runs_are_an_error(machine: Machine) -> None:
+    machine.configure("[capture]\nproof_interval = 'off'\n")
+    machine.up()
+    assert looked_at(machine)["rules.in_force"]["level"] == "ok"
+    with machine.host.entered():
+        assert tell_keeper(StandDown())
+    machine.host.run("nft", "insert", "rule", "inet", "meshnet", "MESHNET_OUT", "tcp", "dport", "80", "return")
+    found = looked_at(machine, code=1)["rules.in_force"]
+    assert "tcp dport 80" in found["why"]
+    machine.host.run("nft", "delete", "table", "inet", "meshnet")
+    found = looked_at(machine, code=1)["rules.in_force"]
+    assert (found["why"], found["fix"]) == ("nothing new is captured", "sudo meshnet up")
+
+
+def test_rules_that_somebody_saved_come_back_at_boot(machine: Machine) -> None:
+    """sshuttle#629: and then there is no sidecar that they would lead to."""
+    machine.host.run("meshnet", "init", "--config", machine.config, "--backend", "iptables")
+    saved = machine.host.run("iptables-save").stdout
+    machine.host.run("meshnet", "init", "remove", "--drain", "0s")
+    (machine.home / "rules.v4").write_text(saved)
+    script = 'cp -a /etc "$0/etc" && mkdir -p "$0/etc/iptables" && cp "$0/rules.v4" "$0/etc/iptables/" &&'
+    script += ' mount --bind "$0/etc" /etc && "$@"'
+    by = ("unshare", "--mount", "sh", "-c", script, str(machine.home))
+    done = machine.meshnet("check", "--config", str(machine.config), "-o", "json", by=by)
+    found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
+    assert (done.returncode, found["rules.saved"]["level"]) == (0, "warning")
+    assert found["rules.saved"]["what"] == "meshnet's rules are saved in /etc/iptables/rules.v4"
+    assert found["rules.in_force"]["level"] == "ok"
+    machine.host.run("iptables-restore", stdin=saved)  # what the next boot does
+    assert looked_at(machine, code=1)["rules.in_force"]["level"] == "error"
 
 
 def test_a_certificate_that_nobody_has_renewed(machine: Machine) -> None:
@@ -143,5 +190,5 @@ def test_without_rights_it_says_so(machine: Machine) -> None:
     )
     found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
     assert done.returncode == 1
-    assert found["rights.net_admin"]["fix"] == "sudo meshnet check"
+    assert found["rights.net_admin"]["fix"].startswith("sudo meshnet check --config ")
     assert (found["rules.foreign"]["level"], found["rules.foreign"]["fix"]) == ("warning", "sudo meshnet check")

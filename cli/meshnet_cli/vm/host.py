@@ -29,6 +29,17 @@ _OTHERS = {
 }
 _HARMFUL = next(iter(_OTHERS))
 
+# What a host loads its rules from when it boots: nftables and iptables-persistent, of Debian, Red Hat and Arch.
+_SAVED = (
+    "nftables.conf",
+    "nftables/*.nft",
+    "iptables/*.rules",
+    "iptables/rules.v[46]",
+    "sysconfig/ip*tables",
+    "sysconfig/nftables.conf",
+)
+_OURS = re.compile(r"\bMESHNET_(?:IN|OUT)\b")
+
 
 def kernel() -> Finding:
     release = os.uname().release
@@ -90,6 +101,27 @@ def guard(settings: Settings) -> Finding:
         what="capture.strict does not outlast a flush of all rules here",
         why=f"{why}; connections pass until the keeper has put the rules in again",
         fix="Linux 5.12 or newer, with nftables: modprobe nf_tables",
+    )
+
+
+def saved_rules() -> Finding:
+    """Rules of ours that somebody saved with all others come back at boot, and a sidecar may not (sshuttle#629)."""
+    code = "rules.saved"
+    files = sorted(file for pattern in _SAVED for file in Path("/etc").glob(pattern))
+    try:
+        saved = [file for file in files if file.is_file() and _OURS.search(file.read_text(errors="replace"))]
+    except PermissionError as error:
+        what = "whether meshnet's rules were saved for the next boot cannot be seen"
+        return Finding(code=code, level="warning", what=what, why=str(error), fix="sudo meshnet check")
+    if not saved:
+        return Finding(code=code, level="ok", what="none of them is saved for the next boot by somebody else")
+    names = ", ".join(map(str, saved))
+    return Finding(
+        code=code,
+        level="warning",
+        what=f"meshnet's rules are saved in {names}",
+        why="they come back at boot, as they were, whether a sidecar runs or not: what they capture is then refused",
+        fix=f"take the lines with MESHNET_ out of {names}: meshnet puts its rules in itself",
     )
 
 
