@@ -171,8 +171,8 @@ def unproved(result: "Verification") -> str:
     if not result.ok or any(canary.status == "captured" for canary in result.canaries):
         return ""
     if any(canary.status == "no route" for canary in result.canaries):
-        return "nothing proved: no route out of this host (add a route, then: meshnet rules verify)"
-    return "nothing proved: " + "; ".join(f"{canary.family}: {canary.detail}" for canary in result.canaries)
+        return "nothing outbound proved: no route out of this host (add a route, then: meshnet rules verify)"
+    return "nothing outbound proved: " + "; ".join(f"{canary.family}: {canary.detail}" for canary in result.canaries)
 
 
 def sidecar_lines(settings: Settings, sidecar: Status | None, result: "Verification") -> Iterator[str]:

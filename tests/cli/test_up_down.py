@@ -113,7 +113,7 @@ def test_down_leaves_nothing_and_a_second_down_has_nothing_to_do(machine: Machin
 def test_a_host_that_nothing_can_leave_is_told_that_nothing_was_proved(machine: Machine) -> None:
     machine.host.run("ip", "-4", "route", "flush", "default")
     machine.host.run("ip", "-6", "route", "flush", "default")
-    unproved = "nothing proved: no route out of this host (add a route, then: meshnet rules verify)"
+    unproved = "nothing outbound proved: no route out of this host (add a route, then: meshnet rules verify)"
     done = machine.meshnet("up")
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^! verify .*s  {re.escape(unproved)}$", done.stdout, re.MULTILINE)
