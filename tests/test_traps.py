@@ -21,6 +21,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
     "3 the xtables lock (istio#58507)": (
         "tests/init/test_legacy.py::test_who_holds_the_lock_of_the_legacy_tables_is_waited_for",
+        "tests/init/test_legacy_lock.py::test_who_writes_at_the_same_time_loses_no_rule_and_neither_do_we_istio58507",
     ),
     "4 init that runs again (istio#42792)": (
         "tests/init/test_backends.py::test_twice_is_once_down_to_the_handles",
@@ -39,6 +40,8 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
     "8 an application with the proxy's own uid (istio#4286)": (
         "tests/init/test_capture.py::test_the_proxys_group_lets_its_connections_pass",
+        "tests/cli/kubernetes/test_inject.py::"
+        "test_trap_8_a_container_in_the_sidecar_s_group_would_pass_by_the_mesh_and_is_refused",
     ),
     "9 a host that calls itself (istio#23369)": (
         "tests/init/test_capture.py::test_loopback_and_own_address_stay_on_the_host",
@@ -91,6 +94,35 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
     "also: QUIC goes beside the proxy (istio#1430)": (
         "tests/init/test_guard.py::test_a_quic_client_learns_at_once_that_it_must_fall_back_istio1430",
+    ),
+    "also: a newer nft's rules crash an older one (istio#58492)": (
+        "tests/init/test_foreign.py::test_an_nft_that_crashes_on_what_a_newer_one_wrote_is_in_nobodys_way_istio58492",
+        "tests/init/test_backends.py::test_the_text_says_the_same_as_what_the_backend_writes",
+    ),
+    "also: many ports turned to one (istio#38982)": (
+        "tests/init/test_capture.py::test_one_port_of_a_client_for_two_captured_ports_is_two_connections_istio38982",
+    ),
+    "also: a connection succeeds though nobody is there (istio#41090)": (
+        "tests/proxy/test_ends.py::test_no_application_at_any_endpoint_is_an_rst_for_the_client_and_not_an_end",
+        "tests/proxy/test_ends.py::test_a_pass_through_that_is_refused_is_an_rst_for_the_client",
+    ),
+    "also: a table of connections that is full (k8s#71261)": (
+        "tests/faults/test_shortage.py::test_a_full_table_of_connections_costs_new_ones_and_none_that_is_open",
+    ),
+    "also: users and groups by name (istio#48416)": (
+        "tests/init/test_values.py::test_what_is_no_id_is_refused",
+        "tests/init/test_capture.py::test_excluded_users_and_groups_are_left_alone",
+    ),
+    "also: saved rules that come back at boot (sshuttle#629)": (
+        "tests/cli/test_check.py::test_rules_that_somebody_saved_come_back_at_boot",
+    ),
+    "also: rules placed after others (istio#56414)": (
+        "tests/init/test_beside_others.py::test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again",
+        "tests/init/test_beside_others.py::test_a_published_port_of_docker_whose_rules_came_later_is_captured_again",
+        "tests/init/test_keep.py::test_rules_that_are_put_ahead_of_ours_are_put_behind_again_and_stay",
+        "tests/init/test_foreign.py::test_rules_of_every_kind_of_tables_are_found_in_order",
+        "tests/init/test_verify.py::test_somebody_elses_rules_ahead_of_ours_take_the_visitor_away",
+        "tests/init/test_fail.py::test_what_comes_in_and_is_taken_by_another_program_makes_the_sidecar_not_ready",
     ),
 }
 

@@ -1,5 +1,7 @@
 """What is captured and what is left alone: real connections through real rules, on each backend, in both families."""
 
+import socket
+
 import pytest
 
 from meshnet.model.address import Address
@@ -12,6 +14,7 @@ from tests.init.kernel import (
     listening,
 )
 from tests.init.sides import Sides, made_by, marked, prefix, route_through
+from tests.world import Host
 
 pytestmark = pytest.mark.netns
 
@@ -21,6 +24,35 @@ def test_both_directions_come_to_the_proxy_which_learns_where_they_were_going(la
 
     assert sides.call_in(sides.inbound).captured_from() == Address(sides.app, APP_PORT)
     assert sides.call_out(sides.outbound).captured_from() == Address(sides.peer, APP_PORT)
+
+
+def test_one_port_of_a_client_for_two_captured_ports_is_two_connections_istio38982(lab: Lab, sides: Sides) -> None:
+    """Both come to one port of the proxy: only a second translation, of the kernel's own, tells them apart there."""
+    lab.install()
+
+    for host, target, captured in ((lab.peer, sides.app, sides.inbound), (lab.app, sides.peer, sides.outbound)):
+        clients = [from_port(host, sides.family, 40001) for _ in range(2)]
+        ports = (APP_PORT, OTHER_PORT)
+        both = [
+            connect(host, target, port, captured, client=client) for port, client in zip(ports, clients, strict=True)
+        ]
+        assert [each.client.getsockname()[1] for each in both] == [40001, 40001]
+        assert [each.captured_from() for each in both] == [Address(target, APP_PORT), Address(target, OTHER_PORT)]
+        for each in both:
+            assert each.works()
+        both[0].client.sendall(b"first")
+        both[1].client.sendall(b"other")
+        assert [each.server.recv(5) for each in both] == [b"first", b"other"]
+        for each in both:
+            each.close()
+
+
+def from_port(host: Host, family: str, port: int) -> socket.socket:
+    """Several may be bound to it, for each goes to another address."""
+    client = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    client.bind(("", port))
+    return client
 
 
 def test_a_port_nobody_listens_on_is_captured_all_the_same(lab: Lab, sides: Sides) -> None:

@@ -1,5 +1,8 @@
 """Other programs' rules: what a text rules out, and in which order the kernel asks."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from meshnet_init.foreign import Foreign, foreign_rules, may_match, standing_ahead
@@ -113,3 +116,23 @@ def test_in_one_chain_those_before_the_jump_to_ours_are_asked_first(world: World
         redirect = ("-p", "tcp", "-j", "REDIRECT", "--to-ports", "3" if verb == "-I" else "4")
         lab.app.run("iptables", "-t", "nat", verb, "OUTPUT", *redirect)
     assert [(rule.ahead, rule.text.split(":")[-1]) for rule in rules(lab, CHAIN_OUT)] == [(True, "3"), (False, "4")]
+
+
+@pytest.mark.netns
+def test_an_nft_that_crashes_on_what_a_newer_one_wrote_is_in_nobodys_way_istio58492(
+    world: World, tmp_path: Path
+) -> None:
+    """istio#58492, k8s#136786. The backend needs no program; who only lists says that it could not."""
+    host = world.host("app")
+    for program in ("nft", "iptables", "iptables-save", "iptables-restore"):
+        (tmp_path / program).write_text("#!/bin/sh\nkill -SEGV $$\n")
+        (tmp_path / program).chmod(0o755)
+
+    def said(*words: str) -> str:
+        return host.run("sh", "-c", 'PATH="$0:$PATH" exec "$@"', tmp_path, "meshnet", *words).stdout
+
+    assert "in force (nft)" in said("init", "--backend", "nft", "--verify")
+    assert "rules (nft): as planned" in said("rules", "verify")
+    told = json.loads(said("explain", "10.1.2.3:8080", "-o", "json"))
+    assert (told["verdict"], told["unread"]) == ("captured", ["nftables: nft is not installed, or did not work"])
+    assert "rules removed (nft)" in said("init", "remove")
