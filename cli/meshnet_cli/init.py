@@ -21,7 +21,7 @@ from meshnet_cli.output import (
     warn,
     with_sudo,
 )
-from meshnet_cli.rules import sidecar_lines, unproved
+from meshnet_cli.rules import asked_first, sidecar_lines, unproved
 from meshnet_cli.vm import ssh
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
@@ -260,6 +260,8 @@ def command(
             click.echo(printable(f"{canary.direction} {canary.family}: {canary.status}: {canary.detail}"))
         if unproved(view.verification):
             click.echo(f"! {unproved(view.verification)}")
+        for line in asked_first(view.verification):
+            click.echo(f"! {printable(line)}")
 
 
 @command.command("remove")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.rule import Rule
     from meshnet_init.verify import Verification
 
+_MOST_SHOWN = 3  # rules of others
 _COLORS = {"STATUS": {"captured": "green", "not captured": "red"}}
 
 
@@ -134,6 +135,8 @@ def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
             )
         if unproved(result):
             click.echo(f"! {unproved(result)}")
+        for line in asked_first(result):
+            click.echo(f"! {printable(line)}")
         if result.fix:
             click.echo(f"fix: {result.fix}")
     if not result.ok:
@@ -173,6 +176,17 @@ def unproved(result: "Verification") -> str:
     if any(canary.status == "no route" for canary in result.canaries):
         return "nothing outbound proved: no route out of this host (add a route, then: meshnet rules verify)"
     return "nothing outbound proved: " + "; ".join(f"{canary.family}: {canary.detail}" for canary in result.canaries)
+
+
+def asked_first(result: "Verification") -> Iterator[str]:
+    """What no canary can prove: for whom others' rules may decide before ours."""
+    found = result.asked_first
+    for other in found[:_MOST_SHOWN]:
+        yield f"may be asked before ours: table {other.table}, {other.chain}, priority {other.priority}: {other.text}"
+    if len(found) > _MOST_SHOWN:
+        yield f"and {len(found) - _MOST_SHOWN} more: nft list ruleset, iptables-legacy-save"
+    if found and result.backend != "nft":
+        yield 'the rules of the backend nft are asked before all of iptables\': capture.backend = "nft"'
 
 
 def sidecar_lines(settings: Settings, sidecar: Status | None, result: "Verification") -> Iterator[str]:

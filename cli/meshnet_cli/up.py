@@ -20,7 +20,7 @@ from meshnet_cli.init import print_plan
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import DURATION, warn, with_sudo
 from meshnet_cli.phases import phase
-from meshnet_cli.rules import unproved
+from meshnet_cli.rules import asked_first, unproved
 from meshnet_cli.vm import account, deadman, ssh, systemd
 from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch, Unfinished
 from meshnet_cli.vm.identity import make_identity
@@ -227,10 +227,9 @@ def _capture(settings: Settings, status: Status, switch: Switch) -> bool:
         if not result.ok:
             why = "; ".join([*result.differences, *result.misfits, *found])
             raise CommandError("the rules do not do what they should", why=why, fix=result.fix)
-        if why_not := unproved(result):
-            say(why_not, mark="!")
-        else:
-            say(", ".join(found))
+        why_not, first = unproved(result), list(asked_first(result))
+        told = "; ".join([why_not or ", ".join(found), *first])
+        say(told, mark="!" if why_not or first else "✓")
     return applied.changed
 
 

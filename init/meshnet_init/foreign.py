@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from meshnet_init.render import KEEPER_TABLE, NFT_TABLE
-from meshnet_init.rule import PLACES, Chain
+from meshnet_init.rule import NAT_CHAINS, PLACES, Chain
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 _LEGACY_PRIORITIES = {"raw": -300, "mangle": -150, "nat": -100, "filter": 0}
@@ -41,7 +41,10 @@ _STATES = re.compile(r"(?<!! )(?:--(?:ct)?state|\bct state) (\S+)")
 
 
 class Foreign(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """One rule. `ahead`: it is asked before ours. `text` is as the program says that lists it."""
+    """One rule. `text` is as the program says that lists it.
+
+    `ahead`: it is asked before ours, or may be: of two chains with one priority the one made last is, which none tells.
+    """
 
     table: str
     chain: str
@@ -55,25 +58,56 @@ def foreign_rules(backend: str, chain: Chain, target: str, port: int) -> tuple[t
 
     `backend` is that of our rules, whose place theirs are compared with.
     """
+    family = "ip6" if ":" in target else "ip"
+    return _foreign(backend, chain, family, partial(may_match, target=target, port=port))
+
+
+def asked_first(backend: str) -> tuple[Foreign, ...]:
+    """Rules in other tables than ours that may turn a new TCP connection elsewhere before ours are asked.
+
+    No jump of ours can be put ahead of those.
+    """
+    return tuple(
+        each
+        for chain in NAT_CHAINS
+        for family in ("ip", "ip6")
+        for each in _foreign(backend, chain, family, _may_open)[0]
+        if each.ahead and _TRANSLATES.search(each.text) and each.table not in _own_tables(backend, chain)
+    )
+
+
+def _foreign(
+    backend: str, chain: Chain, family: str, may: Callable[[str], bool]
+) -> tuple[tuple[Foreign, ...], tuple[str, ...]]:
     place = PLACES[chain]
     own = place.priority if backend == "nft" else _LEGACY_PRIORITIES[place.table]
-    may = partial(may_match, target=target, port=port)
     found, unread = [], []
     nft = _said("nft", "-y", "list", "ruleset")
     if nft is None:
         unread.append("nftables: nft is not installed, or did not work")
     else:
-        found += list(_of_nft(nft, chain, own, may))
-    family = "ip6" if ":" in target else "ip"
+        found += list(_of_nft(nft, chain, may))
     for table in _legacy_tables(family):
         saved = _said(f"{family}tables-legacy-save", "-t", table) or _said(f"{family}tables-save", "-t", table)
         if saved is None:
             unread.append(f"the legacy table {table}: iptables-legacy-save is not installed")
         else:
-            found += list(_of_save(saved, f"legacy {family} {table}", chain, own, may))
+            found += list(_of_save(saved, f"legacy {family} {table}", chain, may))
     families = {"inet", family, f"legacy {family}"}
-    mine = [each for each in found if each.table.rpartition(" ")[0] in families]
-    return tuple(sorted(mine, key=lambda each: each.priority)), tuple(unread)
+    placed = [
+        each if each.table in _own_tables(backend, chain) else msgspec.structs.replace(each, ahead=each.priority <= own)
+        for each in found
+        if each.table.rpartition(" ")[0] in families
+    ]
+    return tuple(sorted(placed, key=lambda each: each.priority)), tuple(unread)
+
+
+def _own_tables(backend: str, chain: Chain) -> tuple[str, ...]:
+    """Those that lead to our chains, as they are named here."""
+    if backend == "nft":
+        return (f"inet {NFT_TABLE}",)
+    kind = "legacy " if backend == "legacy" else ""
+    return tuple(f"{kind}{family} {PLACES[chain].table}" for family in ("ip", "ip6"))
 
 
 def standing_ahead(chains: Mapping[str, Sequence[str]], ours: Chain) -> tuple[str, ...]:
@@ -89,7 +123,7 @@ def standing_ahead(chains: Mapping[str, Sequence[str]], ours: Chain) -> tuple[st
     return tuple(by if by == rule else f"{by} ({rule})" for by, rule in found.items())
 
 
-def _of_nft(text: str, ours: Chain, own: int, may: Callable[[str], bool]) -> Iterator[Foreign]:
+def _of_nft(text: str, ours: Chain, may: Callable[[str], bool]) -> Iterator[Foreign]:
     tables: dict[str, dict[str, list[str]]] = {}
     table = chain = ""
     for line in text.splitlines():
@@ -113,12 +147,11 @@ def _of_nft(text: str, ours: Chain, own: int, may: Callable[[str], bool]) -> Ite
                 priority = int(hooked[3])
                 for it in _reachable(chains, base, ours, may):
                     if deciding.search(it.rule) or (it.ahead and it.ends):
-                        ahead = it.ahead or priority < own
                         rule = _COUNTER.sub("", it.rule).strip()
-                        yield Foreign(table=name, chain=base, priority=priority, ahead=ahead, text=rule)
+                        yield Foreign(table=name, chain=base, priority=priority, ahead=it.ahead, text=rule)
 
 
-def _of_save(text: str, table: str, ours: Chain, own: int, may: Callable[[str], bool]) -> Iterator[Foreign]:
+def _of_save(text: str, table: str, ours: Chain, may: Callable[[str], bool]) -> Iterator[Foreign]:
     chains: dict[str, list[str]] = {}
     for line in text.splitlines():
         if line.startswith("-A "):
@@ -130,7 +163,7 @@ def _of_save(text: str, table: str, ours: Chain, own: int, may: Callable[[str], 
     deciding = _TRANSLATES if kind == "nat" else _STOPS
     for it in _reachable(chains, hook, ours, may):
         if deciding.search(it.rule) or (it.ahead and it.ends):
-            yield Foreign(table=table, chain=hook, priority=priority, ahead=it.ahead or priority < own, text=it.rule)
+            yield Foreign(table=table, chain=hook, priority=priority, ahead=it.ahead, text=it.rule)
 
 
 class _Reached(NamedTuple):

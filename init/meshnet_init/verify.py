@@ -9,6 +9,7 @@ from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_init.apply import drift, in_kernel
 from meshnet_init.canary import Canary, fly
+from meshnet_init.foreign import Foreign, asked_first
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
 from meshnet_init.plan import make_plan
@@ -21,8 +22,9 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`backend` is empty when nothing is installed. `ok`: nothing differs, all fits, and no canary went astray.
 
     `differences` are those of the kernel from the plan; `misfits` those of the kernel from the sidecar that runs.
-    `canaries` went out, `inbound` ones came in. `fix` is what to type, empty when all is well. Rules that capture for
-    nobody are `ok`: a pod's init container puts them in before its sidecar starts.
+    `canaries` went out, `inbound` ones came in. `asked_first` are rules of other tables that may be asked before ours,
+    and of which a canary tells nothing, as they turn what they name only. `fix` is what to type, empty when all is
+    well. Rules that capture for nobody are `ok`: a pod's init container puts them in before its sidecar starts.
     """
 
     ok: bool
@@ -32,6 +34,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     misfits: tuple[str, ...] = ()
     canaries: tuple[Canary, ...] = ()
     inbound: tuple[Canary, ...] = ()
+    asked_first: tuple[Foreign, ...] = ()
     fix: str = ""
     api_version: str = "meshnet.dev/v1"
     kind: str = "Verification"
@@ -73,6 +76,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         misfits=unfit,
         canaries=canaries,
         inbound=inbound,
+        asked_first=asked_first(backend.name),
         fix="" if ok else _fix(lines, unfit, plan, sidecar),
     )
     return msgspec.structs.replace(result, fix="sudo meshnet up") if ok and result.for_nobody() else result

@@ -308,6 +308,24 @@ def test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again(
         assert repaired(lab)
 
 
+def test_a_table_of_the_other_kind_that_is_made_later_is_told_and_nft_is_ahead_of_it(lab: Lab) -> None:
+    """Two tables of one priority: the one made last is asked first, and neither can be put ahead of the other."""
+    other = "iptables" if lab.backend.name == "legacy" else "iptables-legacy"
+    to = ("-d", CLUSTER_IP, "-p", "tcp", "-j", "DNAT", "--to-destination", f"{lab.peer.address}:{APP_PORT}")
+    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    lab.install()
+    lab.app.run(other, "-t", "nat", "-A", "OUTPUT", *to)
+    is_first = lab.backend.name == "nft"
+    with listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(lab.peer, "ipv4", APP_PORT) as server:
+        ends = (outbound, server) if is_first else (server, outbound)
+        connect(lab.app, CLUSTER_IP, 443, *ends).close()
+    assert verdict(lab, f"{CLUSTER_IP}:443") == ("captured" if is_first else "perhaps captured")
+    assert verdict(lab, "10.96.0.78:443") == "captured"
+    said = lab.app.run("meshnet", "rules", "verify", MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="").stdout
+    assert ("may be asked before ours: table " in said) == (not is_first)
+    assert ('capture.backend = "nft"' in said) == (not is_first)
+
+
 def test_a_published_port_of_docker_whose_rules_came_later_is_captured_again(
     lab: Lab, container: Host, ahead: Callable[[str], None]
 ) -> None:

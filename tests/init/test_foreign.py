@@ -95,8 +95,9 @@ def test_rules_of_every_kind_of_tables_are_found_in_order(world: World, backend:
         ("inet early", "tcp dport 8080 redirect to :6"),
     ]
     behind = [(rule.table, rule.priority) for rule in found if not rule.ahead]
-    assert ("legacy ip nat", -100) in behind
     assert ("ip nat", -100) in behind
+    # At the same priority the table that was made last is asked first; nft's own is ahead of both.
+    assert (("legacy ip nat", -100) in behind) == (backend == "nft")
     assert not any("redirect to :5" in rule.text or "redirect to :7" in rule.text for rule in found)
     assert rules(lab, CHAIN_IN) == ()
 
