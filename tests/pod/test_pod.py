@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.init.kernel import listening
+from tests.init.kernel import COMMANDS, listening
 from tests.pod.conftest import API, CLIENT, CURL, PORT, Cluster
 from tests.pod.kubelet import Pod
 from tests.proxy.programs import ended_by_rst
@@ -260,7 +260,7 @@ def test_a_sidecar_that_is_passed_by_inbound_is_not_ready_until_init_runs_again(
     client: Callable[..., Pod], cluster: Cluster
 ) -> None:
     """Nothing proves inbound capture in a pod; but what came in beside a sidecar is noticed."""
-    pod = client(CLIENT)
+    pod = client(CLIENT.replace("{name: client}", "{name: client, annotations: {meshnet.dev/strict: 'false'}}"))
     pod.start()
     assert pod.probe("meshnet-proxy", "readinessProbe")
     pod.host.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
@@ -273,6 +273,30 @@ def test_a_sidecar_that_is_passed_by_inbound_is_not_ready_until_init_runs_again(
             assert pod.probe("meshnet-proxy", "livenessProbe")
     assert "in force (" in pod.run_to_end("meshnet-init")
     wait_for(lambda: pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is ready again")
+
+
+@pytest.mark.parametrize("backend", ["nft", "iptables", "legacy"])
+def test_where_its_redirects_are_lost_a_pod_takes_and_sends_nothing_in_plain_text(
+    client: Callable[..., Pod], cluster: Cluster, backend: str
+) -> None:
+    pod = client(CLIENT, "--backend", backend)
+    pod.start()
+    assert asks_once(pod) == "hello"
+    for chain in ("MESHNET_IN", "MESHNET_OUT"):
+        if backend == "nft":
+            pod.host.run("nft", "flush", "chain", "inet", "meshnet", chain)
+        else:
+            pod.host.run(COMMANDS[backend], "-t", "nat", "-F", chain)
+    ends = (cluster.node, pod.host), (pod.host, cluster.node)
+    for source, target in ends:
+        with listening(target, "ipv4", PORT) as app:
+            with pytest.raises(ConnectionRefusedError):
+                source.connect(target.address, PORT)
+            app.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                app.accept()
+    assert "in force (" in pod.run_to_end("meshnet-init")
+    assert asks_once(pod) == "hello"
 
 
 def test_a_change_of_the_config_map_reaches_a_sidecar_that_runs(running: Pod) -> None:

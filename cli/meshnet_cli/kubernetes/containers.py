@@ -46,6 +46,7 @@ def environment(wishes: Wishes, checks: Checks, drain: int) -> list[Object]:
         "MESHNET_ADMIN__HEALTH_PORT": str(HEALTH_PORT),
         "MESHNET_CAPTURE__GID": str(GID),
         "MESHNET_CAPTURE__REQUIRED": "true",
+        "MESHNET_CAPTURE__STRICT": "true",
         "MESHNET_PROXY__DRAIN_TIMEOUT": f"{drain}s",
     }
     if checks:

@@ -29,6 +29,7 @@ SETTINGS: Mapping[str, str] = {
     "skip-outbound-cidrs": "MESHNET_CAPTURE__EXCLUDE_OUTBOUND_CIDRS",
     "skip-gids": "MESHNET_CAPTURE__EXCLUDE_GIDS",
     "backend": "MESHNET_CAPTURE__BACKEND",
+    "strict": "MESHNET_CAPTURE__STRICT",
     "log-level": "MESHNET_LOG__LEVEL",
 }
 """Annotation to the variable that it sets in both containers."""

@@ -188,6 +188,7 @@ def test_annotations_become_settings() -> None:
         "meshnet.dev/skip-outbound-cidrs": "169.254.169.254,fd00::/8",
         "meshnet.dev/skip-gids": "1000,2000",
         "meshnet.dev/backend": "iptables",
+        "meshnet.dev/strict": "false",
         "meshnet.dev/log-level": "debug",
         "meshnet.dev/drain-seconds": "7",
         "meshnet.dev/identity-secret": "who",
@@ -206,6 +207,8 @@ def test_annotations_become_settings() -> None:
     assert (capture.exclude_inbound_ports, capture.exclude_inbound_cidrs) == (("22", "8000-8100"), ("10.0.0.0/8",))
     assert (capture.exclude_outbound_ports, capture.exclude_gids) == (("5432",), ("1000", "2000"))
     assert capture.exclude_outbound_cidrs == ("169.254.169.254", "fd00::/8")
+    assert capture.required
+    assert not capture.strict
     assert (capture.backend, found.log.level, found.proxy.drain_timeout) == ("iptables", "debug", "7s")
     assert proxy["resources"] == {
         "requests": {"cpu": "0.2", "memory": "100Mi"},
