@@ -243,10 +243,10 @@ def of_others(lab: Lab) -> list[str]:
     return [line for line in saved.splitlines() if line.startswith("-A") and "MESHNET" not in line]
 
 
-def repaired(lab: Lab) -> bool:
+def repaired(lab: Lab, **settings: object) -> bool:
     """Whether there was something to repair: others that are asked before ours, and nothing else. Now there is not."""
     with lab.app.entered():
-        plan = make_plan(capture(), host_facts())
+        plan = make_plan(capture(**settings), host_facts())
         lines = drift(plan, lab.backend, in_kernel())
         assert all(line.startswith("ipv4: ahead of MESHNET_") for line in lines), lines
         changed = apply_plan(plan, lab.backend).changed
@@ -361,6 +361,19 @@ def test_rules_that_let_pass_ahead_of_ours_hide_them_as_well(lab: Lab) -> None:
             assert repaired(lab)
             connect(lab.app, lab.peer.address, APP_PORT, outbound, it).close()
         lab.app.run(command(lab), "-t", "nat", "-D", *rule)
+
+
+def test_what_is_let_pass_ahead_of_a_transparent_listener_is_given_to_it_again(lab: Lab) -> None:
+    if lab.backend.name == "nft":
+        return
+    tproxy = {"inbound_mode": "tproxy"}
+    lab.install(**tproxy)
+    rule = ("PREROUTING", "-p", "tcp", "--dport", str(APP_PORT), "-j", "ACCEPT")
+    with transparent(lab.app, "ipv4") as inbound, listening(lab.app, "ipv4", APP_PORT) as application:
+        lab.app.run(command(lab), "-t", "mangle", "-I", *rule)
+        connect(lab.peer, lab.app.address, APP_PORT, application, inbound).close()
+        assert repaired(lab, **tproxy)
+        connect(lab.peer, lab.app.address, APP_PORT, inbound, application).close()
 
 
 def test_what_decides_nothing_for_new_tcp_may_stand_ahead_of_ours(lab: Lab, ahead: Callable[[str], None]) -> None:
