@@ -18,7 +18,8 @@ _log = logging.getLogger("meshnet.net")
 
 _BACKLOG = 4096
 _ACCEPT_BATCH = 64  # then trio's other tasks get their turn
-ACCEPT_PAUSE = 0.1  # seconds without descriptors before the next try
+ACCEPT_PAUSE = 0.1  # seconds before the next try, when nothing can be accepted
+_QUIET = 60.0  # seconds without it before the same trouble is worth another line in the log
 # Below what Linux (32768), other systems (49152) and RFC 6056 take for connections of their own.
 _SOURCE_PORTS = range(1024, 32768)
 _SOURCE_PORT_TRIES = 20
@@ -32,9 +33,23 @@ _LINGER_RESET = struct.pack("ii", 1, 0)
 _KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_COUNT = range(25, 36), range(7, 11), 6
 
 _BROKEN_LISTENER = frozenset({errno.EBADF, errno.EFAULT, errno.EINVAL, errno.ENOTSOCK})
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-_OUR_SHORTAGE = _EXHAUSTED | {errno.ENOSPC}  # the last one: of epoll's watches
+# What befell that one connection before we took it (accept(2), "Error handling"); listen.c has the same.
+_OF_ONE_CONNECTION = frozenset(
+    {
+        errno.EINTR,
+        errno.ECONNABORTED,
+        errno.EPROTO,
+        errno.ENOPROTOOPT,
+        errno.EOPNOTSUPP,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENONET,
+        errno.ETIMEDOUT,
+    }
+)
+_OUR_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 
 _CONNECT_REASONS = {
     errno.ECONNREFUSED: Reason.CONNECT_REFUSED,
@@ -83,24 +98,45 @@ def inherited(descriptor: int) -> socket.socket:
 
 
 async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
-    """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors.
+    """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors, and
+    whatever else may pass. Raises OSError when `listener` is none.
 
     Cancelled, it takes those that still wait, for the kernel has told their clients that they are connected, and
     closes the listener.
     """
+    trouble = AcceptTrouble(listener)
     try:
         while True:
             await trio.lowlevel.wait_readable(listener)
-            if not _accept_some(listener, carry, _ACCEPT_BATCH):
+            if code := _accept_some(listener, carry, _ACCEPT_BATCH):
+                trouble.tell(code)
                 await trio.sleep(ACCEPT_PAUSE)
     finally:
         accept_the_rest(listener, carry)
 
 
 def accept_the_rest(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
-    """Takes those that still wait at `listener`, and closes it."""
+    """Takes those that still wait at `listener`, if they can be taken, and closes it."""
     _accept_some(listener, carry, _BACKLOG)
     listener.close()
+
+
+class AcceptTrouble:
+    """Why nothing can be accepted at a listener, for the log: once, and not for every try."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._port = listener.getsockname()[1]
+        self._code = 0
+        self._heard_at = -_QUIET
+
+    def tell(self, code: int) -> None:
+        """`code`: an errno of accept(2). Raises OSError when trying again is of no use."""
+        if code in _BROKEN_LISTENER:
+            raise OSError(code, f"cannot accept on port {self._port}: {os.strerror(code)}")
+        now = trio.current_time()
+        if code != self._code or now - self._heard_at > _QUIET:
+            _log.error("cannot accept on port %d: %s", self._port, os.strerror(code))
+        self._code, self._heard_at = code, now
 
 
 def adopt(fd: int, host: str) -> socket.socket:
@@ -228,24 +264,21 @@ def was_reset(sock: socket.socket) -> bool:
     return False
 
 
-def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Address], object], most: int) -> bool:
-    """Takes up to `most` that wait; False when there are no descriptors left to do so."""
+def _accept_some(listener: socket.socket, carry: Callable[[socket.socket, Address], object], most: int) -> int:
+    """Takes up to `most` that wait. The errno for which none can be taken, or 0."""
     for _ in range(most):
         try:
             sock, peer = listener.accept()
         except BlockingIOError:
             break
         except OSError as error:
-            if error.errno in _BROKEN_LISTENER:
-                raise
-            if error.errno not in _EXHAUSTED:
-                continue  # what befell that one connection before we took it (accept(2), "Error handling")
-            _log.error("cannot accept on port %d: %s", listener.getsockname()[1], error.strerror)
-            return False
+            if error.errno in _OF_ONE_CONNECTION:
+                continue
+            return error.errno or errno.EIO
         sock.setblocking(False)
         _spread(sock)
         carry(sock, peer_address(peer))
-    return True
+    return 0
 
 
 def make_transparent(sock: socket.socket) -> None:

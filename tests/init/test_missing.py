@@ -1,11 +1,8 @@
-"""Kernels that lack what a backend needs: what they say is said by a filter of system calls (seccomp(2))."""
+"""Kernels that lack what a backend needs: what they say is said by a filter of system calls."""
 
-import ctypes
 import errno
 import os
-import platform
 import socket
-import struct
 from collections.abc import Callable
 
 import pytest
@@ -13,46 +10,24 @@ import pytest
 from meshnet.errors import CommandError
 from meshnet_init.apply import choose, every_backend
 from tests.init.kernel import Lab
+from tests.seccomp import Refusal, refuse
 from tests.world import World
 
 pytestmark = pytest.mark.netns
 
-_SOCKET, _GETSOCKOPT = {"x86_64": (41, 55), "aarch64": (198, 209)}[platform.machine()]
 _NETFILTER = 12  # NETLINK_NETFILTER, linux/netlink.h
 _IPT_SO_GET_INFO = 64  # linux/netfilter_ipv4/ip_tables.h; the same number for IPv6
-_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000  # linux/seccomp.h
-_LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h: LD|W|ABS, JMP|JEQ|K, RET|K
-_PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _MODE_FILTER = 22, 38, 2
 
 
 def without(*missing: str) -> None:
     """From here on this process and its children are refused as by a kernel without nf_tables or the legacy tables."""
-    program = b"".join(_refusal(*_MISSING[name]) for name in missing) + _step(_RETURN, _ALLOW)
-    buffer = ctypes.create_string_buffer(program)
-    filters = ctypes.create_string_buffer(struct.pack("@HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
-    libc = ctypes.CDLL(None, use_errno=True)
-    assert libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
-    assert libc.prctl(_PR_SET_SECCOMP, _MODE_FILTER, filters) == 0, os.strerror(ctypes.get_errno())
+    refuse(*(_MISSING[name] for name in missing))
 
 
 _MISSING = {
-    "nf_tables": (_SOCKET, {0: socket.AF_NETLINK, 2: _NETFILTER}, errno.EPROTONOSUPPORT),
-    "the legacy tables": (_GETSOCKOPT, {2: _IPT_SO_GET_INFO}, errno.ENOPROTOOPT),
+    "nf_tables": Refusal("socket", {0: socket.AF_NETLINK, 2: _NETFILTER}, errno.EPROTONOSUPPORT),
+    "the legacy tables": Refusal("getsockopt", {2: _IPT_SO_GET_INFO}, errno.ENOPROTOOPT),
 }
-
-
-def _refusal(call: int, arguments: dict[int, int], code: int) -> bytes:
-    """Of that system call where all of these arguments, by their places, have these values."""
-    tests = [(0, call), *((16 + 8 * place, value) for place, value in arguments.items())]  # struct seccomp_data
-    steps = b""
-    for at, (offset, value) in enumerate(tests):
-        behind = 2 * (len(tests) - at - 1) + 1
-        steps += _step(_LOAD, offset) + _step(_EQUAL, value, otherwise=behind)
-    return steps + _step(_RETURN, _ERRNO | code)
-
-
-def _step(code: int, value: int, otherwise: int = 0) -> bytes:
-    return struct.pack("=HBBI", code, 0, otherwise, value)
 
 
 def in_child(work: Callable[[], object]) -> str:

@@ -411,4 +411,5 @@ void core_close(struct core *core)
     close(core->wake);
     free(core->plain - FRAME_HEADER);
     free(core->out.bytes);
+    free(core->spare);
 }

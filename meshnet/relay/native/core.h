@@ -55,7 +55,7 @@
 #define MAX_ID 15             /* letters of a connection's id; a longer one is for Python */
 #define LOOK_NS 1000000000u   /* who was woken for a connection may have died before it accepted */
 
-/* Keep in step with _REASONS and _ENDED_BY in __init__.py. */
+/* Keep in step with REASONS and ENDED_BY in reasons.py. */
 enum reason {
     REASON_OK,
     REASON_ABORTED,
@@ -237,6 +237,7 @@ struct core {
     struct link *ready;
     struct tunnel *more; /* to be read on, when this round's events are done */
     struct link *lingering, **last_lingering;
+    struct accepted *spare; /* for the next connection that is handed over */
     struct listener *shared;
     uint64_t look_due; /* when they are looked at next */
     uint64_t young_due; /* when the first of the young may be so no more; 0: there is none */
@@ -294,7 +295,7 @@ bool order_is_done(struct order *order, unsigned heard);
 bool address_of(struct address *address, const struct sockaddr_storage *from);
 
 /* dial.c */
-void dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through);
+bool dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through);
 void dial_serve(struct order *order, struct link *link, const struct address *source);
 void dial_on_event(struct leg *leg, uint32_t events);
 void dial_forget(struct link *link);

@@ -168,8 +168,10 @@ size_t dial_early(struct leg *client)
     return 0;
 }
 
-/* Owns `client`, a place of the order, and the lease on `through`, if it is not NULL. */
-void dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through)
+/* Owns `client`, a place of the order, and the lease on `through`, if it is not NULL. False: no memory, and `client` is
+ * the caller's again.
+ */
+bool dial_begin(struct order *order, int client, const struct address *source, struct tunnel *through)
 {
     struct core *core = order->core;
     struct link *link = link_new(core);
@@ -177,8 +179,7 @@ void dial_begin(struct order *order, int client, const struct address *source, s
         order_cancel(order);
         if (through)
             depot_return(through, true);
-        close(client);
-        return;
+        return false;
     }
     link_set_plain(&link->client, client);
     begin(link, order, source);
@@ -189,14 +190,15 @@ void dial_begin(struct order *order, int client, const struct address *source, s
         ask(link);
         if (!link->over && core_watch(core, client, &link->client.source))
             link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
-        return;
+        return true;
     }
     dial_early(&link->client);
     if (link->over)
-        return;
+        return true;
     int error = dial(link);
     if (error)
         hand_back(link, error);
+    return true;
 }
 
 /* The endpoint will not be reached. */

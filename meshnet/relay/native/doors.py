@@ -1,6 +1,5 @@
 """Connections that the core accepts: those under an order, and those that are for Python to decide about."""
 
-import logging
 import os
 import socket
 from collections.abc import Callable
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from meshnet.relay.native._core import Core, Link
     from meshnet.relay.native._core import Order as Handle
 
-_log = logging.getLogger("meshnet.relay")
-
 _DIRECTIONS = tuple(Direction)
 _SERVED = 2
 
@@ -38,16 +35,17 @@ class Door:
         self._shared = shared
         self._carry = carry
         self._is_stuck = trio.Event()
+        self._error = 0  # errno, when it is stuck
 
     async def accept_forever(self, core: "Core", listener: socket.socket) -> None:
         """See meshnet.net.sockets.accept_forever."""
-        port = listener.getsockname()[1]
+        trouble = sockets.AcceptTrouble(listener)
         handle = core.listen(os.dup(listener.fileno()), self._direction, self._shared, self)
         try:
             while True:
                 await self._is_stuck.wait()
                 self._is_stuck = trio.Event()
-                _log.error("cannot accept on port %d: no descriptors or memory left", port)
+                trouble.tell(self._error)
                 await trio.sleep(sockets.ACCEPT_PAUSE)
                 handle.go_on()
         finally:
@@ -59,6 +57,7 @@ class Door:
             fd, _, host, port = about
             self._carry(sockets.adopt(fd, host), sockets.peer_address((host, port)))
         else:
+            self._error = about
             self._is_stuck.set()
 
 

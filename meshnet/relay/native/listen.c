@@ -1,7 +1,7 @@
 /* Connections come in: those that an order covers are dialled here, the others are for Python.
  *
- * Of the processes that share a listener one is woken for a connection (EPOLLEXCLUSIVE): who has waited longest, for who
- * has accepted goes to the end of the line. Who was woken may die before it accepts; so each looks now and then.
+ * Of the processes that share a listener one is woken for a connection (EPOLLEXCLUSIVE): who has waited longest, for
+ * who has accepted goes to the end of the line. Who was woken may die before it accepts; so each looks now and then.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #define ACCEPTS_PER_TURN 64 /* then those that are open already get theirs */
+#define BACKLOG 4096        /* as meshnet/net/sockets.py has it: so many may wait when a listener is closed */
 #define ORIGINAL_DST 80     /* SO_ORIGINAL_DST of linux/netfilter_ipv4.h, and IP6T_SO_ORIGINAL_DST: the same number */
 
 /* A transparent listener's connections were not turned: their own address is where they were going (tproxy.rst). */
@@ -37,13 +38,11 @@ static bool original_of(int fd, const struct address *source, struct address *or
            address_of(original, &found);
 }
 
+/* Into `core->spare`, which is there since before the connection was accepted. */
 static void hand_over(struct listener *listener, int fd, const struct address *source)
 {
-    struct accepted *accepted = malloc(sizeof *accepted);
-    if (!accepted) {
-        close(fd);
-        return;
-    }
+    struct accepted *accepted = listener->core->spare;
+    listener->core->spare = NULL;
     *accepted = (struct accepted){.fd = fd, .source = *source, .listener = listener, .news.kind = NEWS_ACCEPTED};
     accepted->news.owner = accepted;
     core_tell(listener->core, &accepted->news);
@@ -60,9 +59,7 @@ static void take(struct listener *listener, int fd, const struct sockaddr_storag
     }
     if (original_of(fd, &source, &original))
         order = order_take(listener->core, listener->direction, 0, &source, &original, &through);
-    if (order)
-        dial_begin(order, fd, &source, through);
-    else
+    if (!order || !dial_begin(order, fd, &source, through))
         hand_over(listener, fd, &source);
 }
 
@@ -97,51 +94,75 @@ static void stop(struct listener *listener)
 }
 
 /* Python says so, and tries again after a while. */
-static void get_stuck(struct listener *listener)
+static void get_stuck(struct listener *listener, int error)
 {
-    listener->error = errno;
+    listener->error = error;
     stop(listener);
     core_tell(listener->core, &listener->stuck);
 }
 
-/* Whether to go on. */
+/* What befell that one connection before we took it: accept(2), "Error handling". */
+static bool is_of_one_connection(int error)
+{
+    switch (error) {
+    case EINTR:
+    case ECONNABORTED:
+    case EPROTO:
+    case ENOPROTOOPT:
+    case EOPNOTSUPP:
+    case ENETDOWN:
+    case ENETUNREACH:
+    case EHOSTDOWN:
+    case EHOSTUNREACH:
+    case ENONET:
+    case ETIMEDOUT:
+        return true;
+    default:
+        return false;
+    }
+}
+
+/* Whether to go on. Where there is no memory for a connection it waits on in the kernel, and nothing is lost. */
 static bool accept_one(struct listener *listener)
 {
+    struct core *core = listener->core;
     struct sockaddr_storage peer;
     socklen_t size = sizeof peer;
+    if (!core->spare && !(core->spare = malloc(sizeof *core->spare))) {
+        get_stuck(listener, ENOMEM);
+        return false;
+    }
     int fd = accept4(listener->fd, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
     if (fd >= 0) {
         take(listener, fd, &peer);
         return true;
     }
-    switch (errno) {
-    case EAGAIN:
+    if (errno == EAGAIN)
         return false;
-    case EMFILE:
-    case ENFILE:
-    case ENOBUFS:
-    case ENOMEM:
-    case EBADF:
-    case EINVAL:
-    case ENOTSOCK:
-        get_stuck(listener);
-        return false;
-    default: /* what befell that one connection before we took it: accept(2), "Error handling" */
+    if (is_of_one_connection(errno))
         return true;
+    get_stuck(listener, errno);
+    return false;
+}
+
+/* Whether as many as that have been accepted, so that more may wait. */
+static bool accept_some(struct listener *listener, int most)
+{
+    for (int accepted = 0; accepted < most; accepted++) {
+        if (!listener->watched || !accept_one(listener))
+            return false;
     }
+    return true;
 }
 
 void listener_on_event(struct listener *listener)
 {
-    for (int accepted = 0; accepted < ACCEPTS_PER_TURN && listener->watched; accepted++) {
-        if (!accept_one(listener))
-            break;
-    }
+    accept_some(listener, ACCEPTS_PER_TURN);
     if (!listener->shared || !listener->watched)
         return;
     stop(listener);
     if (!watch(listener))
-        get_stuck(listener);
+        get_stuck(listener, errno);
 }
 
 void listeners_look(struct core *core)
@@ -151,8 +172,8 @@ void listeners_look(struct core *core)
     core->look_due = core->now + LOOK_NS;
     for (struct listener *listener = core->shared, *next; listener; listener = next) {
         next = listener->next;
-        while (listener->watched && accept_one(listener))
-            ;
+        if (accept_some(listener, ACCEPTS_PER_TURN))
+            core->look_due = core->now; /* in the next round: bytes come between */
     }
 }
 
@@ -160,14 +181,15 @@ void listeners_look(struct core *core)
 void listener_open(struct listener *listener)
 {
     if (!listener->watched && !watch(listener))
-        get_stuck(listener);
+        get_stuck(listener, errno);
 }
 
-/* Takes those that still wait, for the kernel has told their clients that they are connected. */
+/* Takes those that still wait, for the kernel has told their clients that they are connected; not those that come
+ * meanwhile, of which there may be no end.
+ */
 void listener_close(struct listener *listener)
 {
-    while (listener->watched && accept_one(listener))
-        ;
+    accept_some(listener, BACKLOG);
     stop(listener);
     close(listener->fd);
     core_tell(listener->core, &listener->gone);
