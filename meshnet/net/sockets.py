@@ -49,7 +49,8 @@ _OF_ONE_CONNECTION = frozenset(
         errno.ETIMEDOUT,
     }
 )
-_OUR_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+OUR_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
+"""Errnos by which this host says that it lacks something, which is nobody's doing at the other end."""
 
 _CONNECT_REASONS = {
     errno.ECONNREFUSED: Reason.CONNECT_REFUSED,
@@ -200,14 +201,15 @@ def connect_failure(address: Address, code: int, timeout: float) -> ConnectionFa
     if code == errno.ETIMEDOUT:
         return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
     if code == errno.EADDRNOTAVAIL and _has_source(address):
-        return _shortage(f"no port is left for one more connection to {address}")
-    if code in _OUR_SHORTAGE:
-        return _shortage(f"cannot dial {address}: {os.strerror(code)}")
+        return shortage(f"no port is left for one more connection to {address}")
+    if code in OUR_SHORTAGE:
+        return shortage(f"cannot dial {address}: {os.strerror(code)}")
     reason = _CONNECT_REASONS.get(code, Reason.CONNECT_UNREACHABLE)
     return ConnectionFailed(reason, f"{address}: {os.strerror(code)}")
 
 
-def _shortage(detail: str) -> ConnectionFailed:
+def shortage(detail: str) -> ConnectionFailed:
+    """Of descriptors, ports or memory of this host."""
     return ConnectionFailed(Reason.LIMIT_HOST, detail, ended_by=EndedBy.LIMIT)
 
 
@@ -290,7 +292,7 @@ def _socket(family: int, mark: int) -> socket.socket:
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     except OSError as error:
-        raise _shortage(f"cannot make a socket: {error.strerror}") from error
+        raise shortage(f"cannot make a socket: {error.strerror}") from error
     if mark:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
     return sock
@@ -327,7 +329,7 @@ def _dial_as(source: str, address: Address, family: int, mark: int) -> tuple[soc
         if code != errno.EADDRNOTAVAIL:
             return sock, code
         sock.close()
-    raise _shortage(f"no port is free to speak to {address} as {source}")
+    raise shortage(f"no port is free to speak to {address} as {source}")
 
 
 def _tune(sock: socket.socket) -> None:

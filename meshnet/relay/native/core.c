@@ -4,6 +4,7 @@
 
 #include <errno.h>
 #include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -108,6 +109,16 @@ void core_tell(struct core *core, struct news *news)
 
 /* Python's side */
 
+static void enqueue(struct core *core, struct command *command)
+{
+    pthread_mutex_lock(&core->lock);
+    *core->last_command = command;
+    core->last_command = &command->next;
+    pthread_mutex_unlock(&core->lock);
+    if (atomic_load(&core->asleep))
+        ring(core->wake);
+}
+
 /* 0, or -1: no memory. */
 int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size)
 {
@@ -121,13 +132,17 @@ int core_post(struct core *core, enum command_kind kind, void *target, const voi
     if (size)
         memcpy(copy, bytes, size);
     *command = (struct command){.kind = kind, .target = target, .bytes = copy, .size = size};
-    pthread_mutex_lock(&core->lock);
-    *core->last_command = command;
-    core->last_command = &command->next;
-    pthread_mutex_unlock(&core->lock);
-    if (atomic_load(&core->asleep))
-        ring(core->wake);
+    enqueue(core, command);
     return 0;
+}
+
+/* What ends `target`, and is asked for once: it takes no memory, so it cannot fail. */
+void core_post_last(struct core *core, struct command *last, enum command_kind kind, void *target)
+{
+    last->kind = kind;
+    last->target = target;
+    last->is_last = true;
+    enqueue(core, last);
 }
 
 /* What there is to tell since the last call, in order. Whoever takes them clears `told`, before looking at them.
@@ -170,7 +185,6 @@ static void carry_out(struct command *command)
         break;
     case COMMAND_ABORT:
         link_abort(command->target, command->bytes, command->size);
-        command->bytes = NULL;
         break;
     case COMMAND_HANDSHAKE:
         tunnel_shake(command->target);
@@ -197,6 +211,8 @@ static void carry_out(struct command *command)
         listener_close(command->target);
         break;
     }
+    if (command->is_last) /* Python is told of it at the end of this round: it is still there */
+        return;
     free(command->bytes);
     free(command);
 }
@@ -315,6 +331,15 @@ static int patience(struct core *core)
     return until <= core->now ? 0 : (int)((until - core->now) / 1000000u) + 1;
 }
 
+/* No more events will come: all connections would stand still, and nobody know. Whoever looks after the process starts
+ * it again.
+ */
+static _Noreturn void give_up(const char *call)
+{
+    fprintf(stderr, "meshnet: the native relay cannot go on: %s: %s\n", call, strerror(errno));
+    abort();
+}
+
 static void *run(void *argument)
 {
     struct core *core = argument;
@@ -322,6 +347,8 @@ static void *run(void *argument)
     bool go_on = true;
     while (go_on) {
         int count = epoll_wait(core->epoll, events, EVENTS_PER_ROUND, patience(core));
+        if (count < 0 && errno != EINTR)
+            give_up("epoll_wait");
         atomic_store(&core->asleep, false);
         core->now = monotonic();
         for (int which = 0; which < count; which++) {

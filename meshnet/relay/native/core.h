@@ -93,6 +93,7 @@ struct listener {
     bool watched;
     struct listener *next, **place; /* in core->shared while it is watched, if it is shared */
     int error; /* errno, when it is stuck */
+    struct command last; /* COMMAND_UNLISTEN */
     struct news stuck, gone;
 };
 
@@ -178,6 +179,7 @@ struct link {
     /* In core->lingering, in the order of `linger_until`, and in core->links. `place`: the pointer that leads here. */
     struct link *next_linger, **linger_place;
     struct link *next, **place;
+    struct command last; /* COMMAND_ABORT */
     struct news ended, aborted;
     /* Of a link under an order: */
     struct order *order;
@@ -198,27 +200,6 @@ struct link {
     bool known; /* Python has heard of it, or is about to */
     uint64_t young_until;
     struct link *next_young, **young_place; /* in core->young, in the order of `young_until` */
-};
-
-enum command_kind {
-    COMMAND_START,
-    COMMAND_ABORT,
-    COMMAND_HANDSHAKE,
-    COMMAND_ADOPT,
-    COMMAND_SAY,
-    COMMAND_READ,
-    COMMAND_CLOSE,
-    COMMAND_SERVE,
-    COMMAND_LISTEN,
-    COMMAND_UNLISTEN
-};
-
-struct command {
-    enum command_kind kind;
-    void *target; /* the link or the tunnel */
-    uint8_t *bytes;
-    size_t size;
-    struct command *next;
 };
 
 struct core {
@@ -267,6 +248,7 @@ struct core {
 int core_open(struct core *core);
 void core_close(struct core *core);
 int core_post(struct core *core, enum command_kind kind, void *target, const void *bytes, size_t size);
+void core_post_last(struct core *core, struct command *last, enum command_kind kind, void *target);
 struct news *core_take_news(struct core *core, bool everything);
 void core_forget(struct core *core, struct news *news);
 void core_tell(struct core *core, struct news *news);
@@ -332,6 +314,7 @@ void link_end(struct link *link);
 void link_continue(struct link *link);
 void link_on_fin(struct leg *leg);
 void link_fail(struct link *link, enum reason reason, enum ended_by who, int error);
+bool link_is_short(int error);
 void link_settle(struct link *link);
 void link_cut(struct link *link);
 void link_count(struct leg *leg, size_t size);

@@ -75,34 +75,31 @@ static void listener_dealloc(PyObject *object)
     module_release(object);
 }
 
-static PyObject *post(ListenerObject *self, enum command_kind kind)
-{
-    if (!self->closing && ((CoreObject *)self->core)->open) {
-        if (core_post(self->listener.core, kind, &self->listener, NULL, 0))
-            return PyErr_NoMemory();
-        self->closing = kind == COMMAND_UNLISTEN;
-    }
-    Py_RETURN_NONE;
-}
-
 static PyObject *listener_go_on(PyObject *object, PyObject *unused)
 {
+    ListenerObject *self = (ListenerObject *)object;
     (void)unused;
-    return post((ListenerObject *)object, COMMAND_LISTEN);
+    if (!self->closing && ((CoreObject *)self->core)->open &&
+        core_post(self->listener.core, COMMAND_LISTEN, &self->listener, NULL, 0))
+        return PyErr_NoMemory();
+    Py_RETURN_NONE;
 }
 
 static PyObject *listener_close_(PyObject *object, PyObject *unused)
 {
     ListenerObject *self = (ListenerObject *)object;
     (void)unused;
-    if (!self->closing && !((CoreObject *)self->core)->open) { /* its thread has ended, and will not do it */
-        self->closing = true;
+    if (self->closing)
+        Py_RETURN_NONE;
+    self->closing = true;
+    if (((CoreObject *)self->core)->open) {
+        core_post_last(self->listener.core, &self->listener.last, COMMAND_UNLISTEN, &self->listener);
+    } else { /* its thread has ended, and will not do it */
         close(self->listener.fd);
         core_forget(self->listener.core, &self->listener.stuck);
         Py_DECREF(object);
-        Py_RETURN_NONE;
     }
-    return post(self, COMMAND_UNLISTEN);
+    Py_RETURN_NONE;
 }
 
 static PyMethodDef listener_methods[] = {

@@ -69,7 +69,7 @@ enum frame_found frame_next(struct frame_reader *reader, const uint8_t **data, s
         return FRAME_PIECE;
     }
     if (!reader->control && !(reader->control = malloc(reader->left)))
-        return FRAME_BROKEN;
+        return FRAME_NO_MEMORY;
     memcpy(reader->control + reader->control_size, *data, count);
     reader->control_size += (uint32_t)count;
     reader->left -= (uint32_t)count;

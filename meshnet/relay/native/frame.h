@@ -1,4 +1,6 @@
-/* The frames of meshnet/1 within a lease, taken apart in any pieces; meshnet/codec/frames.py says what they look like. */
+/* The frames of meshnet/1 within a lease, taken apart in any pieces; meshnet/codec/frames.py says what they look
+ * like.
+ */
 #ifndef MESHNET_FRAME_H
 #define MESHNET_FRAME_H
 
@@ -24,7 +26,7 @@ struct frame_reader {
 };
 
 /* What frame_next found. PIECE: payload of a DATA frame, a part of it perhaps. BROKEN: the peer must not say that. */
-enum frame_found { FRAME_NOTHING, FRAME_PIECE, FRAME_WHOLE, FRAME_BROKEN };
+enum frame_found { FRAME_NOTHING, FRAME_PIECE, FRAME_WHOLE, FRAME_BROKEN, FRAME_NO_MEMORY };
 
 /* Takes one thing off the front of `*data`, and moves `*data` and `*size` on. The payload of a whole RESET or
  * REFUSED is in `reader->control`. A piece is `*piece`, of `*piece_size` bytes, within the data.

@@ -344,9 +344,9 @@ static PyObject *tunnel_closed(PyObject *object, PyObject *unused)
     if (self->closing)
         Py_RETURN_NONE;
     bool open = ((CoreObject *)self->core)->open;
-    if (open && !post(self, COMMAND_CLOSE, NULL, 0))
-        return NULL;
     self->closing = true;
+    if (open)
+        core_post_last(self->tunnel.core, &self->tunnel.last, COMMAND_CLOSE, &self->tunnel);
     Py_CLEAR(self->waiter); /* which refers to it, and a collector of cycles would not find that */
     if (!open) { /* its thread has ended, and will not do it */
         self->tunnel.closed = true;

@@ -35,13 +35,14 @@ static void fail(struct leg *leg, enum reason reason, int error)
     if (leg->dialling)
         dial_failed(leg->link, reason, error);
     else
-        link_fail(leg->link, reason, BY_PEER_PROXY, error);
+        link_fail(leg->link, reason, reason == REASON_INTERNAL ? BY_PROXY : BY_PEER_PROXY, error);
 }
 
 void lease_lost(struct leg *leg)
 {
     int error = leg->tunnel->error;
-    fail(leg, error == ETIMEDOUT ? REASON_KEEPALIVE : REASON_TUNNEL_LOST, error);
+    enum reason reason = error == ETIMEDOUT ? REASON_KEEPALIVE : REASON_TUNNEL_LOST;
+    fail(leg, link_is_short(error) ? REASON_INTERNAL : reason, error);
 }
 
 /* In */
@@ -157,6 +158,10 @@ void lease_digest(struct leg *leg, const uint8_t *bytes, size_t size)
         enum frame_found found = frame_next(&tunnel->frames, &bytes, &size, &piece, &piece_size);
         if (found == FRAME_NOTHING)
             return;
+        if (found == FRAME_NO_MEMORY) {
+            fail(leg, REASON_INTERNAL, ENOMEM);
+            return;
+        }
         if (found == FRAME_PIECE && tunnel->received_end == FRAME_DATA && !tunnel->frames.asking)
             add_piece(leg, piece, piece_size);
         else if (found == FRAME_PIECE || found == FRAME_BROKEN || !on_frame(leg)) {
@@ -178,7 +183,9 @@ static bool put(struct leg *leg, const uint8_t *frame, size_t size, size_t paylo
     size_t written;
     libssl.ERR_clear_error();
     if (!libssl.SSL_write_ex(tunnel->ssl, frame, size, &written)) {
-        fail(leg, REASON_TUNNEL_LOST, 0);
+        /* OpenSSL says nothing where it is our BIO that had no memory. */
+        bool is_short = !libssl.ERR_get_error();
+        fail(leg, is_short ? REASON_INTERNAL : REASON_TUNNEL_LOST, is_short ? ENOMEM : 0);
         return false;
     }
     if (payload && !tunnel->frames.asking) { /* what goes along with an OPEN counts when that is granted */

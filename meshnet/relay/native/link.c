@@ -165,6 +165,12 @@ void link_on_fin(struct leg *leg)
         plain_finish(leg->peer);
 }
 
+/* Whether it is this host that lacks something, which is nobody's doing at the other end. */
+bool link_is_short(int error)
+{
+    return error == ENOMEM || error == ENOBUFS || error == ENOSPC; /* the last one: of epoll's watches */
+}
+
 static void abort_leg(struct leg *leg)
 {
     if (leg->tunnel)

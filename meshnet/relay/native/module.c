@@ -51,12 +51,14 @@ static PyObject *link_abort_(PyObject *object, PyObject *arguments)
     if (reset.len > FRAME_MAX_CONTROL)
         PyErr_SetString(PyExc_ValueError, "a RESET of that size is none");
     else if (!self->ended && !self->aborting && ((CoreObject *)self->core)->open) {
-        if (core_post(self->link->core, COMMAND_ABORT, self->link, reset.buf, (size_t)reset.len)) {
-            PyErr_NoMemory();
-        } else {
-            self->aborting = true;
-            Py_INCREF(object); /* the core's, until it has heard: the link may be over by then */
+        struct command *last = &self->link->last;
+        if (reset.len && (last->bytes = malloc((size_t)reset.len))) { /* or the peer hears no more than that it ends */
+            memcpy(last->bytes, reset.buf, (size_t)reset.len);
+            last->size = (size_t)reset.len;
         }
+        self->aborting = true;
+        Py_INCREF(object); /* the core's, until it has heard: the link may be over by then */
+        core_post_last(self->link->core, last, COMMAND_ABORT, self->link);
     }
     PyBuffer_Release(&reset);
     if (PyErr_Occurred())

@@ -1,4 +1,5 @@
-/* What the core's parts speak of to each other and to Python: sources of events, addresses, bytes that wait, news. */
+/* What the core's parts speak of to each other and to Python: sources of events, addresses, bytes that wait,
+ * commands, news. */
 #ifndef MESHNET_NEWS_H
 #define MESHNET_NEWS_H
 
@@ -18,7 +19,8 @@ struct address {
 };
 
 /* Something that Python is to hear of; see core_tell. But for NEWS_TUNNEL_HEARD it is said once, and gives back a
- * reference that the core has held: behind it, no thread touches what it belongs to. (NEWS_TUNNEL_BACK: the depot's, and until it is parked again.)
+ * reference that the core has held: behind it, no thread touches what it belongs to. (NEWS_TUNNEL_BACK:
+ * the depot's, and until it is parked again.)
  */
 struct news {
     enum {
@@ -36,6 +38,29 @@ struct news {
     void *owner; /* the link, what was accepted, or the Python object */
     bool told;   /* in a list; guarded by core->lock */
     struct news *next;
+};
+
+enum command_kind {
+    COMMAND_START,
+    COMMAND_ABORT,
+    COMMAND_HANDSHAKE,
+    COMMAND_ADOPT,
+    COMMAND_SAY,
+    COMMAND_READ,
+    COMMAND_CLOSE,
+    COMMAND_SERVE,
+    COMMAND_LISTEN,
+    COMMAND_UNLISTEN
+};
+
+/* From Python to a core's thread. What ends something, and must not fail, lies in that itself: `core_post_last`. */
+struct command {
+    enum command_kind kind;
+    void *target; /* the link, the tunnel or the listener */
+    uint8_t *bytes;
+    size_t size;
+    bool is_last;
+    struct command *next;
 };
 
 /* Bytes on their way to a socket that is full. */

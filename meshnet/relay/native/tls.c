@@ -59,13 +59,16 @@ static int bio_read(BIO *bio, char *buffer, size_t room, size_t *taken)
 
 static int bio_write(BIO *bio, const char *bytes, size_t size, size_t *taken)
 {
-    struct core *core = ((struct tunnel *)libssl.BIO_get_data(bio))->core;
+    struct tunnel *tunnel = libssl.BIO_get_data(bio);
+    struct core *core = tunnel->core;
     libssl.BIO_clear_flags(bio, BIO_FLAGS_RWS_AND_RETRY);
     if (core->out.size + size > core->out_room) {
         size_t room = core->out.size + size + 8 * RECORD_SIZE;
         uint8_t *larger = realloc(core->out.bytes, room);
-        if (!larger)
+        if (!larger) {
+            tunnel->handshake_error = ENOMEM;
             return 0;
+        }
         core->out.bytes = larger;
         core->out_room = room;
     }

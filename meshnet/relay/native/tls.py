@@ -13,6 +13,7 @@ import trio
 
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.deadline import Deadlines
+from meshnet.net.sockets import OUR_SHORTAGE, shortage
 from meshnet.net.strand import Wait, on_strand
 from meshnet.net.tls import ALPN, Channel, Returned, Ticket, handshake_timeout, not_verified, peer_identity
 from meshnet.relay.native.reasons import END_NAMES
@@ -261,6 +262,8 @@ def _failure(state: tuple[bool, bool, int, int, str, int, str]) -> ConnectionFai
         return ConnectionFailed(Reason.TLS_HANDSHAKE, f"TLS: {ssl_text}")
     if number == errno.EPROTO:
         return ConnectionFailed(Reason.TLS_HANDSHAKE, f"the peer does not speak {ALPN}")
+    if number in OUR_SHORTAGE:
+        return shortage(f"cannot make a tunnel: {os.strerror(number)}")
     if number in _HUNG_UP:
         return ConnectionFailed(Reason.TLS_HANDSHAKE, "the peer hung up during the handshake")
     return ConnectionFailed(Reason.TLS_HANDSHAKE, f"TLS: {os.strerror(number)}")

@@ -325,7 +325,8 @@ void tunnel_say(struct tunnel *tunnel, const uint8_t *bytes, size_t size)
         return;
     libssl.ERR_clear_error();
     if (!libssl.SSL_write_ex(tunnel->ssl, bytes, size, &written)) {
-        lose(tunnel, 0, libssl.ERR_get_error(), 0);
+        unsigned long ssl_error = libssl.ERR_get_error();
+        lose(tunnel, ssl_error ? 0 : ENOMEM, ssl_error, 0); /* without one it is our BIO that had no memory */
         return;
     }
     tunnel->saying = true;

@@ -23,7 +23,7 @@ struct tunnel {
     SSL *ssl;
     int fd;
     bool handshaking;
-    int handshake_error; /* errno of its last recv */
+    int handshake_error; /* errno of its last recv, or ENOMEM */
     bool watched;        /* by epoll, and in core->tunnels */
     struct tunnel *next, **place;
     bool readable, hung_up;
@@ -46,6 +46,7 @@ struct tunnel {
     int mark_count;
     struct frame_reader frames;
     enum frame_kind sent_end, received_end; /* FRAME_FIN or FRAME_RESET once that half has ended; FRAME_DATA before */
+    struct command last; /* COMMAND_CLOSE */
     struct news heard, back, gone;
     /* Set before Python is told that the handshake is over, and never again: */
     bool established;

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from meshnet.codec.frames import HEADER_SIZE, MAX_DATA, MAX_RECORD, Data, Fin, Frame, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
 from meshnet.net.python_tls import PythonChannel
+from meshnet.net.sockets import OUR_SHORTAGE
 from meshnet.relay import TUNNEL_CLOSED, TunnelLeg, reset_by_peer
 from meshnet.relay.python.side import RESET_ON_CLOSE, Side
 
@@ -95,7 +96,7 @@ class TunnelSide(Side):
                 self.watch()
                 return
             except OSError as error:
-                self._lose(error.strerror)
+                self._lose(error)
                 return
             except TunnelError as error:
                 self._break(Reason.TUNNEL_PROTOCOL, str(error))
@@ -146,7 +147,7 @@ class TunnelSide(Side):
             sent = 0
             self._crossed = EPOLLIN
         except OSError as error:
-            self._lose(error.strerror)
+            self._lose(error)
             return
         if sent == HEADER_SIZE + size:
             self.count(size)
@@ -225,7 +226,7 @@ class TunnelSide(Side):
             self._hold_peer()
             return
         except OSError as error:
-            self._lose(error.strerror)
+            self._lose(error)
             return
         if self.writing:
             self.writing = False
@@ -268,15 +269,20 @@ class TunnelSide(Side):
         self._error = errno.ETIMEDOUT
         self._lose()
 
-    def _lose(self, detail: str | None = None) -> None:
-        reason = Reason.KEEPALIVE_DEAD if self._error == errno.ETIMEDOUT else Reason.TUNNEL_LOST
-        if self._error:
-            detail = os.strerror(self._error)
+    def _lose(self, error: OSError | None = None) -> None:
+        number = self._error
+        if error is not None and not number and not isinstance(error, ssl.SSLError):  # which has numbers of its own
+            number = error.errno or 0
+        detail = os.strerror(number) if number else error and error.strerror
+        if number in OUR_SHORTAGE:
+            self._break(Reason.INTERNAL, os.strerror(number), EndedBy.PROXY)
+            return
+        reason = Reason.KEEPALIVE_DEAD if number == errno.ETIMEDOUT else Reason.TUNNEL_LOST
         self._break(reason, detail or TUNNEL_CLOSED)
 
-    def _break(self, reason: Reason, detail: str) -> None:
+    def _break(self, reason: Reason, detail: str, who: EndedBy = EndedBy.PEER_PROXY) -> None:
         self._kill()
-        self.pair.fail(reason, EndedBy.PEER_PROXY, detail)
+        self.pair.fail(reason, who, detail)
 
 
 def _kept(frame: Frame) -> Frame:

@@ -1,0 +1,30 @@
+"""The native relay as it is installed, its calls counted and made to fail: faulty.py, in a process of its own."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.relay.native.builds import ROOT, STRICT, run
+
+pytestmark = pytest.mark.netns
+HERE = Path(__file__).parent
+
+
+@pytest.mark.timeout(300)  # it takes 10 s, and several times that where others use the machine, too
+def test_every_call_may_fail(tmp_path: Path) -> None:
+    shim = tmp_path / "faults.so"
+    run("gcc", "-shared", "-fPIC", "-O1", *STRICT, HERE / "faults.c", "-o", shim)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", HERE / "faulty.py"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        cwd=ROOT,
+        env=os.environ | {"LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d\d+ passed", done.stdout), done.stdout
