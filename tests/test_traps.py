@@ -1,6 +1,7 @@
-"""The traps that users of transparent proxies fall into most, each with the tests that keep it closed.
+"""The traps that users of transparent proxies fall into most, and those of a fast relay, each with tests against it.
 
-By number: the twenty of the project's research on interception, with one issue of many where somebody fell in.
+By number: the twenty of the project's research on interception, with one issue of many where somebody fell in. The
+relay's: those that its prototypes fell into, and what they were fast by.
 """
 
 import ast
@@ -126,14 +127,58 @@ TRAPS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+SPEED: dict[str, tuple[str, ...]] = {
+    "more than one recv and one send for a message and a leg": (
+        "tests/relay/native/faulty.py::test_a_message_costs_one_recv_and_one_send_a_leg",
+    ),
+    "bulk that is copied": ("tests/relay/native/faulty.py::test_much_is_spliced",),
+    "buffers that idle connections keep": (
+        "tests/relay/native/test_idle.py::test_an_idle_tunnel_keeps_no_buffer",
+        "tests/relay/contract.py::test_what_was_read_before_the_hand_over_comes_first",
+    ),
+    "a slow reader's bytes in our memory": (
+        "tests/relay/contract.py::test_a_stuck_reader_stops_the_writer_and_loses_nothing",
+    ),
+    "edge-triggered epoll, and a FIN that comes in the same event as data": (
+        "tests/relay/contract.py::test_a_fin_right_behind_data_loses_neither",
+    ),
+    "the first leg closed before the second is there": (
+        "tests/relay/native/test_lifetimes.py::test_both_legs_may_be_full_of_events_before_the_link_begins",
+    ),
+    "partial writes and moving buffers, which broke streams after 30 to 230 MB": (
+        "tests/relay/test_gigabyte.py::test_a_gigabyte_arrives_unharmed",
+    ),
+    "a wheel that needs more than libc": (
+        "tests/relay/native/test_wheel.py::test_the_built_extension_needs_libc_and_nothing_else",
+    ),
+    "a fallback that nobody is told of": (
+        "tests/relay/test_ladder.py::test_where_the_core_is_not_built_it_says_so",
+        "tests/relay/test_ladder.py::test_the_fastest_or_the_one_that_was_asked_for",
+    ),
+    "a rung of the ladder with a contract of its own": (
+        "tests/relay/contract.py::test_half_close_passes_and_the_other_direction_goes_on",
+        "tests/relay/contract.py::test_a_reset_reaches_the_other_application",
+        "tests/relay/contract.py::test_every_byte_arrives_in_order_in_both_directions_at_once",
+        "tests/relay/contract.py::test_cancel_resets_both_legs_and_the_tally_is_exact",
+    ),
+    "a peer that dies during the handshake": (
+        "tests/relay/native/test_handshakes.py::test_a_peer_that_dies_in_the_handshake_fails_it",
+    ),
+    "an endpoint that cannot be reached": (
+        "tests/relay/native/test_orders.py::test_a_client_whose_endpoint_refuses_is_given_back_whole",
+        "tests/relay/native/test_orders.py::test_a_client_whose_endpoint_is_silent_is_given_back_in_time",
+    ),
+    "a thread that waits and burns": ("tests/relay/contract.py::test_a_waiting_connection_costs_no_cpu",),
+    "a call that fails, and nobody looked": ("tests/relay/native/test_faults.py::test_every_call_may_fail",),
+}
 
-@pytest.mark.parametrize("trap", TRAPS)
+
+@pytest.mark.parametrize("trap", [*TRAPS, *SPEED])
 def test_a_trap_is_kept_closed_by_tests_that_are_there(trap: str) -> None:
-    for test in TRAPS[trap]:
+    for test in (TRAPS | SPEED)[trap]:
         file, _, name = test.partition("::")
-        names = {
-            node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, ast.FunctionDef)
-        }
+        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+        names = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, functions)}
         assert name in names, test
 
 
