@@ -15,8 +15,10 @@ SOURCES = [
     path for top in ("meshnet", "cli/meshnet_cli", "init/meshnet_init") for path in sorted((ROOT / top).rglob("*.py"))
 ]
 ALL_CODE = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py"))]
+C_CODE = sorted(path for top in ("meshnet", "tests") for path in (ROOT / top).rglob("*.[ch]"))
 
 LONGEST = 500
+WIDEST = 120  # of C; ruff holds Python to it
 FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "manager", "core", "misc"}
 
 FORBIDDEN_AT_START = {
@@ -32,9 +34,14 @@ def names(paths: list[Path]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths]
 
 
-@pytest.mark.parametrize("path", ALL_CODE, ids=names(ALL_CODE))
+@pytest.mark.parametrize("path", [*ALL_CODE, *C_CODE], ids=names([*ALL_CODE, *C_CODE]))
 def test_no_file_is_so_long_that_it_tells_two_stories(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("path", C_CODE, ids=names(C_CODE))
+def test_no_line_of_c_is_wider_than_one_of_python(path: Path) -> None:
+    assert [line for line in path.read_text().splitlines() if len(line) > WIDEST] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))

@@ -137,11 +137,13 @@ static PyMethodDef depot_methods[] = {
     {"park", depot_parked, METH_O, "park(tunnel)\n\nBetween leases. It belongs to orders until it is given back."},
     {"take", depot_taken, METH_NOARGS,
      "take() -> (waiter, leases, idle_since) or None\n\n"
-     "Gives back the tunnel that was used last, by its waiter: how many leases it has had here, and when the last of them\n"
-     "ended, in monotonic seconds."},
+     "Gives back the tunnel that was used last, by its waiter: how many leases it has had here, and when the last of\n"
+     "them ended, in monotonic seconds."},
     {"recall", depot_recalled, METH_NOARGS,
-     "recall() -> list\n\nGives back all, latest first; those that are leased follow, in `news`, when their leases end."},
-    {"counts", depot_counts, METH_NOARGS, "counts() -> (parked, leased, most)\n\n`most`: leased at once, since the last recall."},
+     "recall() -> list\n\n"
+     "Gives back all, latest first; those that are leased follow, in `news`, when their leases end."},
+    {"counts", depot_counts, METH_NOARGS,
+     "counts() -> (parked, leased, most)\n\n`most`: leased at once, since the last recall."},
     {NULL, NULL, 0, NULL},
 };
 

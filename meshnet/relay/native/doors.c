@@ -177,8 +177,8 @@ PyObject *doors_order(CoreObject *core, PyObject *arguments)
     unsigned mark, places;
     double patience;
     PyObject *through, *depot, *waiter;
-    if (!PyArg_ParseTuple(arguments, "iis(si)(si)IpdIOO", &direction, &identity, &source, &original, &original_port, &target,
-                          &target_port, &mark, &local, &patience, &places, &through, &waiter))
+    if (!PyArg_ParseTuple(arguments, "iis(si)(si)IpdIOO", &direction, &identity, &source, &original, &original_port,
+                          &target, &target_port, &mark, &local, &patience, &places, &through, &waiter))
         return NULL;
     if (!core->open)
         return module_core_is_closed();

@@ -65,7 +65,8 @@ static void context_dealloc(PyObject *object)
 }
 
 static PyType_Slot context_slots[] = {
-    {Py_tp_doc, "Context(certificate, key, bundle, is_server, ticket_keys=b'')\n\nMutual TLS 1.3 for meshnet/1 from PEM files.\n"
+    {Py_tp_doc, "Context(certificate, key, bundle, is_server, ticket_keys=b'')\n\n"
+                "Mutual TLS 1.3 for meshnet/1 from PEM files.\n"
                 "With 80 bytes of keys, sessions are resumed by every process that has the same. Raises ValueError."},
     {Py_tp_new, context_new},
     {Py_tp_dealloc, context_dealloc},
@@ -372,8 +373,8 @@ static PyMethodDef tunnel_methods[] = {
     {"go_on", tunnel_go_on, METH_NOARGS, "go_on()\n\nReads on, after a link that left something unread."},
     {"serve", tunnel_served_on, METH_VARARGS,
      "serve(identity, host, good_until)\n\n"
-     "Until something comes that is to be taken, orders may answer what the peer asks for. `identity` is the number of its\n"
-     "identity, `host` its address, `good_until` the end of its certificate in seconds since the epoch."},
+     "Until something comes that is to be taken, orders may answer what the peer asks for. `identity` is the number\n"
+     "of its identity, `host` its address, `good_until` the end of its certificate in seconds since the epoch."},
     {"last_ends", tunnel_last_ends, METH_NOARGS,
      "last_ends() -> (sent_end, received_end)\n\n"
      "The kinds of the frames that ended the last lease under an order, since this was last asked; 0: none."},

@@ -193,7 +193,8 @@ static bool put(struct leg *leg, const uint8_t *frame, size_t size, size_t paylo
         if (tunnel->mark_count < MAX_MARKS)
             tunnel->marks[tunnel->mark_count++] = (struct mark){.end = end, .size = payload};
         else /* two frames are counted as one */
-            tunnel->marks[MAX_MARKS - 1] = (struct mark){.end = end, .size = tunnel->marks[MAX_MARKS - 1].size + payload};
+            tunnel->marks[MAX_MARKS - 1] =
+                (struct mark){.end = end, .size = tunnel->marks[MAX_MARKS - 1].size + payload};
     }
     return true;
 }

@@ -424,40 +424,41 @@ static PyObject *core_depot(PyObject *object, PyObject *waiter)
 static PyMethodDef core_methods[] = {
     {"start", core_start, METH_VARARGS,
      "start(client, endpoint, to_client, to_endpoint, sent, received_end, unread, waiter) -> Link\n\n"
-     "Legs are descriptors of connected, non-blocking TCP sockets, taken over and closed at the end, or tunnels with a\n"
-     "lease that is up. The bytes are sent first. `sent` went up before. `received_end`: the kind of frame by which the tunnel's peer has\n"
-     "ended its half already, or 0; `unread`: what\n"
-     "came from it and is no whole frame yet. `waiter` comes back from `news` when the link has ended."},
+     "Legs are descriptors of connected, non-blocking TCP sockets, taken over and closed at the end, or tunnels with\n"
+     "a lease that is up. The bytes are sent first. `sent` went up before. `received_end`: the kind of frame by which\n"
+     "the tunnel's peer has ended its half already, or 0; `unread`: what came from it and is no whole frame yet.\n"
+     "`waiter` comes back from `news` when the link has ended."},
     {"shake", core_shake, METH_VARARGS,
      "shake(context, fd, is_client, session, waiter) -> Tunnel\n\n"
      "Takes over the descriptor of a connected, non-blocking TCP socket and begins a TLS handshake on it. `waiter`\n"
      "comes back from `news` when it is over, one way or the other, and later whenever there is something to take."},
     {"listen", core_listen, METH_VARARGS,
      "listen(fd, direction, shared, waiter) -> Listener\n\n"
-     "Takes over the descriptor of a listening, non-blocking TCP socket, which other processes may share. `news` has (waiter, 3, (fd, family, host, port))\n"
-     "for each connection that no order covers, and (waiter, 4, errno) when it can accept no more for now."},
+     "Takes over a listening, non-blocking TCP socket, which other processes may share. `news` has (waiter, 3, (fd,\n"
+     "family, host, port)) for what no order covers, and (waiter, 4, errno) when it can accept no more for now."},
     {"order", core_order, METH_VARARGS,
      "order(direction, identity, source, original, target, mark, local, patience, places, through, waiter) -> Order\n\n"
-     "Connections that come in at listeners of that direction from host `source` and were going to `original` are dialled\n"
-     "to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once. Direction 2 is\n"
-     "what the peer with the number `identity` asks for through its tunnels. `through`: None, or (depot, (before, between,\n"
-     "behind), id_suffix): the endpoint is asked for through a tunnel of that depot; the three pieces of its OPEN are those\n"
-     "around the port of the source and the id. `news` has\n"
-     "(waiter, 0, Link) for one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) for\n"
-     "one that has come and gone."},
+     "Connections that come in at listeners of that direction from host `source` and were going to `original` are\n"
+     "dialled to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once.\n"
+     "Direction 2 is what the peer with the number `identity` asks for through its tunnels. `through`: None, or\n"
+     "(depot, (before, between, behind), id_suffix): the endpoint is asked for through a tunnel of that depot; the\n"
+     "three pieces of its OPEN are those around the port of the source and the id. `news` has (waiter, 0, Link) for\n"
+     "one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) at its end."},
     {"depot", core_depot, METH_O,
-     "depot(waiter) -> Depot\n\n`news` has (waiter, 5, (waiter of the tunnel, leases, idle_since)) for one that is given back."},
+     "depot(waiter) -> Depot\n\n"
+     "`news` has (waiter, 5, (waiter of the tunnel, leases, idle_since)) for one that is given back."},
     {"news", core_news, METH_VARARGS,
-     "news(everything=False) -> list\n\nThe waiters of what has happened since; with what there is to say, for listeners and "
-     "orders.\n`everything`: of links under orders also those that have begun just now."},
+     "news(everything=False) -> list\n\n"
+     "The waiters of what has happened since; with what there is to say, for listeners and orders.\n"
+     "`everything`: of links under orders also those that have begun just now."},
     {"fileno", core_fileno, METH_NOARGS, "fileno() -> int\n\nReadable while `news` has something to say."},
     {"stop", core_stop, METH_NOARGS, "stop()\n\nEnds the thread. Links that still run are reset, and have ended."},
     {NULL, NULL, 0, NULL},
 };
 
 static PyType_Slot core_slots[] = {
-    {Py_tp_doc, "Core(resets, name, silence=60)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET frame for each\n"
-                "reason. Raises OSError."},
+    {Py_tp_doc, "Core(resets, name, silence=60)\n\nAn epoll thread that moves bytes. `resets`: the payload of the RESET\n"
+                "frame for each reason; `silence`: seconds after which a peer that answers nothing is gone. Raises OSError."},
     {Py_tp_new, core_new},
     {Py_tp_dealloc, core_dealloc},
     {Py_tp_methods, core_methods},

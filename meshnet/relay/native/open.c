@@ -102,13 +102,15 @@ bool open_parse(const uint8_t *payload, size_t size, struct address *target, str
            to_source(asker, source);
 }
 
-/* What `order` says, with the source's port (in network order) and the id; there is room for FRAME_MAX_CONTROL bytes. */
+/* What `order` says, with the source's port (in network order) and the id; there is room for FRAME_MAX_CONTROL bytes.
+ */
 size_t open_write(uint8_t *payload, const struct order *order, uint16_t port, const char *id)
 {
     char number[sizeof "65535"];
     const struct backlog *parts = order->opening;
     size_t digits = (size_t)snprintf(number, sizeof number, "%u", ntohs(port));
-    const struct backlog pieces[] = {parts[0], {(uint8_t *)number, digits}, parts[1], {(uint8_t *)id, strlen(id)}, parts[2]};
+    const struct backlog source = {(uint8_t *)number, digits}, own = {(uint8_t *)id, strlen(id)};
+    const struct backlog pieces[] = {parts[0], source, parts[1], own, parts[2]};
     size_t size = 0;
     for (size_t which = 0; which < sizeof pieces / sizeof *pieces; which++) {
         memcpy(payload + size, pieces[which].bytes, pieces[which].size);

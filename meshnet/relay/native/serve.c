@@ -30,8 +30,8 @@ static bool has_inbox(struct tunnel *tunnel)
 }
 
 /* Begins a link for the OPEN at the front of `bytes`, of `whole` bytes with its header. */
-static bool begin(struct tunnel *tunnel, struct order *order, const struct open *open, const uint8_t *bytes, size_t size,
-                  size_t whole)
+static bool begin(struct tunnel *tunnel, struct order *order, const struct open *open, const uint8_t *bytes,
+                  size_t size, size_t whole)
 {
     struct link *link = link_new(tunnel->core);
     if (!link || !backlog_append(&tunnel->opening, bytes, whole)) {

@@ -1,8 +1,8 @@
 /* OpenSSL's part of a tunnel: contexts, and a BIO that reads what was received and writes what is to be sent.
  *
  * OpenSSL by itself receives each record in two calls and sends each in one. Here a call receives or sends many
- * records, and OpenSSL never sees a full socket. Only in the handshake it reads from the socket itself: what lies behind
- * the handshake must stay there, for the thread that takes over.
+ * records, and OpenSSL never sees a full socket. Only in the handshake it reads from the socket itself: what lies
+ * behind the handshake must stay there, for the thread that takes over.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -115,7 +115,9 @@ static int keep_session(SSL *ssl, SSL_SESSION *session)
     return 1;
 }
 
-/* `ticket_keys`: those of all processes that resume each other's sessions, or NULL. NULL: OpenSSL's error queue says why. */
+/* `ticket_keys`: those of all processes that resume each other's sessions, or NULL. NULL: OpenSSL's error queue says
+ * why.
+ */
 SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundle, bool is_server,
                      const uint8_t *ticket_keys)
 {
@@ -147,7 +149,7 @@ SSL_CTX *tls_context(const char *certificate, const char *key, const char *bundl
         fine = fine && libssl.SSL_CTX_set_num_tickets(context, 1) == 1 &&
                libssl.SSL_CTX_set_session_id_context(context, ALPN, ALPN_SIZE) == 1;
     } else if (fine) {
-        fine = libssl.SSL_CTX_set_alpn_protos(context, ALPN, ALPN_SIZE) == 0; /* 0 is success: SSL_CTX_set_alpn_protos(3) */
+        fine = libssl.SSL_CTX_set_alpn_protos(context, ALPN, ALPN_SIZE) == 0; /* which is success, by its manual */
         libssl.SSL_CTX_ctrl(context, SSL_CTRL_SET_SESS_CACHE_MODE, SSL_SESS_CACHE_CLIENT_OUTSIDE, NULL);
         libssl.SSL_CTX_sess_set_new_cb(context, keep_session);
     }

@@ -177,7 +177,7 @@ static bool may_read(struct tunnel *tunnel)
     if (!tunnel->readable || tunnel->lost || tunnel->closed || tunnel->handshaking || tunnel->held.size > MAX_HELD)
         return false;
     struct leg *leg = tunnel->leg;
-    /* Behind the peer's end only a RESET can come, or the end of the tunnel: however slow the application, they count. */
+    /* Behind the peer's end only a RESET can come, or the tunnel's: however slow the application, they count. */
     if (leg && !leg->link->failed && tunnel->received_end == FRAME_DATA && link_is_full(leg->peer))
         return false;
     return !tunnel_has_full_inbox(tunnel);

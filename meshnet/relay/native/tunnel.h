@@ -30,7 +30,7 @@ struct tunnel {
     bool saying; /* for Python; so nothing is being read */
     bool closed;
     struct leg *leg; /* while leased */
-    bool serving;    /* Python waits for an OPEN, which the core may answer itself; what follows is known of the peer: */
+    bool serving;    /* Python waits for an OPEN, which the core may answer; what follows is known of the peer: */
     int identity;
     struct address peer;
     uint64_t good_until;     /* seconds since the epoch: its certificate */

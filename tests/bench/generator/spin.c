@@ -1,5 +1,5 @@
-/* A virtual processor that halts costs a visit to the hypervisor, and is slow to wake. These loops keep it from halting;
- * being of idle priority they yield to everything else at once.
+/* A virtual processor that halts costs a visit to the hypervisor, and is slow to wake. These loops keep it from
+ * halting; being of idle priority they yield to everything else at once.
  */
 #include "load.h"
 
@@ -31,8 +31,8 @@ _Noreturn void spin(void) {
     exit(0); /* and the loops with us */
 }
 
-/* With autogroups (sched(7)) idle priority counts within a session only: the session as a whole would take its full turn,
- * and everybody else wait milliseconds for it.
+/* With autogroups (sched(7)) idle priority counts within a session only: the session as a whole would take its full
+ * turn, and everybody else wait milliseconds for it.
  */
 static void become_a_light_group(void) {
     setsid();

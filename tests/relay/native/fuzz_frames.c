@@ -90,14 +90,17 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
 /* Half of what it makes is as a peer would say it, or every input would end at its first byte. */
 static size_t invent(uint8_t *input, size_t room)
 {
-    static const uint8_t kinds[] = {FRAME_DATA, FRAME_DATA, FRAME_DATA, FRAME_FIN, FRAME_RESET, FRAME_PONG, FRAME_GOAWAY,
-                                    FRAME_OPENED, FRAME_REFUSED};
+    static const uint8_t kinds[] = {FRAME_DATA, FRAME_DATA, FRAME_DATA, FRAME_FIN, FRAME_RESET, FRAME_PONG,
+                                    FRAME_GOAWAY, FRAME_OPENED, FRAME_REFUSED};
     size_t size = 0;
     input[size++] = (uint8_t)rand();
     while (size < room && rand() % 40) {
         uint8_t kind = rand() % 30 ? kinds[(size_t)rand() % sizeof kinds] : (uint8_t)rand();
-        size_t payload = kind == FRAME_DATA ? (size_t)(rand() % 30 ? rand() % 300 : rand() % (FRAME_MAX_DATA + 2)) :
-                         kind == FRAME_RESET || kind == FRAME_REFUSED ? (size_t)(rand() % (FRAME_MAX_CONTROL + 2)) : rand() % 50 == 0;
+        size_t payload = rand() % 50 == 0;
+        if (kind == FRAME_DATA)
+            payload = (size_t)(rand() % 30 ? rand() % 300 : rand() % (FRAME_MAX_DATA + 2));
+        else if (kind == FRAME_RESET || kind == FRAME_REFUSED)
+            payload = (size_t)(rand() % (FRAME_MAX_CONTROL + 2));
         if (size + FRAME_HEADER + payload > room)
             break;
         frame_header(input + size, kind, payload);

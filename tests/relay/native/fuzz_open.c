@@ -1,7 +1,7 @@
 /* An OPEN as a peer may say it: whatever is taken is within its bounds, and what was taken is taken again from a copy.
  *
- * With clang as libFuzzer has it; with any other compiler, -DWITHOUT_LIBFUZZER makes it a program of its own that takes a
- * seed and a number of rounds.
+ * With clang as libFuzzer has it; with any other compiler, -DWITHOUT_LIBFUZZER makes it a program of its own that takes
+ * a seed and a number of rounds.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -43,8 +43,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
     check(strnlen(id, sizeof id) <= MAX_ID && *id, "an id that is none");
     inet_ntop(target.family, target.host, host[0], sizeof host[0]);
     inet_ntop(source.family, source.host, host[1], sizeof host[1]);
-    int length = snprintf(said, sizeof said, "{\"host\":\"%s\",\"port\":%d,\"source\":\"[%s]:%d\",\"id\":\"%s\"}", host[0],
-                          ntohs(target.port), host[1], ntohs(source.port), id);
+    const char *form = "{\"host\":\"%s\",\"port\":%d,\"source\":\"[%s]:%d\",\"id\":\"%s\"}";
+    int length = snprintf(said, sizeof said, form, host[0], ntohs(target.port), host[1], ntohs(source.port), id);
     struct address target_again, source_again;
     char id_again[MAX_ID + 1];
     check(open_parse((const uint8_t *)said, (size_t)length, &target_again, &source_again, id_again), said);
@@ -59,8 +59,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
 static size_t invent(uint8_t *input)
 {
     static const char *const right[] = {
-        "{\"host\":\"10.0.0.2\",\"port\":8080,\"service\":\"api:8080\",\"source\":\"10.0.0.1:40000\",\"id\":\"8s0t4zfm\","
-        "\"deadline\":2000}",
+        "{\"host\":\"10.0.0.2\",\"port\":8080,\"service\":\"api:8080\",\"source\":\"10.0.0.1:40000\","
+        "\"id\":\"8s0t4zfm\",\"deadline\":2000}",
         "{\"host\":\"fd00::2\",\"port\":1,\"source\":\"[fd00::1]:65535\",\"id\":\"x\"}",
     };
     const char *text = right[rand() % 2];
