@@ -149,7 +149,7 @@ SPEED: dict[str, tuple[str, ...]] = {
         "tests/relay/test_gigabyte.py::test_a_gigabyte_arrives_unharmed",
     ),
     "a wheel that needs more than libc": (
-        "tests/relay/native/test_wheel.py::test_the_built_extension_needs_libc_and_nothing_else",
+        "tests/relay/test_wheel.py::test_the_built_extension_needs_libc_and_nothing_else",
     ),
     "a fallback that nobody is told of": (
         "tests/relay/test_ladder.py::test_where_the_core_is_not_built_it_says_so",

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import gc
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -25,12 +26,12 @@ import trio
 
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.net.tls import Channel
-from meshnet.relay import PlainLeg
+from meshnet.relay import Facts, PlainLeg
 from meshnet.relay.native import NativeRelay, _core
 from meshnet.relay.native.reasons import REASONS
 from tests.relay.native.leaks import nothing_left
 from tests.relay.native.test_lifetimes import new_core, news, plain_link
-from tests.relay.native.test_orders import ACCEPTED, STUCK, closed_gate
+from tests.relay.native.test_orders import ACCEPTED, ENDED, STUCK, Gate, closed_gate
 from tests.relay.rig import (
     Rig,
     context,
@@ -382,3 +383,86 @@ async def test_much_is_spliced(relay: NativeRelay, faults: Faults) -> None:
     await pour(relay, "plain", ends, lambda: faults.arm("splice"))
     assert faults.count("splice") > 1, f"{faults.count('recv')} reads, {faults.count('pipe2')} pipes"
     assert {reason for reason, _ in ends} == {Reason.OK}
+
+
+# What an order makes of it: it may be judged anew by Python, which has the client then, or begin and fail.
+ORDERED = [
+    ("malloc", errno.ENOMEM),
+    ("calloc", errno.ENOMEM),
+    ("realloc", errno.ENOMEM),
+    ("socket", errno.EMFILE),
+    ("setsockopt", errno.ENOMEM),
+    ("connect", errno.EADDRNOTAVAIL),
+    ("epoll_ctl", errno.ENOSPC),
+    ("recv", errno.ENOMEM),
+    ("send", errno.ENOBUFS),
+]
+
+
+@pytest.mark.parametrize(("call", "code"), ORDERED, ids=[f"{call}-{errno.errorcode[code]}" for call, code in ORDERED])
+def test_a_connection_under_an_order_is_carried_or_given_back(host: Host, faults: Faults, call: str, code: int) -> None:
+    with closed_gate(host) as gate:
+        door = gate.open()
+        order = gate.order(places=5)
+        before = descriptors()
+        faults.arm(call)
+        assert _ask(gate) == "the answer"
+        calls = faults.count(call)
+        assert calls, "it makes no such call"
+        for number in range(1, calls + 1):
+            faults.arm(call, code, number)
+            assert _ask(gate) in ("the answer", "given back", "reset"), number
+            faults.arm(call)
+            wait_for(lambda: order.state()[1] == 0, what="its place is free again")
+        wait_for(lambda: descriptors() == before, what="every descriptor closed")
+        assert _ask(gate) == "the answer"
+        door.close()
+
+
+def _ask(gate: Gate) -> str:
+    """What becomes of a connection that asks something."""
+    gate.heard.clear()
+    gate.links.clear()
+    while _served(gate):  # of one that was dialled and dropped
+        gate.app().close()
+    with gate.client() as client:
+        client.sendall(b"question")
+        if (said := wait_for(lambda: _heard(gate) or _served(gate))) != "served":
+            return said
+        with gate.app() as app, contextlib.suppress(OSError):
+            assert app.recv(64) in (b"question", b"")
+            app.sendall(b"the answer")
+            app.shutdown(socket.SHUT_WR)
+        # Its endpoint leg may have been dialled and dropped again: then Python has the client.
+        said = wait_for(lambda: _heard(gate) or _answered(client), what="its end")
+        if said != "answered":
+            return said
+        answer = client.recv(64)
+    wait_for(lambda: _heard(gate), what="its end")
+    return answer.decode()
+
+
+def _answered(client: socket.socket) -> str:
+    return "answered" if select.select([client], [], [], 0)[0] else ""
+
+
+def _served(gate: Gate) -> str:
+    return "served" if select.select([gate.server], [], [], 0)[0] else ""
+
+
+def _heard(gate: Gate) -> str:
+    """That Python has the client, or that the connection is over."""
+    gate.hear()
+    for _, kind, about in gate.heard:
+        if kind == STUCK:
+            return "stuck"
+        if kind == ACCEPTED:
+            os.close(about[0])
+            return "given back"
+        if kind == ENDED:
+            facts = Facts(*about)
+            if facts.client < 0:
+                return "reset"
+            os.close(facts.client)
+            return "given back"
+    return ""
