@@ -1,7 +1,7 @@
 """Whether a TCP peer is gone, as the kernel tells it (tcp(7), TCP_INFO; struct tcp_info of linux/tcp.h).
 
-TCP_USER_TIMEOUT would end one that only does not read as well: what a closed window holds back counts as well, however
-often the peer answers.
+TCP_USER_TIMEOUT would end one that only does not read as well: what a closed window holds back counts, however often
+the peer answers.
 """
 
 import enum

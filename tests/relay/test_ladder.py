@@ -44,8 +44,8 @@ async def test_the_fastest_or_the_one_that_was_asked_for(wanted: str, taken: str
 @pytest.mark.parametrize(
     ("wanted", "said"),
     [
-        ("auto", "['python'] {'native': \"not built: "),
-        ("native", "the native relay was asked for and is not here; not built: "),
+        ("auto", "['python'] {'native': 'not built'}"),
+        ("native", "the native relay was asked for and is not here; not built; install gcc"),
     ],
 )
 def test_where_the_core_is_not_built_it_says_so(tmp_path: Path, wanted: str, said: str) -> None:

@@ -1,8 +1,8 @@
 /* Peers that are gone while bytes wait for them.
  *
- * TCP_USER_TIMEOUT would end one that only does not read as well: what a closed window holds back counts as well, however
- * often the peer answers (tcp(7)). So it is not set, and the kernel is asked about links on which nothing has moved for a
- * while. Where no bytes wait, keepalive finds it.
+ * TCP_USER_TIMEOUT would end one that only does not read as well: what a closed window holds back counts, however often
+ * the peer answers (tcp(7)). So it is not set, and the kernel is asked about links on which nothing has moved for long.
+ * Where no bytes wait, keepalive finds it.
  */
 #define _GNU_SOURCE
 #include "core.h"

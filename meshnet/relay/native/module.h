@@ -50,7 +50,7 @@ void module_release(PyObject *object);
 /* NULL with an exception set. */
 void *module_core_is_closed(void);
 
-PyObject *module_link_result(struct link *link);
+int links_add(PyObject *module);
 
 int doors_add(PyObject *module);
 PyObject *doors_listen(CoreObject *core, PyObject *arguments);
