@@ -30,7 +30,7 @@ from meshnet.relay import Facts, PlainLeg
 from meshnet.relay.native import NativeRelay, _core
 from meshnet.relay.native.reasons import REASONS
 from tests.relay.leaks import nothing_left
-from tests.relay.native.test_lifetimes import new_core, news, plain_link
+from tests.relay.native.test_lifetimes import new_core, plain_link
 from tests.relay.native.test_orders import ACCEPTED, ENDED, STUCK, Gate, closed_gate
 from tests.relay.rig import (
     Rig,
@@ -285,17 +285,18 @@ async def test_what_ends_something_needs_no_memory(relay: NativeRelay, faults: F
         both = await tunnel_pair(relay.tls, relay.tls)
         link, client, server = plain_link(core)
         listener = socket.create_server(("127.0.0.1", 0))
+        listener.setblocking(False)
         door = core.listen(os.dup(listener.fileno()), 0, False, "door")
         with client, server, listener:
             faults.arm("malloc", errno.ENOMEM, last=EVER)
             link.abort(b"{}")
             both.close()
             door.close()
-            told = news(core)
+            wait_for(lambda core=core: "link" in core.news(), what="the link's end")
             faults.arm("malloc")
-            assert "link" in told
             assert link.result()[0] == REASONS.index(Reason.DRAIN)  # aborted
         core.stop()
+        core.news()  # which gives back what the core has held
         del link, door, core, both
 
 
@@ -408,8 +409,7 @@ def test_a_connection_under_an_order_is_carried_or_given_back(host: Host, faults
         faults.arm(call)
         assert _ask(gate) == "the answer"
         calls = faults.count(call)
-        assert calls, "it makes no such call"
-        for number in range(1, calls + 1):
+        for number in range(1, calls + 2):  # one more, for some are made only where the client is quick
             faults.arm(call, code, number)
             assert _ask(gate) in ("the answer", "given back", "reset"), number
             faults.arm(call)
@@ -427,10 +427,10 @@ def _ask(gate: Gate) -> str:
         gate.app().close()
     try:
         client = gate.client()
-    except ConnectionResetError:  # before connect(2) could say that it stands
+    except ConnectionResetError:  # already
         return wait_for(lambda: _heard(gate), what="its end")
     with client:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ConnectionResetError):
             client.sendall(b"question")
         if (said := wait_for(lambda: _heard(gate) or _served(gate))) != "served":
             return said
@@ -442,9 +442,12 @@ def _ask(gate: Gate) -> str:
         said = wait_for(lambda: _heard(gate) or _answered(client), what="its end")
         if said != "answered":
             return said
-        answer = client.recv(64)
+        try:
+            answer = client.recv(64).decode()
+        except ConnectionResetError:
+            answer = "reset"
     wait_for(lambda: _heard(gate), what="its end")
-    return answer.decode()
+    return answer or "reset"
 
 
 def _answered(client: socket.socket) -> str:
