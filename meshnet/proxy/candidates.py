@@ -37,6 +37,13 @@ class Candidates:
             return None
         return None if self.tried and endpoint.address in self.tried else connections
 
+    def is_well(self, endpoint: Endpoint) -> bool:
+        """Whether it passes its checks, and failures do not keep it from being tried."""
+        known = self._known.get(endpoint.address)
+        if endpoint.address in self.failing:
+            return False
+        return known is None or (known.breaker.allows(self.now) and not known.outcomes.is_ejected(self.now))
+
     def warmth(self, endpoint: Endpoint, /) -> float:
         since = self._state.warming.get(endpoint.address)
         if since is None:

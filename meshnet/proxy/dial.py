@@ -10,7 +10,7 @@ from meshnet.decide.breaker import BreakerState, counts_against_endpoint
 from meshnet.decide.names import nameless
 from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
-from meshnet.model.service import Endpoint, HashOn, OnEject, ServicePort, TunnelKind
+from meshnet.model.service import Endpoint, HashOn, ServicePort, TunnelKind
 from meshnet.net.strand import in_task
 from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
 from meshnet.proxy.candidates import Candidates
@@ -39,7 +39,7 @@ async def dial_service(
     endpoints = (pinned,) if pinned else service.endpoints
     balancer = state.balancer(service)
     last, early = before.failed, before.early
-    tried = {endpoint.address for endpoint in endpoints if last and endpoint.name == record.endpoint}
+    tried = {endpoint.address for endpoint in endpoints if endpoint.name == record.endpoint} if last else set()
     candidates = Candidates(service, state, tried, started)
     if pinned:
         candidates.failing = ()  # the client has named it, whatever its checks say
@@ -132,8 +132,7 @@ async def _try(
             known.outcomes.note(False, window, now)
             state.orders.revoke(known.orders)
             judged = True
-            if service.traffic.on_eject is OnEject.CLOSE and known.breaker.state(now) is BreakerState.OPEN:
-                state.close_endpoint(endpoint, "its breaker has opened")
+            state.blamed(endpoint.address, known, now)
         raise
     finally:
         known.pending -= 1

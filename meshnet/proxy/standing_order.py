@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from meshnet.codec.frames import decode_refused
 from meshnet.decide.breaker import BreakerState, counts_against_endpoint
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
+from meshnet.model.address import parse_address
 from meshnet.model.connection import Attempt, Direction
 from meshnet.net import sockets
 from meshnet.proxy.passed import Passed, Told
@@ -173,6 +174,7 @@ class StandingOrder:
         # Dialled before it opened says nothing new, and is not the probe either.
         if known.breaker.state(now) is BreakerState.CLOSED and known.breaker.admit(now):
             known.breaker.failed(now, self.state.dice)
+            self.state.blamed(parse_address(self.told.endpoint), known, now)
 
 
 class _Carried:

@@ -11,7 +11,7 @@ import trio
 
 from meshnet.decide.access import AccessRules, Call, Deny
 from meshnet.decide.balance import Balancer, Prepared, prepare
-from meshnet.decide.breaker import Breaker
+from meshnet.decide.breaker import Breaker, BreakerState
 from meshnet.decide.limits import Admitted, Limiter, Queued, Rejected, Ticket
 from meshnet.decide.names import nameless
 from meshnet.decide.outlier import Outcomes
@@ -20,7 +20,7 @@ from meshnet.decide.warmth import ConnectTime
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
-from meshnet.model.service import Balance, Endpoint, Limits, Locality, Mode, ServicePort
+from meshnet.model.service import Balance, Endpoint, Limits, Locality, Mode, OnEject, ServicePort
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
@@ -225,6 +225,14 @@ class ProxyState:
                 "%s has no endpoint that is well: those that are ejected or fail checks are used", service.name
             )
         held.panicked_at = now
+
+    def blamed(self, endpoint: Address, known: EndpointState, now: float) -> None:
+        """A failure has counted against it: if that has opened its breaker, policy may want what is open to end."""
+        service, found = self.snapshot.by_endpoint.get(endpoint, (None, None))
+        if service is None or found is None or service.traffic.on_eject is not OnEject.CLOSE:
+            return
+        if known.breaker.state(now) is BreakerState.OPEN:
+            self.close_endpoint(found, "its breaker has opened")
 
     def close_endpoint(self, endpoint: Endpoint, why: str) -> None:
         """Ends what is open to it: its caller finds another one."""

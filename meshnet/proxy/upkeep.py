@@ -7,12 +7,14 @@ from collections import defaultdict
 import trio
 
 from meshnet.decide.lifetime import IDLE_MOMENT, overdue, surplus
+from meshnet.decide.locality import distance
 from meshnet.decide.outlier import Outcomes, to_eject
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
-from meshnet.model.service import OnEject, Outlier, ServicePort, Timeouts
+from meshnet.model.service import Balance, OnEject, Outlier, ServicePort, Timeouts
 from meshnet.model.snapshot import Snapshot
+from meshnet.proxy.candidates import Candidates
 from meshnet.proxy.record import Record
 from meshnet.proxy.slices import slices
 from meshnet.proxy.state import ProxyState
@@ -23,6 +25,7 @@ _REBALANCE_EVERY = 10.0  # seconds
 _LOOK_EVERY = 1.0  # at connections, where a policy says how long they may live
 _LOOK_SELDOM = 15.0  # where none does: those that are half-closed have minutes
 _DEFAULT = Timeouts()
+_CHOOSES_AGAIN_ALIKE = (Balance.MAGLEV, Balance.FIRST)  # whoever has how many: there is nothing to rebalance
 
 
 class Upkeep:
@@ -62,7 +65,11 @@ class Upkeep:
             for service in snapshot.services
             if service.traffic.timeouts != _DEFAULT
         }
-        self._rebalanced = [service for service in snapshot.services if service.traffic.rebalance.above]
+        self._rebalanced = [
+            service
+            for service in snapshot.services
+            if service.traffic.rebalance.above and service.traffic.balance not in _CHOOSES_AGAIN_ALIKE
+        ]
 
     async def _end_overdue(self) -> None:
         state = self._state
@@ -129,12 +136,17 @@ class Upkeep:
             most = float(settings.per_minute)
             earned = self._budgets.get(service.name, 0.0) + most * _REBALANCE_EVERY / 60
             self._budgets[service.name] = min(earned, most)
-            loads = {}
+            # Among those that are equally near: whose connection ends finds its next endpoint among these.
+            groups: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
+            candidates = Candidates(service, state, set(), now)
             for endpoint in service.endpoints:
-                known = state.endpoints.get(endpoint.address)
-                if known is None or (known.breaker.allows(now) and not known.outcomes.is_ejected(now)):
-                    loads[endpoint.name] = (known.connections if known else 0, endpoint.weight)
-            left = surplus(loads, settings.above)
+                if endpoint.weight and candidates.is_well(endpoint):
+                    known = state.endpoints.get(endpoint.address)
+                    near = distance(state.here, endpoint.locality)
+                    groups[near][endpoint.name] = (known.connections if known else 0, endpoint.weight)
+            left: dict[str, int] = {}
+            for loads in groups.values():
+                left |= surplus(loads, settings.above)
             if not left:
                 continue
             idle: dict[str, list[tuple[float, Record]]] = defaultdict(list)
@@ -148,8 +160,8 @@ class Upkeep:
                     if quiet < IDLE_MOMENT or self._budgets[service.name] < 1:
                         break
                     self._budgets[service.name] -= 1
-                    connections, _ = loads[name]
-                    record.abort(Reason.REBALANCE, EndedBy.POLICY, f"{name} had {connections} connections, too many")
+                    why = f"{name} had {len(idle[name])} connections, too many"
+                    record.abort(Reason.REBALANCE, EndedBy.POLICY, why)
             await trio.lowlevel.checkpoint()
 
 

@@ -75,12 +75,13 @@ class Pool:
     ) -> ClientTunnel:
         """A tunnel to `address`, proven to be `identity`: an idle one, or one that comes back while we wait, or new.
 
-        `timeout` seconds are for the connect, and again for the handshake of a new one.
+        `timeout` seconds are for the connect, and again for the handshake of a new one; neither is given more than what
+        the wait for its turn has left of `patience`.
 
         Raises ConnectionFailed: connect.*, tls.*, and limit.queue_timeout when so many handshakes are under way that
         the turn did not come within `patience` seconds; that is nobody's fault but our own.
         """
-        key = (address, identity)
+        key, until = (address, identity), time.monotonic() + patience
         tunnel = self._take(key)
         if tunnel is None:
             if not self._turns.is_free and (peer := self._peers.get(key)) is not None:
@@ -89,7 +90,7 @@ class Pool:
             tunnel = tunnel or await self._turns.wait(key, patience)
         if tunnel is None:
             try:
-                tunnel = await self._connect(key, timeout)
+                tunnel = await self._connect(key, min(timeout, max(0.0, until - time.monotonic())))
             finally:
                 self._turns.end()
         return self._lent(tunnel)

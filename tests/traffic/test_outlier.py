@@ -4,7 +4,7 @@ import pytest
 
 from tests.proxy.metrics import value
 from tests.proxy.programs import Records, reason
-from tests.traffic.calls import Call, who
+from tests.traffic.calls import Call, is_reset, who
 from tests.traffic.conftest import Hosts, Name, traffic
 from tests.world import wait_for
 
@@ -103,6 +103,25 @@ def test_on_eject_close_ends_what_is_open_to_it_and_keep_does_not(hosts: Hosts, 
         mine = [each for each in mine if each.endpoint == f"{hosts.apis[0].address}:{name.port}"]
         assert [reason(each) for each in mine] == ["endpoint.ejected by policy in data"]
         assert mine[0].bytes_sent > 0
+
+
+def test_on_eject_close_holds_where_the_relay_has_dialled_by_itself(hosts: Hosts, name: Name) -> None:
+    policy = {"breaker": {"failures": 1, "openTime": "60s"}, "connect": {"attempts": 1}, "onEject": "close"}
+    hosts.write(hosts.service(name, hosts.apis[:1]), traffic(name, **policy))
+    with hosts.apps(name.port, hosts.apis[:1]) as apps, Call(hosts.web, name) as held:
+        for _ in range(3):  # the next ones are under an order
+            assert who(hosts.web, name) == "api-1"
+        assert held.say("here") == "here"
+        apps["api-1"].refuse()
+        assert is_reset(hosts.web, name)
+
+        def ended() -> bool:
+            try:
+                return not held.say("still")
+            except ConnectionResetError:
+                return True
+
+        wait_for(ended, what="the end of what was open")
 
 
 def test_a_service_of_two_has_no_outliers(hosts: Hosts, name: Name) -> None:
