@@ -178,7 +178,7 @@ class Metrics:
         for verdict, count in list(self._authorized.items()):
             authorized.add_metric(verdict, count)
         yield authorized
-        yield _counter("meshnet_dropped_series", "Label sets counted under other.", self._dropped_series)
+        yield _counter("meshnet_dropped_series", "How often other stood in for labels.", self._dropped_series)
         yield _counter("meshnet_ordered_connections", "Connections that a standing order covered.", self._ordered)
         if self.state is not None and self.state.held is not None:
             truthful = self.state.held.status()
@@ -322,7 +322,8 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
         for endpoint in service.endpoints:
             if (known := state.endpoints.get(endpoint.address)) is not None:
                 breaker = known.breaker.state(now)
-                breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
+                if breaker is not BreakerState.CLOSED or len(breakers.samples) < _MAX_SERIES:
+                    breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
                 ejected += breaker is BreakerState.OPEN or known.outcomes.is_ejected(now)
         checked = state.checks.failing(service)
         if checked is not None:

@@ -1,0 +1,54 @@
+"""However many peers and endpoints there are, the metrics stay bounded, and nothing is counted twice or not at all."""
+
+import random
+
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+from meshnet.codec.mesh import read_mesh
+from meshnet.errors import EndedBy, Reason
+from meshnet.model.address import Address
+from meshnet.model.connection import Direction
+from meshnet.proxy.state import ProxyState
+from tests.proxy.test_state import a_state, mesh
+
+MOST = 2000
+
+
+async def samples(state: ProxyState, name: str) -> list[Sample]:
+    text = (await state.metrics.scrape()).decode()
+    families = text_string_to_metric_families(text)
+    return [sample for family in families for sample in family.samples if sample.name == name]
+
+
+async def test_peers_beyond_the_bound_are_counted_together() -> None:
+    async with a_state(mesh(1)) as state:
+        for number in range(MOST + 100):
+            with state.registry.life(Direction.INBOUND, Address("10.9.0.1", 1), None) as record:
+                record.source_identity = f"spiffe://mesh.example/ns/default/sa/web-{number}"
+                record.connected = record.opened
+                record.end(Reason.OK, EndedBy.CLIENT, "")
+        for name in ("meshnet_tcp_connections_opened_total", "meshnet_tcp_connections_closed_total"):
+            found = await samples(state, name)
+            assert len(found) == MOST + 1
+            assert sum(sample.value for sample in found) == MOST + 100
+        [dropped] = await samples(state, "meshnet_dropped_series_total")
+        assert dropped.value >= 100
+
+
+async def test_of_very_many_endpoints_those_whose_breakers_are_not_closed_are_always_there() -> None:
+    addresses = [f"10.{number >> 8}.{number & 255}.1" for number in range(MOST + 500)]
+    endpoints = ", ".join(f"{{address: {address}}}" for address in addresses)
+    text = "apiVersion: meshnet.dev/v1\nkind: Service\nmetadata: {name: db}\n"
+    snapshot = read_mesh([("db.yaml", f"{text}spec: {{ports: [{{port: 80}}], endpoints: [{endpoints}]}}\n")], 1)
+    async with a_state(snapshot) as state:
+        (service,) = snapshot.services
+        for endpoint in service.endpoints:
+            known = state.endpoint(endpoint, service)
+        for _ in range(service.traffic.breaker.failures):
+            assert known.breaker.admit(1.0)
+            known.breaker.failed(1.0, random.Random(1))
+        found = await samples(state, "meshnet_breaker_state")
+        assert len(found) == MOST + 1
+        assert found[-1].labels["endpoint"] == f"{addresses[-1]}:80"
+        assert found[-1].value > 0
