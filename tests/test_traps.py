@@ -162,7 +162,7 @@ SPEED: dict[str, tuple[str, ...]] = {
         "tests/relay/contract.py::test_cancel_resets_both_legs_and_the_tally_is_exact",
     ),
     "a peer that dies during the handshake": (
-        "tests/relay/native/test_handshakes.py::test_a_peer_that_dies_in_the_handshake_fails_it",
+        "tests/relay/handshake_contract.py::test_a_peer_that_dies_in_the_handshake_fails_it",
     ),
     "an endpoint that cannot be reached": (
         "tests/relay/native/test_orders.py::test_a_client_whose_endpoint_refuses_is_given_back_whole",

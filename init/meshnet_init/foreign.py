@@ -22,7 +22,7 @@ from meshnet_init.rule import NAT_CHAINS, PLACES, Chain
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 _LEGACY_PRIORITIES = {"raw": -300, "mangle": -150, "nat": -100, "filter": 0}
-_TABLE = re.compile(r"table (\S+) (\S+) \{")
+_TABLE = re.compile(r"table (\S+) (\S+) \{(?: #.*)?")  # behind it the program that owns it, if one does
 _CHAIN = re.compile(r"\tchain (\S+) \{")
 _BASE = re.compile(r"\t\ttype (\S+) hook (\S+) (?:device \S+ )?priority (-?\d+);")
 _JUMP = re.compile(r"(?:\b(jump|goto)|-([jg])) (\S+)")

@@ -1,7 +1,6 @@
 """What an order's failure says of its endpoint, and what ends orders, in a state of its own."""
 
 import errno
-import socket
 import time
 
 import trio
@@ -16,6 +15,7 @@ from meshnet.proxy.standing_order import StandingOrder
 from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay import Facts, Outcome, Target
 from tests.proxy.test_state import a_state
+from tests.relay.rig import tcp_pair
 
 MESH = """\
 apiVersion: meshnet.dev/v1
@@ -52,7 +52,7 @@ def two_orders(state: ProxyState) -> tuple[EndpointState, list[StandingOrder]]:
 def fail(order: StandingOrder, error: int) -> None:
     """As the relay tells of a dial that failed."""
     now = time.monotonic()
-    near, far = socket.socketpair()
+    near, far = tcp_pair()
     facts = Facts(1234, now - 0.01, 0.0, now, 0, 0, 0.0, False, False, 0, 2, error, False, near.detach())
     with far:
         order.came_and_went(facts, Outcome(Reason.OK, EndedBy.CLIENT))
