@@ -22,6 +22,7 @@ from meshnet.errors import ConfigError
 from meshnet.model.snapshot import Snapshot
 from meshnet.proxy import program
 from meshnet.proxy.directory import Fingerprint, Refusal, fingerprint, is_resource_file, load_directory
+from meshnet.proxy.slices import gently
 
 _READER = "meshnet.proxy.directory"  # a program too
 _LITTLE = 256 << 10  # bytes of all files together that take a tenth of a second at most: another program takes longer
@@ -133,9 +134,9 @@ async def _read_elsewhere(directory: str, version: int) -> tuple[Snapshot, bytes
 
 def _decoded(printed: BinaryIO, version: int) -> tuple[Snapshot, bytes]:
     printed.seek(0)
-    snapshot = decode_snapshot(printed, version)
+    snapshot = decode_snapshot(gently(printed), version)
     printed.seek(0)
-    return snapshot, _digest(printed)
+    return snapshot, _digest(gently(printed))
 
 
 def _digest(lines: Iterable[bytes]) -> bytes:

@@ -33,7 +33,7 @@ from meshnet.proxy.names import Names
 from meshnet.proxy.orders import Orders
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
-from meshnet.proxy.slices import let_go, slices
+from meshnet.proxy.slices import gently, let_go, slices
 from meshnet.proxy.standing_order import StandingOrder
 from meshnet.relay import Relays
 from meshnet.tunnel.pool import Pool
@@ -361,7 +361,7 @@ def _compiled(snapshot: Snapshot, before: Snapshot, here: Locality) -> _Compiled
         if service.traffic.balance is Balance.MAGLEV
     ]
     added = []
-    for service in snapshot.services:
+    for service in gently(snapshot.services):
         new = [each.address for each in service.endpoints if each.address not in before.by_endpoint]
         if len(new) < len(service.endpoints):  # or there is nobody to take the rest meanwhile
             added += new
