@@ -98,7 +98,7 @@ def syn_in(payload: bytes) -> Syn | None:
         start, kind, hosts, size = 40, 6, 8, 16
     else:
         return None
-    if len(payload) < start + 8 or payload[kind] != _TCP or start < hosts + 2 * size:
+    if start < hosts + 2 * size or len(payload) < start + 8 or payload[kind] != _TCP:
         return None
     source, destination = (_host(payload[at : at + size]) for at in (hosts, hosts + size))
     from_port, to_port, sequence = struct.unpack_from("!HHI", payload, start)

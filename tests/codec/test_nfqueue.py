@@ -51,7 +51,9 @@ def test_options_of_ipv4_are_passed_over() -> None:
     assert syn_in(bytes([0x46]) + SYN[1:20] + bytes(4) + SYN[20:]) == syn_in(SYN)
 
 
-@pytest.mark.parametrize("payload", [b"", SYN[:27], SYN6[:47], SYN[:9] + b"\x11" + SYN[10:], b"\x41" + SYN[1:]])
+@pytest.mark.parametrize(
+    "payload", [b"", b"\x40" + bytes(7), SYN[:27], SYN6[:47], SYN[:9] + b"\x11" + SYN[10:], b"\x41" + SYN[1:]]
+)
 def test_what_is_no_syn_that_can_be_read_is_none(payload: bytes) -> None:
     assert syn_in(payload) is None
 

@@ -302,10 +302,13 @@ def test_hundreds_to_whom_no_way_leads_hear_it_and_have_one_record_each(held: He
     """The kernel sends ICMP errors at a limited rate; who hears none sends its SYN again, and is answered again."""
     # The proxy's own find no way; what the application sends does.
     held.web.configure("route add unreachable 203.0.113.0/24 table 99", "rule add fwmark 0x1000 lookup 99")
-    out = Records(held.sidecar)
+    out, before = Records(held.sidecar), held.truth()
     with ThreadPoolExecutor(200) as pool:
         names = list(pool.map(lambda _: failure(held.web, "203.0.113.9", 80), range(200)))
-    assert set(names) == {"EHOSTUNREACH"}
+    # The queue fails open: whom the kernel lets pass where it cannot queue, on a busy machine, is reset, and counted.
+    passed = held.truth().unheld - before.unheld
+    assert (names.count("EHOSTUNREACH"), names.count("")) == (200 - passed, passed)
+    assert passed < 20
     assert {reason(each) for each in out.ended(200)} == {"connect.unreachable by proxy in connect"}
 
 
