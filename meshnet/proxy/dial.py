@@ -132,7 +132,7 @@ async def _try(
             known.outcomes.note(False, window, now)
             state.orders.revoke(known.orders)
             judged = True
-            state.blamed(endpoint.address, known, now)
+            state.blamed(service, endpoint, known, now)
         raise
     finally:
         known.pending -= 1

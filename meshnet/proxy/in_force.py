@@ -58,7 +58,8 @@ class MeshInForce:
             file = state.settings.mesh.last_good
             stored = await trio.to_thread.run_sync(last_good.load, file, 0)
             if stored is not None:
-                await self._put_in_force(NamedMesh(stored), addresses_in(stored))
+                mesh = await trio.to_thread.run_sync(NamedMesh, stored)
+                await self._put_in_force(mesh, addresses_in(stored))
                 _log.warning("going on with the mesh that was good before the restart, from %s", file)
         state.config_problem = str(problem)
         state.metrics.config_refused += 1

@@ -174,7 +174,8 @@ class StandingOrder:
         # Dialled before it opened says nothing new, and is not the probe either.
         if known.breaker.state(now) is BreakerState.CLOSED and known.breaker.admit(now):
             known.breaker.failed(now, self.state.dice)
-            self.state.blamed(parse_address(self.told.endpoint), known, now)
+            if found := self.state.snapshot.by_endpoint.get(parse_address(self.told.endpoint)):
+                self.state.blamed(*found, known, now)
 
 
 class _Carried:

@@ -226,13 +226,10 @@ class ProxyState:
             )
         held.panicked_at = now
 
-    def blamed(self, endpoint: Address, known: EndpointState, now: float) -> None:
+    def blamed(self, service: ServicePort, endpoint: Endpoint, known: EndpointState, now: float) -> None:
         """A failure has counted against it: if that has opened its breaker, policy may want what is open to end."""
-        service, found = self.snapshot.by_endpoint.get(endpoint, (None, None))
-        if service is None or found is None or service.traffic.on_eject is not OnEject.CLOSE:
-            return
-        if known.breaker.state(now) is BreakerState.OPEN:
-            self.close_endpoint(found, "its breaker has opened")
+        if service.traffic.on_eject is OnEject.CLOSE and known.breaker.state(now) is BreakerState.OPEN:
+            self.close_endpoint(endpoint, "its breaker has opened")
 
     def close_endpoint(self, endpoint: Endpoint, why: str) -> None:
         """Ends what is open to it: its caller finds another one."""

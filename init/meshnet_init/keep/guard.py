@@ -9,7 +9,6 @@ import socket
 
 from msgspec import structs
 
-from meshnet.errors import CommandError
 from meshnet_init.backends import Installed, differences
 from meshnet_init.backends.nft import NftBackend, netlink_socket
 from meshnet_init.render import KEEPER_TABLE
@@ -34,7 +33,7 @@ class Guard:
             return False
         try:
             table.apply(plan)
-        except CommandError:
+        except BaseException:
             if self._owner is None:
                 owner.close()
             raise

@@ -45,13 +45,15 @@ static bool look_at(struct leg *leg, uint64_t silence)
 
 void gone_look(struct core *core)
 {
-    if (!core->links || core->now < core->gone_due) {
-        core->gone_due = core->links ? core->gone_due : 0;
+    uint64_t next_due = core->now + core->silence / LOOKS_PER_SILENCE;
+    if (!core->links)
+        core->gone_due = 0;
+    else if (!core->gone_due)
+        core->gone_due = next_due;
+    if (!core->gone_due || core->now < core->gone_due)
         return;
-    }
-    bool first = !core->gone_due;
-    core->gone_due = core->now + core->silence / LOOKS_PER_SILENCE;
-    for (struct link *link = first ? NULL : core->links, *next; link; link = next) {
+    core->gone_due = next_due;
+    for (struct link *link = core->links, *next; link; link = next) {
         next = link->next;
         uint64_t moved_at = atomic_load_explicit(&link->moved_at, memory_order_relaxed);
         if (link->failed || link->endpoint.dialling || moved_at == link->looked_at ||
