@@ -38,11 +38,15 @@ class Candidates:
         return None if self.tried and endpoint.address in self.tried else connections
 
     def is_well(self, endpoint: Endpoint) -> bool:
-        """Whether it passes its checks, and failures do not keep it from being tried."""
+        """Whether it has a share, passes its checks, and failures do not keep it from being tried."""
         known = self._known.get(endpoint.address)
-        if endpoint.address in self.failing:
+        if not endpoint.weight or endpoint.address in self.failing:
             return False
         return known is None or (known.breaker.allows(self.now) and not known.outcomes.is_ejected(self.now))
+
+    def well_were_tried(self, endpoints: Iterable[Endpoint]) -> bool:
+        """Whether one that is well is out for this connection only."""
+        return bool(self.tried) and any(each.address in self.tried and self.is_well(each) for each in endpoints)
 
     def warmth(self, endpoint: Endpoint, /) -> float:
         since = self._state.warming.get(endpoint.address)

@@ -93,7 +93,8 @@ def _pick(
     found = pick()
     if found is None:
         candidates.panics = True
-        if (found := pick()) is not None:
+        found = pick()
+        if found is not None and not candidates.well_were_tried(endpoints):
             state.panicked(service, candidates.now)
     return found
 

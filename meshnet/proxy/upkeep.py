@@ -140,7 +140,7 @@ class Upkeep:
             groups: dict[int, dict[str, tuple[int, int]]] = defaultdict(dict)
             candidates = Candidates(service, state, set(), now)
             for endpoint in service.endpoints:
-                if endpoint.weight and candidates.is_well(endpoint):
+                if candidates.is_well(endpoint):
                     known = state.endpoints.get(endpoint.address)
                     near = distance(state.here, endpoint.locality)
                     groups[near][endpoint.name] = (known.connections if known else 0, endpoint.weight)

@@ -57,16 +57,22 @@ def test_another_mesh_leaves_it_ejected(hosts: Hosts, name: Name) -> None:
 
 
 def test_when_all_others_are_out_it_is_used_all_the_same_and_that_is_said(hosts: Hosts, name: Name) -> None:
-    policy = traffic(name, balance="round_robin", breaker={"failures": 20, "openTime": "60s"}, outlier=QUICK)
-    hosts.write(hosts.service(name, hosts.apis), policy)
+    hosts.write(
+        hosts.service(name, hosts.apis), traffic(name, balance="round_robin", breaker=NEVER_IN_A_ROW, outlier=QUICK)
+    )
     service = f"{name.name}:{name.port}"
     with hosts.apps(name.port, hosts.apis[1:]) as apps:
         eject(hosts, name, "api-1")
-        assert value(hosts.web, "meshnet_service_panic", service=service) == 0
         for app in apps.values():
             app.refuse()
         with hosts.apps(name.port, hosts.apis[:1]):
             assert who(hosts.web, name) == "api-1"
+            assert value(hosts.web, "meshnet_service_panic", service=service) == 0, "the others were merely tried"
+            at_once = {"failures": 1, "openTime": "60s"}
+            hosts.write(
+                hosts.service(name, hosts.apis), traffic(name, balance="round_robin", breaker=at_once, outlier=QUICK)
+            )
+            assert {who(hosts.web, name) for _ in range(3)} == {"api-1"}
             assert value(hosts.web, "meshnet_service_panic", service=service) == 1
             assert is_ejected(hosts, name, "api-1")
     process = hosts.sidecar(hosts.web).process
