@@ -20,16 +20,18 @@ def command(config: str | None) -> None:
     repaired in one step; open connections live on. Each repair is told on standard error, with who had changed what,
     and in `meshnet status`. With capture.strict they are held once more, as long as this runs, where no flush reaches
     them. With capture.fail = "open" new connections go direct while the sidecar is dead. SIGHUP reads the settings
-    again. `meshnet init`, `init remove` and `down` have it wait or stand down by themselves.
+    again; those that would capture the port by which SSH reaches this host are refused (`meshnet set` asks for
+    --accept-risk). `meshnet init`, `init remove` and `down` have it wait or stand down by themselves.
     """
     from meshnet.proxy.log import log_to_stderr
     from meshnet_cli import preflight
+    from meshnet_cli.vm import ssh
     from meshnet_init.keep.keeper import Keeper
 
     settings = read_settings(config)
     preflight.need_right()
     log_to_stderr(settings.log.level)
-    Keeper(lambda: read_settings(config)).run()
+    Keeper(lambda: read_settings(config), ssh.ports).run()
 
 
 def keeper_command(config: str | None) -> list[str]:

@@ -11,6 +11,8 @@ from meshnet.errors import CommandError
 from meshnet.model.settings import Settings
 
 RISK = "lose-ssh"
+_SSHD = Path("/etc/ssh")
+_DEFAULT = 22
 _ESTABLISHED, _LISTEN = "01", "0A"  # net/tcp_states.h
 
 
@@ -42,11 +44,33 @@ def need_safe(settings: Settings, accepted: Collection[str], command: str) -> No
 
 
 def ports() -> frozenset[int]:
-    """Of the SSH session that this process is in, and of every sshd that listens in this network namespace."""
+    """Of the SSH session that this process is in, and of every sshd that listens in this network namespace.
+
+    And what sshd's own configuration names, if somebody listens there: systemd may listen for it, and a service
+    without the capability SYS_PTRACE may not see whose socket it is.
+    """
     open_here = {port for state, port, _ in _sockets() if state == _ESTABLISHED}
     sessions = {port for port in _session_ports() if port in open_here}  # of this namespace, not of one further out
     listening = {inode: port for state, port, inode in _sockets() if state == _LISTEN}
-    return frozenset(sessions | {listening[inode] for inode in _sshd_sockets() if inode in listening})
+    seen = {listening[inode] for inode in _sshd_sockets() if inode in listening}
+    return frozenset(sessions | seen | (_configured(_SSHD) & set(listening.values())))
+
+
+def _configured(folder: Path) -> set[int]:
+    """Port and ListenAddress of sshd_config(5). Empty where there is none."""
+    files = [folder / "sshd_config", *sorted(folder.glob("sshd_config.d/*.conf"))]
+    try:
+        text = "\n".join(file.read_text(errors="replace") for file in files)
+    except OSError:
+        return set()
+    lines = [line.replace("=", " ").split() for line in text.splitlines()]
+    words = {(line[0].lower(), line[1]) for line in lines if len(line) > 1}
+    ports = {word for key, word in words if key == "port"}
+    for key, word in words:
+        host, _, port = word.rpartition(":")
+        if key == "listenaddress" and host and (":" not in host or host.endswith("]")):
+            ports.add(port)
+    return {int(port) for port in ports if port.isdigit()} or {_DEFAULT}
 
 
 def _session_ports() -> Iterator[int]:

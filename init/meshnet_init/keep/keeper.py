@@ -11,7 +11,7 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Literal
@@ -24,6 +24,7 @@ from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.proxy.notify import Notifier
 from meshnet_init.apply import apply_plan, choose_for, drift, every_backend, in_kernel
+from meshnet_init.backends import Backend, Installed
 from meshnet_init.canary import ask_the_proxy
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
@@ -31,6 +32,7 @@ from meshnet_init.keep.door import Door
 from meshnet_init.keep.guard import Guard
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
+from meshnet_init.keep.way_in import need_way_in
 from meshnet_init.plan import make_plan
 from meshnet_init.sidecar import misfits
 
@@ -45,10 +47,14 @@ _KNOCK = 0.2  # seconds between tries to reach a sidecar that is gone
 
 
 class Keeper:
-    """Used from the main thread. `read_settings` raises ConfigError; then what was read before stays in force."""
+    """Used from the main thread. `read_settings` raises ConfigError; then what was read before stays in force.
 
-    def __init__(self, read_settings: Callable[[], Settings]) -> None:
+    So it does when settings would newly capture one of the ports that `ways_in` names.
+    """
+
+    def __init__(self, read_settings: Callable[[], Settings], ways_in: Callable[[], Collection[int]]) -> None:
         self._read_settings = read_settings
+        self._ways_in = ways_in
         self._settings = read_settings()
         self._backend = choose_for(self._settings)
         self._plan = make_plan(self._settings, host_facts())
@@ -71,6 +77,8 @@ class Keeper:
         self._repairs = 0
         self._last_repair: Repair | None = None
         self._problem = ""
+        self._stale = ""  # why the settings that are in force are not those of the file
+        self._refused: CommandError | None = None  # what we began with, beside rules that are others
         self._last_look = self._next_look = 0.0
         self._ending = False
         self._reread = False
@@ -127,12 +135,14 @@ class Keeper:
         self._prove_inbound()
 
     def _hold(self, by: Sequence[str]) -> None:
-        lines = drift(self._plan, self._backend, in_kernel())
+        found = in_kernel()
+        lines = drift(self._plan, self._backend, found)
         now = time.monotonic()
         if not lines:
             self._has_held, self._differences = True, ()
         elif not self._has_held:
             self._need_fit()
+            self._need_way_in(found)
             applied = apply_plan(self._plan, self._backend)
             self._has_held, self._differences = True, ()
             self._heard()
@@ -175,6 +185,16 @@ class Keeper:
                 why="; ".join(unfit),
                 fix="start it again with these settings: sudo meshnet down && sudo meshnet up",
             )
+
+    def _need_way_in(self, found: Sequence[tuple[Backend, Installed]]) -> None:
+        """What was refused stays refused until settings are read again, though somebody flushes all rules."""
+        if self._refused is None:
+            try:
+                need_way_in(self._plan.rules, [installed for _, installed in found], self._ways_in())
+            except CommandError as error:
+                self._refused = error
+        if self._refused is not None:
+            raise self._refused
 
     def _repair(self, lines: Sequence[str], by: Sequence[str]) -> None:
         self._differences = lines
@@ -313,15 +333,19 @@ class Keeper:
         """`stays_open`: until the sidecar that has come back is ready."""
         try:
             settings = self._read_settings()
-            make_plan(settings, host_facts())
+            plan = make_plan(settings, host_facts())
+            need_way_in(plan.rules, [installed for _, installed in in_kernel()], self._ways_in())
             self._backend = choose_for(settings)
         except (ConfigError, CommandError) as error:
-            _log.error("the settings stay as they were: %s", error)
+            self._stale = f"the settings stay as they were: {_said(error)}"
+            _log.error("%s", self._stale)
         else:
+            self._stale = ""
             if settings.admin.socket != self._settings.admin.socket and self._line is not None:
                 self._hang_up()
             self._settings = settings
         self._stood_down = self._has_held = False
+        self._refused = None
         self._is_open = stays_open
         self._pace = RepairPace()
         self._inbound_pace.at_once()
@@ -394,7 +418,7 @@ class Keeper:
             proofs=proofs,
             repairs=self._repairs,
             last_repair=self._last_repair,
-            problem=self._problem or "; ".join(self._differences),
+            problem=self._problem or "; ".join(self._differences) or self._stale,
             unguarded=self._unguarded,
         )
 
@@ -420,7 +444,9 @@ def _news(stack: ExitStack) -> RulesNews | None:
 
 
 def _said(error: CommandError | ConfigError | OSError) -> str:
-    return "; ".join(filter(None, (error.what, error.why))) if isinstance(error, CommandError) else str(error)
+    if isinstance(error, CommandError):
+        return "; ".join(filter(None, (error.what, error.why, error.fix)))
+    return str(error)
 
 
 def _now() -> str:

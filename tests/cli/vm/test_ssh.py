@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +53,35 @@ def test_a_program_called_sshd_is_found_by_where_it_listens(host: Host) -> None:
         ssh.need_safe(Settings(capture=CaptureSection(exclude_inbound_ports=("2000-3000",))), (), "meshnet up")
         ssh.need_safe(Settings(capture=CaptureSection(inbound_ports=("80",), exclude_inbound_ports=())), (), "")
     assert program.alive
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        ("", {22}),
+        ("# Port 2222\nPort 2022\nport=2023\n", {2022, 2023}),
+        ("ListenAddress 10.0.0.1:2024\nListenAddress [fd00::1]:2025\nListenAddress fd00::1\n", {2024, 2025}),
+        ("ListenAddress 10.0.0.1\nPasswordAuthentication no\n", {22}),
+    ],
+)
+def test_what_sshd_is_told_counts_where_somebody_listens_for_it(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: str, found: set[int]
+) -> None:
+    """systemd's socket, or an sshd whose descriptors may not be looked at."""
+    monkeypatch.setattr(ssh, "_SSHD", tmp_path)
+    with host.open_socket(socket.AF_INET) as other, host.entered():
+        other.bind(("0.0.0.0", 80))
+        other.listen()
+        assert ssh.ports() == set()
+        (tmp_path / "sshd_config").write_text("Include /etc/ssh/sshd_config.d/*.conf\n")
+        (tmp_path / "sshd_config.d").mkdir()
+        (tmp_path / "sshd_config.d" / "ours.conf").write_text(written)
+        assert ssh.ports() == set()
+        for port in found:
+            with host.open_socket(socket.AF_INET) as server:
+                server.bind(("0.0.0.0", port))
+                server.listen()
+                assert ssh.ports() == {port}
 
 
 def test_the_session_counts_that_this_process_is_in(host: Host, session: tuple[socket.socket, str]) -> None:
