@@ -82,7 +82,8 @@ def _weather(sidecars: Pair, seconds: float) -> tuple[Result, list[Account]]:
 
 def _account(sidecar: Sidecar) -> Account:
     assert sidecar.process is not None
-    found = [_id(line) for line in sidecar.process.log.read_bytes().splitlines() if line.startswith(b"{")]
+    whole, _, _ = sidecar.process.log.read_bytes().rpartition(b"\n")  # behind it may be half a line
+    found = [_id(line) for line in whole.splitlines() if line.startswith(b"{")]
     ended = metrics.value(sidecar.host, "meshnet_tcp_connections_closed_total")
     return Account(int(ended), len(found), len(set(found)))
 
