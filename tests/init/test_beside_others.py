@@ -14,6 +14,7 @@ from meshnet_init.apply import apply_plan, drift, in_kernel
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
 from meshnet_init.remove import remove
+from meshnet_init.rule import PLACES
 from meshnet_init.verify import verify
 from tests.init.kernel import (
     APP_PORT,
@@ -248,7 +249,7 @@ def repaired(lab: Lab, **settings: object) -> bool:
     with lab.app.entered():
         plan = make_plan(capture(**settings), host_facts())
         lines = drift(plan, lab.backend, in_kernel())
-        assert all(line.startswith("ipv4: ahead of MESHNET_") for line in lines), lines
+        assert all("ahead of MESHNET_" in line for line in lines), lines
         changed = apply_plan(plan, lab.backend).changed
         assert changed == bool(lines)
         assert not drift(plan, lab.backend, in_kernel())
@@ -324,6 +325,31 @@ def test_a_table_of_the_other_kind_that_is_made_later_is_told_and_nft_is_ahead_o
     said = lab.app.run("meshnet", "rules", "verify", MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="").stdout
     assert ("may be asked before ours: table " in said) == (not is_first)
     assert ('capture.backend = "nft"' in said) == (not is_first)
+
+
+@pytest.mark.parametrize("table", ["inet later", "ip later"])
+def test_a_table_of_our_priority_that_is_made_later_is_put_behind_ours(lab: Lab, table: str) -> None:
+    if lab.backend.name != "nft":  # it stands ahead of all of iptables, as its priority says
+        return
+    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    lab.install()
+    dnat = "dnat ip to" if table.startswith("inet") else "dnat to"
+    rule = f"ip daddr {CLUSTER_IP} tcp dport 443 {dnat} {lab.peer.address}:{APP_PORT}"
+    chain = f"chain c {{ type nat hook output priority {PLACES['MESHNET_OUT'].priority}; {rule}; }}"
+    lab.app.run("nft", "-f", "-", stdin=f"table {table} {{ {chain}; }}")
+    with lab.app.entered():
+        found = verify(capture())
+    assert found.differences == (f"ahead of MESHNET_OUT: chain c of table {table}, which was made later",)
+    with listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(lab.peer, "ipv4", APP_PORT) as server:
+        past = connect(lab.app, CLUSTER_IP, 443, server, outbound)
+        assert repaired(lab)
+        captured = connect(lab.app, CLUSTER_IP, 443, outbound, server)
+        assert captured.captured_from() == Address(CLUSTER_IP, 443)
+        for each in (past, captured):
+            assert each.works()
+            each.close()
+    # One that was there before us is behind us, and is left alone.
+    assert not repaired(lab)
 
 
 def test_a_published_port_of_docker_whose_rules_came_later_is_captured_again(

@@ -20,7 +20,8 @@ from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed
 from meshnet_init.backends.cgroups import without_missing
-from meshnet_init.backends.nft import drop_empty_iptables, nft_chains
+from meshnet_init.backends.nft import drop_empty_iptables
+from meshnet_init.backends.nft_tables import nft_chains
 from meshnet_init.foreign import standing_ahead
 from meshnet_init.render import TABLES, chains_of, insert_jump, iptables_table, jump, read_iptables_rule
 from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain, Plan, Rule, Table, drain_set

@@ -12,22 +12,19 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from pyroute2.netlink import NETLINK_NETFILTER, NLM_F_APPEND, NLM_F_CREATE, NLM_F_REQUEST, NLMSG_ERROR
-from pyroute2.netlink.exceptions import NetlinkError
 from pyroute2.netlink.nfnetlink import NFNL_SUBSYS_NFTABLES, nfgen_msg
 from pyroute2.netlink.nfnetlink.nftsocket import (
     NFPROTO_INET,
     NFT_MSG_DELCHAIN,
     NFT_MSG_DELTABLE,
-    NFT_MSG_GETCHAIN,
     NFT_MSG_GETRULE,
     NFT_MSG_NEWCHAIN,
     NFT_MSG_NEWRULE,
     NFT_MSG_NEWTABLE,
-    NFTSocket,
     nft_chain_msg,
     nft_rule_msg,
     nft_table_msg,
@@ -37,13 +34,13 @@ from meshnet.errors import CommandError
 from meshnet_init.backends import Counted, Installed, not_permitted
 from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.nft_expressions import decode, encode
+from meshnet_init.backends.nft_tables import NF_ACCEPT, Message, dump, made_later, nft_chains
 from meshnet_init.render import NFT_TABLE, chains_of
 from meshnet_init.rule import CHAIN_IN, CHAINS, NAT_CHAINS, PLACES, Hook, Plan, Rule, Table, drain_set
 
 _BATCH_BEGIN = 0x10
 _BATCH_END = 0x11
 _NLM_F_NONREC = 0x100  # delete only what is empty (linux/netlink.h)
-_NF_ACCEPT = 1
 _NFT_TABLE_F_OWNER = 2
 _BEHIND = 6  # in priority: iptables' chains are 5 behind ours
 _SO_SNDBUFFORCE = 32
@@ -55,8 +52,6 @@ _IPTABLES: dict[Table, dict[str, int]] = {
     "filter": dict.fromkeys(("INPUT", "FORWARD", "OUTPUT"), 0),
 }
 """The chains that iptables-nft makes in each table, and their priorities."""
-
-Message = Any  # pyroute2's messages are dictionaries without types
 
 
 class NftBackend:
@@ -92,7 +87,7 @@ class NftBackend:
         if not chains:
             return None
         rules, problems = [], []
-        for message in _dump(nft_rule_msg, NFT_MSG_GETRULE, NFPROTO_INET, [("NFTA_RULE_TABLE", self._name)]):
+        for message in dump(nft_rule_msg, NFT_MSG_GETRULE, NFPROTO_INET, [("NFTA_RULE_TABLE", self._name)]):
             if message.get_attr("NFTA_RULE_TABLE") != self._name:
                 continue
             chain = message.get_attr("NFTA_RULE_CHAIN")
@@ -103,6 +98,8 @@ class NftBackend:
             else:
                 problems.append(f"a rule in {chain} that is not meshnet's (nft list table inet {self._name})")
         problems += [f"chain {chain} is missing" for chain in NAT_CHAINS if chain not in chains]
+        if self._owner is None:
+            problems += made_later(self._name)
         return Installed(
             backend=self.name, rules=tuple(sorted(rules, key=_chain_order)), ipv6=True, problems=tuple(problems)
         )
@@ -142,7 +139,7 @@ class NftBackend:
                 ("NFTA_CHAIN_TABLE", name),
                 ("NFTA_CHAIN_NAME", chain),
                 ("NFTA_CHAIN_HOOK", hook),
-                ("NFTA_CHAIN_POLICY", _NF_ACCEPT),
+                ("NFTA_CHAIN_POLICY", NF_ACCEPT),
                 ("NFTA_CHAIN_TYPE", place.kind),
             ]
             yield _message(nft_chain_msg, NFT_MSG_NEWCHAIN, NLM_F_CREATE, attributes)
@@ -237,52 +234,11 @@ def _answers(netlink: socket.socket) -> Iterator[bytes]:
 
 
 def _edge(kind: int) -> Message:
-    message = nfgen_msg()  # type: ignore[no-untyped-call]  # as in _commit
+    message = nfgen_msg()  # type: ignore[no-untyped-call]  # pyroute2 has no types
     message["res_id"] = NFNL_SUBSYS_NFTABLES
     message["header"]["type"] = kind
     message["header"]["flags"] = NLM_F_REQUEST
     return message
-
-
-class NftChain(NamedTuple):
-    """`priority` of its hook, 0 where it has none; `accepts` what comes to its end."""
-
-    name: str
-    priority: int
-    accepts: bool
-
-
-def nft_chains(family: int, table: str) -> list[NftChain]:
-    """The chains in one table, iptables-nft's included. Raises CommandError."""
-    found = []
-    for message in _dump(nft_chain_msg, NFT_MSG_GETCHAIN, family, []):
-        if message.get_attr("NFTA_CHAIN_TABLE") == table:
-            hook, policy = message.get_attr("NFTA_CHAIN_HOOK"), message.get_attr("NFTA_CHAIN_POLICY")
-            priority = hook.get_attr("NFTA_HOOK_PRIORITY") if hook else 0
-            found.append(NftChain(message.get_attr("NFTA_CHAIN_NAME"), priority, policy in (None, _NF_ACCEPT)))
-    return found
-
-
-def _dump(shape: type[Any], kind: int, family: int, attributes: list[tuple[str, object]]) -> list[Message]:
-    query = shape()
-    query["attrs"] = attributes
-    try:
-        with NFTSocket(nfgen_family=family) as netlink:  # type: ignore[no-untyped-call]  # as in _commit
-            return list(netlink.request_get(query, kind))
-    except NetlinkError as error:
-        if error.code == errno.EPERM:
-            raise not_permitted("read") from error
-        if error.code in (errno.ENOENT, errno.EINVAL, errno.EOPNOTSUPP):  # no such table, or a kernel without nftables
-            return []
-        raise CommandError(
-            "cannot read the kernel's nftables rules",
-            why=os.strerror(error.code),
-            fix="try it by hand: nft list ruleset",
-        ) from error
-    except OSError as error:
-        if error.errno == errno.EPROTONOSUPPORT:  # a kernel without nfnetlink holds no rules
-            return []
-        raise
 
 
 def _chain_order(counted: Counted) -> int:
