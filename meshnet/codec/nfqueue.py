@@ -1,7 +1,7 @@
 """The kernel's queue of packets that wait for a verdict, as netlink messages (linux/netfilter/nfnetlink_queue.h).
 
-Numbers in netlink's own headers are the host's, those in nfnetlink's and its attributes the network's. A packet is
-copied as far as TCP's ports and sequence number: RFC 791, RFC 8200, RFC 9293.
+Numbers in nfnetlink's header and attributes are in the network's byte order. A packet is copied as far as TCP's ports
+and sequence number: RFC 791, RFC 8200, RFC 9293.
 """
 
 import ipaddress
@@ -9,25 +9,20 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from meshnet.codec import netlink
+from meshnet.codec.netlink import attribute, attributes
 from meshnet.model.address import Address, canonical_host
 
 _SUBSYSTEM = 3 << 8  # NFNL_SUBSYS_QUEUE
 _PACKET, _VERDICT, _CONFIG = 0, 1, 2  # NFQNL_MSG_*
-_REQUEST, _ACK = 1, 4  # NLM_F_*
-_ERROR = 2  # NLMSG_ERROR
 _BIND, _COPY_PACKET, _FAIL_OPEN = 1, 2, 1  # NFQNL_CFG_CMD_BIND, NFQNL_COPY_PACKET, NFQA_CFG_F_FAIL_OPEN
 _CFG_CMD, _CFG_PARAMS, _CFG_QUEUE_MAXLEN, _CFG_MASK, _CFG_FLAGS = 1, 2, 3, 4, 5  # NFQA_CFG_*
 _PACKET_HDR, _VERDICT_HDR, _MARK, _PAYLOAD = 1, 2, 3, 10  # NFQA_*
 _ACCEPT = 1  # NF_ACCEPT
-_TYPE = 0x3FFF  # NLA_TYPE_MASK
 _COPIED = 80  # bytes: the longest header of IPv4, and of TCP's what is looked at
 _TCP = 6
 
-_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _FAMILY = struct.Struct("!BBH")  # struct nfgenmsg: family, version, number of the queue
-_ATTRIBUTE = struct.Struct("=HH")
-_ERRNO = struct.Struct("=i")
-_BEGUN = _HEADER.size + _FAMILY.size
 
 
 class Packet(NamedTuple):
@@ -48,45 +43,41 @@ class Syn(NamedTuple):
 
 def bind(queue: int) -> bytes:
     """The kernel gives the packets of this queue to whoever sends this, from now on. Answered by an errno."""
-    return _message(_CONFIG, queue, _attribute(_CFG_CMD, struct.pack("!BxH", _BIND, 0)), _ACK)
+    return _message(_CONFIG, queue, attribute(_CFG_CMD, struct.pack("!BxH", _BIND, 0)), netlink.ACK)
 
 
 def configure(queue: int, most: int) -> bytes:
     """At most so many wait; who comes then passes without having waited. Answered by an errno."""
-    attributes = (
+    told = (
         (_CFG_PARAMS, struct.pack("!IB", _COPIED, _COPY_PACKET)),
         (_CFG_QUEUE_MAXLEN, struct.pack("!I", most)),
         (_CFG_MASK, struct.pack("!I", _FAIL_OPEN)),
         (_CFG_FLAGS, struct.pack("!I", _FAIL_OPEN)),
     )
-    return _message(_CONFIG, queue, b"".join(_attribute(kind, value) for kind, value in attributes), _ACK)
+    return _message(_CONFIG, queue, b"".join(attribute(kind, value) for kind, value in told), netlink.ACK)
 
 
 def verdict(queue: int, number: int, mark: int | None = None) -> bytes:
     """That packet goes on, with another mark if one is given. Only a complaint is answered."""
-    attributes = _attribute(_VERDICT_HDR, struct.pack("!II", _ACCEPT, number))
+    told = attribute(_VERDICT_HDR, struct.pack("!II", _ACCEPT, number))
     if mark is not None:
-        attributes += _attribute(_MARK, struct.pack("!I", mark))
-    return _message(_VERDICT, queue, attributes)
+        told += attribute(_MARK, struct.pack("!I", mark))
+    return _message(_VERDICT, queue, told)
 
 
 def error_in(data: bytes) -> int:
     """The errno that a request is answered with, 0 where all is well. Raises ValueError for another message."""
-    if len(data) < _HEADER.size + _ERRNO.size or _HEADER.unpack_from(data)[1] != _ERROR:
-        raise ValueError("not an answer")
-    return -int(_ERRNO.unpack_from(data, _HEADER.size)[0])
+    for kind, body in netlink.messages(data):
+        if kind == netlink.ERROR:
+            return netlink.errno_in(body)
+    raise ValueError("not an answer")
 
 
 def packets(data: bytes) -> Iterator[Packet]:
     """Those in one datagram of the kernel's; what else it says is passed over."""
-    at = 0
-    while at + _HEADER.size <= len(data):
-        length, kind, *_ = _HEADER.unpack_from(data, at)
-        if length < _HEADER.size or at + length > len(data):
-            return
-        if kind == _SUBSYSTEM | _PACKET and (found := _packet(data[at + _BEGUN : at + length])) is not None:
+    for kind, body in netlink.messages(data):
+        if kind == _SUBSYSTEM | _PACKET and (found := _packet(body[_FAMILY.size :])) is not None:
             yield found
-        at += _aligned(length)
 
 
 def syn_in(payload: bytes) -> Syn | None:
@@ -110,35 +101,17 @@ def _host(packed: bytes) -> str:
     return canonical_host(text) if len(packed) == 16 else text
 
 
-def _packet(attributes: bytes) -> Packet | None:
+def _packet(body: memoryview) -> Packet | None:
     number, mark, payload = None, 0, b""
-    at = 0
-    while at + _ATTRIBUTE.size <= len(attributes):
-        length, kind = _ATTRIBUTE.unpack_from(attributes, at)
-        if length < _ATTRIBUTE.size:
-            return None
-        value = attributes[at + _ATTRIBUTE.size : at + length]
-        kind &= _TYPE
+    for kind, value in attributes(body):
         if kind == _PACKET_HDR and len(value) >= 4:
             number = int.from_bytes(value[:4], "big")
         elif kind == _MARK:
             mark = int.from_bytes(value, "big")
         elif kind == _PAYLOAD:
-            payload = value
-        at += _aligned(length)
+            payload = bytes(value)
     return None if number is None else Packet(number, mark, payload)
 
 
-def _message(kind: int, queue: int, attributes: bytes, flags: int = 0) -> bytes:
-    length = _BEGUN + len(attributes)
-    header = _HEADER.pack(length, _SUBSYSTEM | kind, _REQUEST | flags, 0, 0)
-    return header + _FAMILY.pack(0, 0, queue) + attributes
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    length = _ATTRIBUTE.size + len(value)
-    return (_ATTRIBUTE.pack(length, kind) + value).ljust(_aligned(length), b"\0")
-
-
-def _aligned(length: int) -> int:
-    return length + 3 & ~3
+def _message(kind: int, queue: int, told: bytes, flags: int = 0) -> bytes:
+    return netlink.message(_SUBSYSTEM | kind, netlink.REQUEST | flags, _FAMILY.pack(0, 0, queue) + told)
