@@ -14,7 +14,7 @@ from meshnet.model.settings import Settings
 from meshnet_cli import preflight, supervise
 from meshnet_cli.client import EXIT_FAILED
 from meshnet_cli.configuration import config_option, read_settings
-from meshnet_cli.finding import Finding
+from meshnet_cli.finding import Finding, unseen
 from meshnet_cli.output import output_options, print_as, printable
 from meshnet_cli.vm import host, ssh, systemd
 
@@ -159,7 +159,7 @@ def _in_force(settings: Settings, sidecar: Status | None) -> Finding:
         found = in_kernel()
         plan = make_plan(settings, host_facts())
     except CommandError as error:
-        return Finding(code=code, level="warning", what=error.what, why=error.why, fix="sudo meshnet check")
+        return unseen(code, error.what, error.why)
     except ConfigError as error:
         return Finding(code=code, level="warning", what="no rules can be planned", why=error.problem)
     captures = [backend.name for backend, installed in found if not installed.draining()]
@@ -191,13 +191,8 @@ def _identity(settings: Settings) -> Finding:
     try:
         found = Path(settings.identity.certificate).exists()
     except OSError as error:
-        return Finding(
-            code="identity.valid",
-            level="warning",
-            what=f"{settings.identity.certificate} cannot be looked at",
-            why=error.strerror or str(error),
-            fix="sudo meshnet check",
-        )
+        what = f"{settings.identity.certificate} cannot be looked at"
+        return unseen("identity.valid", what, error.strerror or str(error))
     if not found:
         return Finding(
             code="identity.valid",

@@ -13,3 +13,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     what: str
     why: str = ""
     fix: str = ""
+
+
+def unseen(code: str, what: str, why: str) -> Finding:
+    """Of what this user may not look at."""
+    return Finding(code=code, level="warning", what=what, why=why, fix="sudo meshnet check")

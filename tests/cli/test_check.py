@@ -1,7 +1,9 @@
 """`meshnet check` on hosts that are well, and on hosts where one thing is not."""
 
 import json
+import os
 import re
+import sys
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -10,8 +12,10 @@ import pytest
 from meshnet.control.authority import Authority, save_issued
 from meshnet.model.capture import StandDown
 from meshnet.net.keeper import tell_keeper
+from meshnet_cli.vm.host import kernel
 from tests.cli.machine import Machine
 from tests.cli.sidecar import ROOT
+from tests.cli.vm.test_ssh import SSHD
 from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
@@ -26,6 +30,20 @@ def looked_at(machine: Machine, *arguments: str, code: int = 0) -> dict[str, dic
     found = json.loads(done.stdout)
     assert (found["kind"], found["ok"]) == ("Findings", code != 1)
     return {item["code"]: item for item in found["items"]}
+
+
+def told(machine: Machine, code: str, by: tuple[str, ...] = ()) -> dict[str, Any]:
+    """One finding, of a command that was started through `by`."""
+    done = machine.meshnet("check", "--config", str(machine.config), "-o", "json", by=by)
+    (found,) = (item for item in json.loads(done.stdout)["items"] if item["code"] == code)
+    assert done.returncode == 1 or found["level"] != "error"
+    return dict(found)
+
+
+def until_error(machine: Machine, code: str, timeout: float = 20.0) -> dict[str, Any]:
+    return wait_for(
+        lambda: found if (found := told(machine, code))["level"] == "error" else None, timeout=timeout, what=code
+    )
 
 
 def wrong(found: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -57,21 +75,21 @@ def test_a_host_that_is_up_is_well(machine: Machine) -> None:
 
 
 def test_connect_is_held_once_a_sidecar_runs_that_was_told_so(machine: Machine) -> None:
-    def told(code: int = 0) -> tuple[str, str, str]:
-        found = looked_at(machine, code=code)["connect.truthful"]
+    def connect() -> tuple[str, str, str]:
+        found = told(machine, "connect.truthful")
         return found["level"], found["what"], found["why"]
 
-    assert told() == ("ok", "capture.truthful_connect is off", "")
+    assert connect() == ("ok", "capture.truthful_connect is off", "")
     machine.up()
     machine.configure("[capture]\ntruthful_connect = true\n")
     # The rules are those of before as well: an error, by another code.
-    assert told(1)[0::2] == ("warning", "the sidecar was started without it")
+    assert connect()[0::2] == ("warning", "the sidecar was started without it")
     assert machine.meshnet("down").returncode == 0
-    assert told() == ("ok", "no sidecar runs that could hold connect()", "")
+    assert connect() == ("ok", "no sidecar runs that could hold connect()", "")
     machine.up()
     wait_for(lambda: (truthful := machine.status().truthful) is not None and truthful.in_force)
-    assert told()[0] == "ok"
-    assert told()[1].startswith("connect() is held")
+    assert connect()[0] == "ok"
+    assert connect()[1].startswith("connect() is held")
 
 
 def test_every_code_is_told(machine: Machine) -> None:
@@ -134,6 +152,78 @@ def test_rules_that_somebody_saved_come_back_at_boot(machine: Machine) -> None:
     assert looked_at(machine, code=1)["rules.in_force"]["level"] == "error"
 
 
+def by_shell(script: str, *arguments: str) -> tuple[str, ...]:
+    """What starts a command on a host whose files `script` has changed, for that command alone."""
+    return ("unshare", "--mount", "sh", "-ec", f'{script}; shift {len(arguments)}; exec "$@"', "sh", *arguments)
+
+
+FULL = "/proc/sys/net/netfilter/nf_conntrack_"
+
+
+@pytest.mark.parametrize(
+    ("by", "code", "what", "fix"),
+    [
+        (
+            ("prlimit", "--nofile=4096:4096"),
+            "descriptors.limit",
+            "a process may have 4096 descriptors",
+            "raise it: ulimit -Hn 65536, or /etc/security/limits.conf",
+        ),
+        (
+            by_shell(
+                f'echo 900 >"$1/n"; echo 1000 >"$1/m"; mount -B "$1/n" {FULL}count; mount -B "$1/m" {FULL}max', "."
+            ),
+            "conntrack.room",
+            "900 of 1000 connections are tracked: the table is nearly full",
+            "sysctl -w net.netfilter.nf_conntrack_max=2000",
+        ),
+    ],
+)
+def test_too_little_room_is_a_warning(machine: Machine, by: tuple[str, ...], code: str, what: str, fix: str) -> None:
+    machine.host.run("nft", "add table inet t; add chain inet t c; add rule inet t c ct state new")  # they are tracked
+    by = tuple(str(machine.home) if word == "." else word for word in by)
+    found = told(machine, code, by)
+    assert (found["level"], found["what"], found["fix"]) == ("warning", what, fix)
+
+
+def test_an_older_kernel_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    this = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result((this.sysname, this.nodename, "5.3.18-lp152", "", "")))
+    found = kernel()
+    assert (found.level, found.what) == ("error", "Linux 5.3.18-lp152 is older than 5.4")
+
+
+def test_a_backend_whose_programs_are_missing_is_an_error_with_what_to_install(machine: Machine) -> None:
+    machine.configure("[capture]\nbackend = 'iptables'\n")
+    hidden = by_shell('for it in /sbin /usr/sbin; do mount -t tmpfs none "$(readlink -f $it)"; done')
+    found = told(machine, "rules.backend", hidden)
+    assert found["level"] == "error"
+    assert "iptables" in found["what"] + found["why"]
+    assert found["fix"]
+
+
+def test_another_program_with_the_sidecars_group_is_an_error(machine: Machine) -> None:
+    other = machine.host.spawn("setpriv", "--regid=15137", "--clear-groups", "sleep", "60", name="other")
+    found = until_error(machine, "group.free")
+    assert str(other.pid) in found["what"] + found["why"]
+
+
+def test_settings_that_do_not_fit_the_sidecar_and_a_way_in_that_would_be_lost_are_errors(machine: Machine) -> None:
+    machine.up()
+    machine.configure("[capture]\nexclude_inbound_ports = []\n[proxy]\nmark = 8192\n")
+    machine.host.spawn(sys.executable, "-c", SSHD, name="sshd")
+    assert "port 2222" in until_error(machine, "ssh.reachable")["what"]
+    assert "do not fit the sidecar that runs here" in until_error(machine, "sidecar.settings")["what"]
+
+
+def test_a_certificate_that_has_expired_is_an_error(machine: Machine) -> None:
+    authority = Authority.create("local", now=datetime.now(UTC))
+    issued = authority.issue("spiffe://local/ns/default/sa/web", now=datetime.now(UTC), ttl=timedelta(seconds=15))
+    save_issued(issued, machine.identity)
+    machine.up()
+    assert until_error(machine, "identity.expiry", timeout=40.0)["what"] == "it has expired"
+
+
 def test_a_certificate_that_nobody_has_renewed(machine: Machine) -> None:
     then = datetime.now(UTC) - timedelta(minutes=50)
     authority = Authority.create("local", now=then)
@@ -150,9 +240,8 @@ def test_a_disk_that_is_nearly_full(machine: Machine) -> None:
     machine.config.write_text(machine.config.read_text().replace(f"{machine.home}/last-good", f"{small}/last-good"))
     script = 'mount -t tmpfs -o size=1m tmpfs "$0" && { head -c 2m /dev/zero >"$0/filler"; "$@"; }'
     by = ("unshare", "--mount", "sh", "-c", script, str(small))
-    done = machine.meshnet("check", "--config", str(machine.config), "-o", "json", by=by)
-    found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
-    assert (found["disk.room"]["level"], found["disk.room"]["fix"]) == ("warning", f"df -h {small}")
+    found = told(machine, "disk.room", by)
+    assert (found["level"], found["fix"]) == ("warning", f"df -h {small}")
 
 
 def test_warnings_count_where_it_was_asked_for(machine: Machine) -> None:
@@ -191,4 +280,5 @@ def test_without_rights_it_says_so(machine: Machine) -> None:
     found = {item["code"]: item for item in json.loads(done.stdout)["items"]}
     assert done.returncode == 1
     assert found["rights.net_admin"]["fix"].startswith("sudo meshnet check --config ")
-    assert (found["rules.foreign"]["level"], found["rules.foreign"]["fix"]) == ("warning", "sudo meshnet check")
+    for code in ("rules.foreign", "rules.guard", "rules.in_force"):
+        assert (found[code]["level"], found[code]["fix"]) == ("warning", "sudo meshnet check")

@@ -13,8 +13,6 @@ from tests.world import Mesh, Sidecar, World, wait_for
 
 pytestmark = pytest.mark.netns
 
-BACKENDS = ("nft", "iptables")  # legacy is another speaker of the same tables, and slow
-
 
 def test_rules_can_be_removed_right_after_a_sidecar_has_come_back(world: World, mesh: Mesh) -> None:
     site = Site(world, mesh)
@@ -76,9 +74,9 @@ class Site:
         os.kill(self.sidecar.process.pid, signal.SIGKILL)
         self.sidecar.process.popen.wait()
 
-    def reaches_peer(self) -> bool:
+    def reaches_peer(self, target: str = "") -> bool:
         try:
-            with self.web.connect(self.peer.address, APP_PORT, timeout=2.0):
+            with self.web.connect(target or self.peer.address, APP_PORT, timeout=2.0):
                 return True
         except ConnectionRefusedError:
             return False
@@ -104,22 +102,26 @@ def test_by_default_new_connections_are_refused_until_a_sidecar_is_back(world: W
         assert site.reaches_peer()
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+@pytest.mark.parametrize(
+    ("backend", "strict"),
+    [("nft", False), ("nft", True), ("iptables", False), ("iptables", True), ("legacy", True)],
+)
 def test_fail_open_by_name_lets_them_go_direct_until_a_sidecar_is_ready(
-    world: World, mesh: Mesh, backend: str, strict: bool
+    world: World, mesh: Mesh, backend: str, strict: bool, family: str
 ) -> None:
     site = Site(world, mesh, fail="open", required=True, backend=backend, strict=strict)
-    with listening(site.peer, "ipv4", APP_PORT) as server:
-        with site.web.connect(site.peer.address, APP_PORT) as captured:
+    target = site.peer.address6 if family == "ipv6" else site.peer.address
+    with listening(site.peer, family, APP_PORT) as server:
+        with site.web.connect(target, APP_PORT) as captured:
             seen_by_peer = server.accept()[0]
-            assert seen_by_peer.getpeername()[:2] != captured.getsockname()
+            assert seen_by_peer.getpeername() != captured.getsockname()
             seen_by_peer.close()
             site.kill()
-            wait_for(site.reaches_peer, what="new connections go direct")
+            wait_for(lambda: site.reaches_peer(target), what="new connections go direct")
             server.accept()[0].close()
             assert has_ended(captured)
-        with site.web.connect(site.peer.address, APP_PORT) as direct:
+        with site.web.connect(target, APP_PORT) as direct:
             direct_end = server.accept()[0]
             assert direct_end.getpeername() == direct.getsockname()
             site.sidecar.start()
@@ -127,7 +129,7 @@ def test_fail_open_by_name_lets_them_go_direct_until_a_sidecar_is_ready(
             direct.sendall(b"lives on")
             assert direct_end.recv(8) == b"lives on"
             direct_end.close()
-        with site.web.connect(site.peer.address, APP_PORT) as captured, server.accept()[0] as end:
+        with site.web.connect(target, APP_PORT) as captured, server.accept()[0] as end:
             assert end.getpeername() != captured.getsockname()
     assert value(site.web, "meshnet_rules_keeper") == 1
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from meshnet.errors import CommandError
 from meshnet.model.settings import Settings
-from meshnet_cli.finding import Finding
+from meshnet_cli.finding import Finding, unseen
 from meshnet_init.host import may_change_rules
 
 _OLDEST_KERNEL = (5, 4)  # the oldest that Debian and Ubuntu still look after; pidfd_open, inet nat chains
@@ -63,7 +63,7 @@ def foreign_rules() -> Finding:
         text = "\n".join(map(_printed, (("nft", "list", "ruleset"), ("iptables-legacy-save",))))
     except PermissionError as error:
         what = "whether other software has rules here cannot be seen"
-        return Finding(code=code, level="warning", what=what, why=str(error), fix="sudo meshnet check")
+        return unseen(code, what, str(error))
     found = {
         what: sorted(set(re.findall(names, text)))
         for what, names in _OTHERS.items()
@@ -92,7 +92,7 @@ def guard(settings: Settings) -> Finding:
     try:
         why = tried_in_scratch(unavailable)
     except CommandError as error:
-        return Finding(code=code, level="warning", what=error.what, why=error.why, fix="sudo meshnet check")
+        return unseen(code, error.what, error.why)
     if not why:
         return Finding(code=code, level="ok", what="a keeper can hold them where no flush reaches them: capture.strict")
     return Finding(
@@ -112,7 +112,7 @@ def saved_rules() -> Finding:
         saved = [file for file in files if file.is_file() and _OURS.search(file.read_text(errors="replace"))]
     except PermissionError as error:
         what = "whether meshnet's rules were saved for the next boot cannot be seen"
-        return Finding(code=code, level="warning", what=what, why=str(error), fix="sudo meshnet check")
+        return unseen(code, what, str(error))
     if not saved:
         return Finding(code=code, level="ok", what="none of them is saved for the next boot by somebody else")
     names = ", ".join(map(str, saved))

@@ -65,7 +65,7 @@ class IptablesBackend:
 
     def unavailable(self, *, holds: bool = False) -> str:
         """Tries it for real: one commit that makes a chain with such a rule and takes both away again."""
-        probes = [("nat", "-p tcp -j REDIRECT --to-ports 1")]
+        probes = [("nat", "-p tcp -m owner ! --gid-owner 0 -m mark ! --mark 1/1 -j REDIRECT --to-ports 1")]
         if holds:
             probes.append(("mangle", "-p tcp -j NFQUEUE --queue-num 1 --queue-bypass"))
         for name, rule in probes:
