@@ -133,7 +133,7 @@ ADVICE: Mapping[Reason, Advice] = {
         "look at that application's log: crashes, its own time-outs, data left unread at close",
     ),
     Reason.KEEPALIVE_DEAD: Advice(
-        "a host stopped answering keepalive probes: it is gone, or the network between lost its state",
+        "a host stopped answering: it is gone, or cannot be reached any more, or the network between lost its state",
         "is the host up? if only idle connections die, look for a firewall or NAT on the way with a short time-out",
     ),
     Reason.LOOP: Advice(

@@ -52,6 +52,9 @@ _OF_ONE_CONNECTION = frozenset(
 OUR_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 """Errnos by which this host says that it lacks something, which is nobody's doing at the other end."""
 
+GONE = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
+"""Errnos of a connection whose peer has answered nothing to the last retry: why, as the way there last told."""
+
 _CONNECT_REASONS = {
     errno.ECONNREFUSED: Reason.CONNECT_REFUSED,
     errno.ECONNRESET: Reason.CONNECT_REFUSED,
@@ -199,7 +202,7 @@ async def connect(
 def connect_failure(address: Address, code: int, timeout: float) -> ConnectionFailed:
     """What the errno `code` of a connect to `address` means, or of one that took `timeout` seconds."""
     if code == errno.ETIMEDOUT:
-        return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:g} s")
+        return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"{address} did not answer within {timeout:.3g} s")
     if code == errno.EADDRNOTAVAIL and _has_source(address):
         return shortage(f"no port is left for one more connection to {address}")
     if code in OUR_SHORTAGE:

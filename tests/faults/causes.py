@@ -1,19 +1,28 @@
 """What goes wrong, made for real, and undone when the block is left."""
 
+import ctypes
+import fcntl
 import itertools
 import os
 import resource
 import socket
+import stat
+import struct
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from tests.proxy.peer import TUNNEL_PORT
 from tests.traffic.conftest import Hosts
-from tests.world import Host, Sidecar
+from tests.world import Host, Sidecar, wait_for
 
 SECRET = b"for the endpoint alone"
 """What clients say to meshed endpoints; no frame between hosts may hold it."""
+
+_PIDFD_GETFD = 438  # syscalls(2), on every architecture
+_IMPATIENT = {socket.TCP_KEEPIDLE: 1, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 3}
 
 
 @contextmanager
@@ -72,6 +81,43 @@ def memory(sidecar: Sidecar, more: int) -> Iterator[None]:
     finally:
         if sidecar.process.alive:
             resource.prlimit(pid, resource.RLIMIT_AS, before)
+
+
+def impatient(sidecar: Sidecar) -> None:
+    """Its tunnels of now learn within four seconds that the other host is gone, and not after a minute.
+
+    That is of tunnels for which no bytes are on their way.
+    """
+    assert sidecar.process is not None
+    pid = sidecar.process.pid
+    process = os.pidfd_open(pid)
+    try:
+        for number in os.listdir(f"/proc/{pid}/fd"):
+            found = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, process, int(number), 0)
+            if found < 0:
+                continue  # it was closed just now
+            if not stat.S_ISSOCK(os.fstat(found).st_mode):
+                os.close(found)
+                continue
+            with socket.socket(fileno=found) as it:
+                if it.family in (socket.AF_INET, socket.AF_INET6) and _is_tunnel(it):
+                    wait_for(lambda it=it: not _unanswered(it), what="the last acknowledgment")
+                    for option, value in _IMPATIENT.items():
+                        it.setsockopt(socket.IPPROTO_TCP, option, value)
+    finally:
+        os.close(process)
+
+
+def _unanswered(sock: socket.socket) -> int:
+    """Bytes (tcp(7), SIOCOUTQ)."""
+    return int(struct.unpack("=i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
+
+
+def _is_tunnel(sock: socket.socket) -> bool:
+    try:
+        return TUNNEL_PORT in (sock.getsockname()[1], sock.getpeername()[1])
+    except OSError:
+        return False  # it listens
 
 
 @contextmanager

@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from tests.faults.causes import SECRET, pulled
+from tests.faults.causes import SECRET, impatient, pulled
 from tests.faults.stream import Stream
-from tests.proxy.programs import Records, accept, converse, listen, read, reason
+from tests.proxy.programs import Records, accept, converse, ended_by_rst, listen, read, reason
 from tests.traffic.calls import is_reset
 from tests.traffic.conftest import Hosts, Name, traffic
 from tests.world import wait_for
@@ -28,6 +28,30 @@ def test_a_stream_outlives_a_cable_that_was_out_for_a_moment(hosts: Hosts, name:
         stream.moves()
     for record in (out.one(), into.one()):
         assert (reason(record), record.bytes_received) == ("ok by server in data", stream.received)
+
+
+def test_of_a_host_that_is_gone_client_and_application_hear_by_way_of_the_tunnel(hosts: Hosts, name: Name) -> None:
+    """The one leg that is dead is the tunnel; its own keepalive finds that, and each other leg is reset."""
+    api = hosts.apis[0]
+    hosts.write(hosts.service(name, [api]))
+    out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(api))
+    with (
+        listen(api, name.port) as server,
+        hosts.web.connect(name.address, name.port) as client,
+        accept(server) as app,
+    ):
+        client.sendall(SECRET)
+        assert read(app, len(SECRET)) == SECRET
+        for sidecar in (hosts.sidecar(hosts.web), hosts.sidecar(api)):
+            impatient(sidecar)
+        for end in (client, app):
+            end.settimeout(30)
+        with pulled(hosts, api):
+            assert ended_by_rst(client)
+            assert ended_by_rst(app)
+            told = [out.one(), into.one()]
+    assert {record.reason.code for record in told if record.reason} == {"keepalive.dead"}
+    assert {record.bytes_sent for record in told} == {len(SECRET)}
 
 
 def test_while_the_cable_is_out_clients_are_reset_in_time_and_afterwards_served(hosts: Hosts, name: Name) -> None:

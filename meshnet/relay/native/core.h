@@ -315,6 +315,7 @@ void link_continue(struct link *link);
 void link_on_fin(struct leg *leg);
 void link_fail(struct link *link, enum reason reason, enum ended_by who, int error);
 bool link_is_short(int error);
+bool link_is_gone(int error);
 void link_settle(struct link *link);
 void link_cut(struct link *link);
 void link_count(struct leg *leg, size_t size);

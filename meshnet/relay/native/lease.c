@@ -41,7 +41,7 @@ static void fail(struct leg *leg, enum reason reason, int error)
 void lease_lost(struct leg *leg)
 {
     int error = leg->tunnel->error;
-    enum reason reason = error == ETIMEDOUT ? REASON_KEEPALIVE : REASON_TUNNEL_LOST;
+    enum reason reason = link_is_gone(error) ? REASON_KEEPALIVE : REASON_TUNNEL_LOST;
     fail(leg, link_is_short(error) ? REASON_INTERNAL : reason, error);
 }
 

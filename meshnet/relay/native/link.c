@@ -171,6 +171,12 @@ bool link_is_short(int error)
     return error == ENOMEM || error == ENOBUFS || error == ENOSPC; /* the last one: of epoll's watches */
 }
 
+/* Whether the peer has answered nothing to the last retry: why, as the way there last told. */
+bool link_is_gone(int error)
+{
+    return error == ETIMEDOUT || error == EHOSTUNREACH || error == ENETUNREACH;
+}
+
 static void abort_leg(struct leg *leg)
 {
     if (leg->tunnel)

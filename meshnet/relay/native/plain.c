@@ -23,7 +23,7 @@ void plain_fail(struct leg *leg, int error)
     if (link_is_short(error))
         link_fail(leg->link, REASON_INTERNAL, BY_PROXY, error);
     else
-        link_fail(leg->link, error == ETIMEDOUT ? REASON_KEEPALIVE : REASON_PEER_RST, leg->who, error);
+        link_fail(leg->link, link_is_gone(error) ? REASON_KEEPALIVE : REASON_PEER_RST, leg->who, error);
 }
 
 static void shut_down(struct leg *leg)

@@ -7,7 +7,7 @@ from select import EPOLLERR, EPOLLHUP, EPOLLIN, EPOLLOUT
 from typing import TYPE_CHECKING
 
 from meshnet.errors import EndedBy, Reason
-from meshnet.net.sockets import OUR_SHORTAGE
+from meshnet.net.sockets import GONE, OUR_SHORTAGE
 from meshnet.relay.python.side import RESET_ON_CLOSE, Side
 from meshnet.relay.python.splice import Pipe
 
@@ -214,5 +214,5 @@ class PlainSide(Side):
         if error.errno in OUR_SHORTAGE:
             self.pair.fail(Reason.INTERNAL, EndedBy.PROXY, detail)
         else:
-            reason = Reason.KEEPALIVE_DEAD if error.errno == errno.ETIMEDOUT else Reason.PEER_RST
+            reason = Reason.KEEPALIVE_DEAD if error.errno in GONE else Reason.PEER_RST
             self.pair.fail(reason, self.who, detail)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from meshnet.codec.frames import HEADER_SIZE, MAX_DATA, MAX_RECORD, Data, Fin, Frame, Reset
 from meshnet.errors import EndedBy, Reason, TunnelError
 from meshnet.net.python_tls import PythonChannel
-from meshnet.net.sockets import OUR_SHORTAGE
+from meshnet.net.sockets import GONE, OUR_SHORTAGE
 from meshnet.relay import TUNNEL_CLOSED, TunnelLeg, reset_by_peer
 from meshnet.relay.python.side import RESET_ON_CLOSE, Side
 
@@ -277,7 +277,7 @@ class TunnelSide(Side):
         if number in OUR_SHORTAGE:
             self._break(Reason.INTERNAL, os.strerror(number), EndedBy.PROXY)
             return
-        reason = Reason.KEEPALIVE_DEAD if number == errno.ETIMEDOUT else Reason.TUNNEL_LOST
+        reason = Reason.KEEPALIVE_DEAD if number in GONE else Reason.TUNNEL_LOST
         self._break(reason, detail or TUNNEL_CLOSED)
 
     def _break(self, reason: Reason, detail: str, who: EndedBy = EndedBy.PEER_PROXY) -> None:

@@ -211,6 +211,7 @@ CASES: list[tuple[Scenario, str, str, int, set[Reason]]] = [
     (converse, "plain", "recv", errno.EINTR, set()),
     (converse, "plain", "recv", errno.ECONNRESET, {Reason.PEER_RST}),
     (converse, "plain", "recv", errno.ETIMEDOUT, {Reason.KEEPALIVE_DEAD}),
+    (converse, "plain", "recv", errno.EHOSTUNREACH, {Reason.KEEPALIVE_DEAD}),
     (converse, "plain", "send", errno.ENOBUFS, {Reason.INTERNAL}),
     (converse, "plain", "send", errno.EINTR, set()),
     (converse, "plain", "shutdown", errno.ENOTCONN, {Reason.PEER_RST}),

@@ -335,7 +335,7 @@ async def test_who_has_said_half_a_frame_is_not_parked(stand: Stand) -> None:
     back = stand.depot.take()
     assert back is not None
     wire = Tunnel(Role.CLIENT)
-    kept = ClientTunnel((TARGET.address, ""), 0, back.channel, wire, 0.0, 0.0, Deadlines())
+    kept = ClientTunnel((TARGET.address, ""), 0, back.channel, wire, 0.0, 0.0, 0.0, Deadlines())
     peer = KnownPeer(Demand(0.0), depot=stand.depot, orders=1)
     wire.receive(encode(Reset(reason="peer.rst"))[:6])
     peer.keep(kept)
