@@ -165,7 +165,7 @@ def peer_identity(certificate: bytes) -> tuple[str, float]:
 
 def handshake_timeout(seconds: float, is_client: bool) -> ConnectionFailed:
     ended_by = EndedBy.PROXY if is_client else EndedBy.CLIENT
-    return ConnectionFailed(Reason.TLS_HANDSHAKE, f"no TLS handshake within {seconds:g} s", ended_by=ended_by)
+    return ConnectionFailed(Reason.TLS_HANDSHAKE, f"no TLS handshake within {seconds:.3g} s", ended_by=ended_by)
 
 
 def not_verified(code: int, message: str) -> ConnectionFailed:

@@ -50,16 +50,20 @@ class EndpointLeg:
 
 @dataclass(slots=True)
 class Patience:
-    """Monotonic seconds until when there may be tries at all, and how long one step of a try may take."""
+    """Monotonic seconds until when there may be tries at all, and how many seconds one try may take.
+
+    A try that waits for its turn to shake hands takes none of its own meanwhile.
+    """
 
     until: float
-    step: float
+    attempt: float
 
     def left(self) -> float:
         return max(0.0, self.until - time.monotonic())
 
-    def for_step(self) -> float:
-        return min(self.step, self.left())
+    def for_attempt(self, spent: float = 0.0) -> float:
+        """`spent`: of its seconds."""
+        return max(0.0, min(self.attempt - spent, self.left()))
 
 
 async def reach_endpoint(
@@ -75,7 +79,7 @@ async def reach_endpoint(
         if state.is_local(endpoint.address.host):
             leg = await _hairpin(endpoint, early, patience, record, state)
         elif endpoint.tunnel is TunnelKind.NONE:
-            sock = await sockets.connect(endpoint.address, mark=state.mark, timeout=patience.for_step())
+            sock = await sockets.connect(endpoint.address, mark=state.mark, timeout=patience.for_attempt())
             leg = EndpointLeg(PlainLeg(sock), early)
             record.security = Security.PLAIN
         else:
@@ -114,7 +118,7 @@ async def _hairpin(
     """An endpoint on this very host: the inbound side's policy in process, no tunnel to ourselves."""
     admit(state.identity.name, endpoint.address, record, state, tunnelled=True)
     record.destination_identity = state.identity.name
-    sock = await sockets.connect(endpoint.address, mark=state.mark, timeout=patience.for_step(), local=True)
+    sock = await sockets.connect(endpoint.address, mark=state.mark, timeout=patience.for_attempt(), local=True)
     record.security = Security.PLAIN
     return EndpointLeg(PlainLeg(sock), early)
 
@@ -128,7 +132,7 @@ async def _through_tunnel(
     while True:
         record.phase = Phase.TLS
         tunnel = pool.lease_idle(*peer) or await pool.lease(
-            *peer, patience=patience.left(), timeout=patience.for_step()
+            *peer, patience=patience.left(), timeout=patience.for_attempt()
         )
         # What the peer refuses on a tunnel was refused by that peer: on record before it is asked.
         record.security = Security.MTLS
@@ -140,8 +144,8 @@ async def _through_tunnel(
         record.phase = Phase.CONNECT
         opened = False
         try:
-            request = _request(endpoint, service, patience, record)
-            frames = await tunnel.open(request, early, patience.for_step())
+            left = patience.for_attempt(tunnel.took if tunnel.is_fresh else 0.0)
+            frames = await tunnel.open(_request(endpoint, service, left, record), early, left)
             opened = True
         except ConnectionFailed as failure:
             tried += 1
@@ -157,14 +161,14 @@ async def _through_tunnel(
         return EndpointLeg(TunnelLeg(tunnel.channel, tunnel.wire), tunnel=tunnel, early_frames=frames)
 
 
-def _request(endpoint: Endpoint, service: ServicePort, patience: Patience, record: Record) -> Open:
+def _request(endpoint: Endpoint, service: ServicePort, seconds: float, record: Record) -> Open:
     return Open(
         host=endpoint.address.host,
         port=endpoint.address.port,
         service=service.name,
         source=str(record.source),
         id=record.id,
-        deadline=int(patience.for_step() * 1000),
+        deadline=max(1, int(seconds * 1000)),  # 0 would be none
     )
 
 

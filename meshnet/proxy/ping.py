@@ -148,7 +148,7 @@ async def _endpoint(endpoint: Endpoint, service: ServicePort, timeout: float, st
         if is_local:
             await _here(endpoint, patience, steps, state)
         elif endpoint.tunnel is TunnelKind.NONE:
-            await _connect(endpoint.address, patience.for_step(), steps, state)
+            await _connect(endpoint.address, patience.for_attempt(), steps, state)
         else:
             await _through_tunnel(endpoint, service, patience, steps, state)
     except ConnectionFailed as failure:
@@ -204,7 +204,7 @@ async def _here(endpoint: Endpoint, patience: Patience, steps: _Steps, state: Pr
         steps.verdict, steps.policy = "denied", failure.policy
         raise
     steps.phase, steps.verdict, steps.policy = Phase.CONNECT, "allowed", record.policy
-    await _connect(endpoint.address, patience.for_step(), steps, state, local=True)
+    await _connect(endpoint.address, patience.for_attempt(), steps, state, local=True)
 
 
 async def _through_tunnel(
@@ -213,7 +213,7 @@ async def _through_tunnel(
     started = time.monotonic()
     steps.phase = Phase.TLS
     try:
-        tunnel = await state.pool.apart(endpoint.tunnel_address, endpoint.identity, patience.for_step())
+        tunnel = await state.pool.apart(endpoint.tunnel_address, endpoint.identity, patience.for_attempt())
     except ConnectionFailed as failure:
         if failure.reason in _BEHIND_POLICY:  # of the peer's own port
             steps.phase = Phase.CONNECT
@@ -221,16 +221,16 @@ async def _through_tunnel(
     try:
         steps.tcp, steps.tls = round(_since(started) - tunnel.handshake_ms, 3), round(tunnel.handshake_ms, 3)
         steps.identity, steps.phase = tunnel.channel.identity, Phase.AUTHZ
-        started = time.monotonic()
+        started, left = time.monotonic(), patience.for_attempt(tunnel.took)
         request = Open(
             host=endpoint.address.host,
             port=endpoint.address.port,
             service=service.name,
             id=new_id(time.time()) + state.registry.id_suffix,
-            deadline=int(patience.for_step() * 1000),
+            deadline=max(1, int(left * 1000)),
         )
         try:
-            await tunnel.open(request, b"", patience.for_step())
+            await tunnel.open(request, b"", left)
         except ConnectionFailed as failure:
             steps.opened, steps.policy = _since(started), failure.policy
             if failure.reason in _REFUSED_BY_POLICY:

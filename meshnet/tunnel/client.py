@@ -36,6 +36,7 @@ class ClientTunnel:
 
     `idle_since` is 0 until it stands idle. `on_answer` is called when the peer has answered an OPEN: what TLS had to
     bring, tickets among it, came before that. `is_known`: somebody has looked at that. `port` is our own.
+    It `took` so many seconds to connect and to shake hands.
     """
 
     key: Key
@@ -44,6 +45,7 @@ class ClientTunnel:
     wire: Tunnel
     good_until: float
     handshake_ms: float
+    took: float
     deadlines: Deadlines
     is_known: bool = False
     idle_since: float = 0.0
@@ -98,7 +100,7 @@ async def connect(
 ) -> ClientTunnel:
     """A new tunnel to `key`. `resumable` is of an earlier one.
 
-    `timeout` seconds are for the connect, and again for the handshake.
+    `timeout` seconds are for the connect and the handshake together.
 
     Raises ConnectionFailed(connect.*, tls.*).
     """
@@ -107,22 +109,25 @@ async def connect(
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
     if credentials.not_after < time.time():
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
+    began = time.monotonic()
     plain = await sockets.connect(address, mark=mark, timeout=timeout)
     port, started = sockets.port_of(plain), time.monotonic()
     ticket = resumable.ticket if resumable and resumable.fits(credentials.client) else None
-    channel = await secure.connect(plain, credentials.client, ticket, timeout)
+    channel = await secure.connect(plain, credentials.client, ticket, max(0.0, timeout - (started - began)))
     if channel.identity != identity:
         channel.close()
         raise ConnectionFailed(
             Reason.TLS_PEER_IDENTITY, f"{address} is {channel.identity}; the mesh says it must be {identity}"
         )
+    now = time.monotonic()
     return ClientTunnel(
         key=key,
         port=port,
         channel=channel,
         wire=Tunnel(Role.CLIENT),
         good_until=min(channel.good_until, credentials.not_after) - _RETIRE_BEFORE_EXPIRY,
-        handshake_ms=(time.monotonic() - started) * 1000,
+        handshake_ms=(now - started) * 1000,
+        took=now - began,
         deadlines=deadlines,
     )
 
@@ -133,7 +138,7 @@ def _lost(deadline: Deadline, timeout: float, detail: str) -> ConnectionFailed:
 
 def no_answer(timeout: float) -> ConnectionFailed:
     """To an OPEN; seconds."""
-    return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"the peer sidecar did not answer OPEN within {timeout:g} s")
+    return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"the peer sidecar did not answer OPEN within {timeout:.3g} s")
 
 
 def refusal(frame: Refused) -> ConnectionFailed:

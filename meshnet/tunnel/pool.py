@@ -75,8 +75,8 @@ class Pool:
     ) -> ClientTunnel:
         """A tunnel to `address`, proven to be `identity`: an idle one, or one that comes back while we wait, or new.
 
-        `timeout` seconds are for the connect, and again for the handshake of a new one; neither is given more than what
-        the wait for its turn has left of `patience`.
+        `timeout` seconds are for the connect and the handshake of a new one, but no more than what the wait for its
+        turn has left of `patience`.
 
         Raises ConnectionFailed: connect.*, tls.*, and limit.queue_timeout when so many handshakes are under way that
         the turn did not come within `patience` seconds; that is nobody's fault but our own.

@@ -2,6 +2,7 @@
 
 import socket
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from meshnet.codec.frames import Data, Fin, Open
 from meshnet.tunnel.protocol import Role
 from tests.proxy.peer import TUNNEL_PORT, End, credentials, issue
 from tests.proxy.programs import TIMEOUT, listen
-from tests.world import Host, Mesh
+from tests.world import Host, Mesh, wait_for
 
 
 class FarTunnel(End):
@@ -57,10 +58,12 @@ class Far:
         self._context = context
         self._tunnels: list[FarTunnel] = []
 
-    def accept(self) -> FarTunnel:
-        """The next tunnel. Raises TimeoutError."""
+    def accept(self, shakes_after: float = 0.0) -> FarTunnel:
+        """The next tunnel, whose handshake we answer so many seconds later. Raises TimeoutError."""
         plain, _ = self._server.accept()
         plain.settimeout(TIMEOUT)
+        answers_at = time.monotonic() + shakes_after
+        wait_for(lambda: time.monotonic() >= answers_at, what="the time to shake hands")
         tunnel = FarTunnel(self._context.wrap_socket(plain, server_side=True))
         self._tunnels.append(tunnel)
         return tunnel

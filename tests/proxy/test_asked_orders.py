@@ -95,6 +95,19 @@ def test_both_sides_tell_it_as_what_was_decided(hosts: Hosts) -> None:
     assert [each.id for each in ordered] == sorted(each.id for each in ordered)
 
 
+def test_the_time_of_an_attempt_is_for_its_handshake_and_the_answer_together(hosts: Hosts, far: Far) -> None:
+    client = call(hosts)
+    tunnel = far.accept(shakes_after=0.6)
+    assert 0 < tunnel.asked().deadline <= 1000  # ms, of the 1600 that an attempt may take
+    tunnel.say(tunnel.wire.opened())
+    tunnel.converse(client)
+    wait_until_it_stands(hosts)
+    client = call(hosts)
+    assert tunnel.asked().deadline > 1000  # nothing of it went into a handshake
+    tunnel.say(tunnel.wire.opened())
+    tunnel.converse(client)
+
+
 def test_the_peer_hears_the_same_question(hosts: Hosts, far: Far) -> None:
     out = Records(hosts.sidecar(hosts.web))
     client = call(hosts)
@@ -108,8 +121,9 @@ def test_the_peer_hears_the_same_question(hosts: Hosts, far: Far) -> None:
     ordered = tunnel.asked()
     assert ordered.source == f"{hosts.web.address}:{client.getsockname()[1]}"
     assert ordered.id != decided.id
-    alike = ("host", "port", "service", "deadline", "traceparent")
+    alike = ("host", "port", "service", "traceparent")
     assert [getattr(ordered, field) for field in alike] == [getattr(decided, field) for field in alike]
+    assert decided.deadline <= ordered.deadline == 1600  # the first one's handshake took its part
     tunnel.say(tunnel.wire.opened())
     tunnel.converse(client)
     assert [each.id for each in out.ended(2)] == [decided.id, ordered.id]
