@@ -8,14 +8,16 @@ import click
 import msgspec
 
 from meshnet.errors import CommandError, Reason
-from meshnet.model.admin import ConnectionList, ExplainConnection, ListConnections
-from meshnet.model.connection import Connection, Shape
+from meshnet.model.admin import ConnectionList, ExplainConnection, ExplainRoute, ListConnections, RouteView
+from meshnet.model.connection import Connection, Direction, Shape
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
-from meshnet_cli.explain_capture import explain_capture
+from meshnet_cli.explain_capture import explain_capture, route_lines
 from meshnet_cli.legs import endpoint_legs
 from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
+
+_MOST_ENDPOINTS = 10  # of a service, beside what has happened to a connection
 
 
 class TcpView(Shape, frozen=True):
@@ -29,6 +31,8 @@ class TcpView(Shape, frozen=True):
 class Explanation(Connection, frozen=True, kw_only=True):
     """The connection, and what its reason code means; both texts are empty while it is open.
 
+    `route` is where an outbound one to a service would go if it began now, with the best of the endpoints.
+
     `tcp` is what the kernel knows of an open one, if it was asked on the sidecar's own host.
 
     `others` have the same id. A client's sidecar gives a connection its id on both hosts: the same again when it tries
@@ -38,6 +42,7 @@ class Explanation(Connection, frozen=True, kw_only=True):
     cause: str = ""
     cure: str = ""
     tcp: TcpView | None = None
+    route: RouteView | None = None
     others: tuple[Connection, ...] = ()
     api_version: str = "meshnet.dev/v1"
     kind: str = "Explanation"
@@ -53,7 +58,8 @@ class Explanation(Connection, frozen=True, kw_only=True):
 def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: float) -> None:
     """One connection step by step, and what to do about it.
 
-    ID is as `meshnet conns` shows it; it is the same on both hosts.
+    ID is as `meshnet conns` shows it; it is the same on both hosts. The endpoints that are listed below are those of
+    its service as they are now.
 
     With HOST:PORT instead: whether a connection to there would be captured, by which rule, or why not; and where it
     would go then: the service, its endpoints in order of preference, and why some are passed over. It comes FROM this
@@ -74,7 +80,7 @@ def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: fl
         error.fix = error.fix or "meshnet conns --all -o name lists every connection the sidecar remembers"
         raise
     known = ask(socket_path, ListConnections(all=True), ConnectionList, timeout=timeout).items
-    explanation = _explained(connection, _others(connection, known))
+    explanation = _explained(connection, _others(connection, known), _route(connection, socket_path, timeout))
 
     def table() -> None:
         click.echo("\n".join(map(printable, _lines(explanation))))
@@ -92,12 +98,23 @@ def _others(connection: Connection, known: Sequence[Connection]) -> tuple[Connec
     return tuple(same[:itself] + same[itself + 1 :])
 
 
+def _route(connection: Connection, socket_path: str, timeout: float) -> RouteView | None:
+    if connection.direction != Direction.OUTBOUND or not connection.destination.service:
+        return None
+    try:
+        found = ask(socket_path, ExplainRoute(target=connection.original_destination), RouteView, timeout=timeout)
+    except CommandError:  # it ends in this moment, or is of a version that cannot say
+        return None
+    more = max(0, len(found.candidates) - _MOST_ENDPOINTS)
+    return msgspec.structs.replace(found, candidates=found.candidates[:_MOST_ENDPOINTS], more=found.more + more)
+
+
 def _begin(connection: Connection) -> tuple[str, ...]:
     return connection.direction, connection.opened_at, connection.source.address
 
 
-def _explained(connection: Connection, others: tuple[Connection, ...]) -> Explanation:
-    fields = msgspec.structs.asdict(connection) | {"others": others}
+def _explained(connection: Connection, others: tuple[Connection, ...], route: RouteView | None) -> Explanation:
+    fields = msgspec.structs.asdict(connection) | {"others": others, "route": route}
     if connection.reason is None:
         (leg,) = endpoint_legs([connection])
         return Explanation(**fields, tcp=TcpView(leg.rtt_us, leg.rtt_var_us, leg.retransmits) if leg else None)
@@ -119,6 +136,10 @@ def _lines(it: Explanation) -> Iterator[str]:
     for label, text in _facts(it):
         if text:
             yield f"{label:<11} {text}"
+    if it.route is not None:
+        yield ""
+        yield "If it began now:"
+        yield from route_lines(it.route)
     if reason is not None and reason.code is not Reason.OK:
         yield ""
         yield f"{'reason':<11} " + ": ".join(filter(None, (reason.code, reason.message)))

@@ -204,14 +204,15 @@ def _lines(it: CaptureExplanation) -> Iterator[str]:
         if not other.ahead:
             yield f"asked later {_other(other)}"
     if it.route is not None:
-        yield from _route(it.route)
+        yield from route_lines(it.route)
     for text in it.notes:
         yield f"note        {text}"
     for text in it.unread:
         yield f"not read    {text}"
 
 
-def _route(route: RouteView) -> Iterator[str]:
+def route_lines(route: RouteView) -> Iterator[str]:
+    """Where a connection would go, and its endpoints, the best first."""
     count = len(route.candidates) + route.more
     among = f"{route.balance} among {count} endpoints" if route.route == "service" else route.route
     yield f"route       {': '.join(filter(None, (route.service and f'{route.service}, {among}', route.detail)))}"

@@ -185,6 +185,8 @@ class Checks:
         if failure:
             _log.warning("%s of %s fails its checks: %s", checked.endpoint.name, checked.service.name, checked.error)
         else:
+            if not was_panic:  # or it had its share all the time
+                self._state.warming[checked.endpoint.address] = time.monotonic()
             _log.info("%s of %s passes its checks again", checked.endpoint.name, checked.service.name)
         if healths.panic and not was_panic:
             _log.warning("every endpoint of %s fails its checks: they are used all the same", checked.service.name)

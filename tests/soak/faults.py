@@ -6,16 +6,19 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from meshnet.control.authority import save_issued
+from meshnet.control.authority import CERTIFICATE, save_issued
 from meshnet_cli.demo.wire import Capture
 from meshnet_cli.demo.world import Host, wait_for
+from tests.faults.causes import descriptors, rule
 from tests.soak.judge import GRACE, Fault
-from tests.soak.stage import Stage
+from tests.soak.stage import ADDRESSES, DEAD, Stage
 
 _PAUSES = (0.5, 4.0)  # seconds without any fault, beyond the time for which the last one still excuses
+_STORM = 200  # connections
 _ON_ITS_WAY = 0.3  # seconds in which what has passed between hosts is counted
 
 
@@ -53,6 +56,11 @@ class Faults:
             Kind("mesh files changed", self._change, False),
             Kind("cache killed", self._kill_cache, True),
             Kind("rules flushed", self._flush, True, uncovers=True),
+            Kind("nobody answers a SYN for a moment", self._lose_syns, False),
+            Kind("no descriptor left for a moment", self._lack_descriptors, True),
+            Kind("certificate replaced by nonsense, and renewed", self._garble, False),
+            Kind("garbage on every port", self._garbage, False),
+            Kind("storm of connections to a dead service", self._storm, False),
         ]
         self._order: list[Kind] = []
 
@@ -124,3 +132,43 @@ class Faults:
     def _flush(self, host: Host) -> None:
         self._stage.flush(host)
         wait_for(lambda: self._stage.is_captured(host), timeout=20.0, what=f"the rules of {host.name} again")
+
+    def _lose_syns(self, host: Host) -> None:
+        """For less time than a SYN takes to be sent again (RFC 6298: a second)."""
+        with rule(host, "input priority -300", 'iifname != "lo" tcp flags & (syn | ack) == syn drop'):
+            self._wait(self._dice.uniform(0.2, 0.7))
+
+    def _lack_descriptors(self, host: Host) -> None:
+        with descriptors(self._stage.sidecar(host), 0):
+            self._wait(self._dice.uniform(0.2, 1.0))
+
+    def _garble(self, host: Host) -> None:
+        sidecar = self._stage.sidecar(host)
+        before = sidecar.status().certificate.serial
+        (sidecar.config.parent / CERTIFICATE).write_bytes(self._dice.randbytes(500))
+        self._wait(self._dice.uniform(0.1, 1.0))
+        assert sidecar.status().certificate.serial == before
+        self._renew(host)
+
+    def _garbage(self, host: Host) -> None:
+        """From a host that is in no mesh: what comes back does not matter, nor whether anything does."""
+        settings = self._stage.sidecar(host).settings
+        proxy = settings.proxy
+        for port in (proxy.outbound_port, proxy.inbound_port, proxy.tunnel_port, settings.admin.health_port):
+            for _ in range(self._dice.randrange(1, 10)):
+                with suppress(OSError), self._stage.stranger.connect(host.address, port, timeout=1.0) as client:
+                    client.sendall(self._dice.randbytes(self._dice.randrange(0, 4000)))
+
+    def _storm(self, host: Host) -> None:
+        """From where clients call: each is reset, and nobody else is the worse for it."""
+        with ExitStack() as stack:
+            calls = []
+            for _ in range(_STORM):
+                client = stack.enter_context(self._stage.web.open_socket())
+                client.setblocking(False)
+                client.connect_ex((ADDRESSES[DEAD], DEAD))
+                calls.append(client)
+            for client in calls:
+                client.settimeout(GRACE)
+                with suppress(ConnectionError, TimeoutError):
+                    assert client.recv(1) == b"", "who spoke?"

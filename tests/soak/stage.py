@@ -19,6 +19,7 @@ from tests.soak.websocket import EchoServer
 from tests.traffic import servers
 
 WEB_SITE, CACHE, DATABASE, BULK, GREETER, ECHO, LOGIN, WEBSOCKET = 8080, 6379, 5432, 5201, 7000, 7001, 2222, 8081
+DEAD = 9999  # nobody listens
 ADDRESSES = {
     WEB_SITE: "10.96.2.1",
     CACHE: "10.96.2.2",
@@ -28,6 +29,7 @@ ADDRESSES = {
     ECHO: "10.96.2.6",
     LOGIN: "10.96.2.7",
     WEBSOCKET: "10.96.2.8",
+    DEAD: "10.96.2.9",
 }
 CONTENT = bytes(range(256)) * 8192
 
@@ -39,6 +41,8 @@ class Stage:
         self.world = world
         self.web, self.api, self.twin = (world.host(name) for name in ("web", "api", "twin"))
         self.hosts = (self.web, self.api, self.twin)
+        self.stranger = world.host("stranger")
+        """It has no sidecar, and no identity."""
         self.mesh = Mesh(world)
         self.revision = 0
         self.write()

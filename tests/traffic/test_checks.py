@@ -40,7 +40,8 @@ def log(hosts: Hosts) -> str:
 
 def test_an_endpoint_that_fails_its_checks_gets_no_connections_until_they_pass_again(hosts: Hosts, name: Name) -> None:
     first, *others = hosts.apis
-    hosts.write(hosts.service(name, hosts.apis), traffic(name, balance="round_robin", check=QUICK))
+    policy = traffic(name, balance="round_robin", check=QUICK, slowStart={"window": "1ms"})
+    hosts.write(hosts.service(name, hosts.apis), policy)
     out = Records(hosts.sidecar(hosts.web))
     with hosts.apps(name.port, others):
         failing, *_ = views(hosts, name, "failing", "passing", "passing")
@@ -60,6 +61,19 @@ def test_an_endpoint_that_fails_its_checks_gets_no_connections_until_they_pass_a
     assert log(hosts).count(f"{said} passes its checks again") == 1
     table = hosts.sidecar(hosts.web).meshnet("endpoints", name.name, "--columns", "endpoint,check", "--no-header")
     assert len(table.splitlines()) == 3
+
+
+def test_an_endpoint_that_passes_its_checks_again_starts_slowly(hosts: Hosts, name: Name) -> None:
+    first, *others = hosts.apis
+    hosts.write(hosts.service(name, hosts.apis), traffic(name, check=QUICK, slowStart={"window": "1h"}))
+    with hosts.apps(name.port, others):
+        views(hosts, name, "failing", "passing", "passing")
+        with App(first, name.port):
+            views(hosts, name, "passing", "passing", "passing")
+            explained = hosts.sidecar(hosts.web).meshnet("explain", f"{name.address}:{name.port}").splitlines()
+            (warming,) = (line for line in explained if "of it while it is warming" in line)
+            assert f"{first.address}:{name.port}" in warming
+            assert "10% of it" in warming
 
 
 def test_when_all_fail_all_are_used_and_it_is_said(hosts: Hosts, name: Name) -> None:

@@ -3,11 +3,13 @@
 import hashlib
 import signal
 import socket
+import time
 from collections import Counter
 
 import msgspec
 import pytest
 
+from meshnet.decide.retry import RetryBudget
 from meshnet.model.connection import Connection, Security, TlsView
 from tests.proxy.programs import Records, accept, ended_by_rst, listen, read, read_all, reason, reset
 from tests.traffic.calls import is_reset, who
@@ -51,6 +53,20 @@ def test_when_every_application_is_down_the_client_is_reset_after_each_was_tried
     assert {result for _, result in results(record)} == {"connect.refused"}
     assert sorted(endpoint for endpoint, _ in results(record)) == sorted(host.address for host in hosts.apis)
     assert hosts.logged(hosts.web, record.id).reason == record.reason
+
+
+def test_retries_do_not_multiply_an_outage(hosts: Hosts, name: Name) -> None:
+    """Those of a service have a budget: a share of its connects, and a few a second."""
+    hosts.write(hosts.service(name, hosts.apis), traffic(name, breaker={"failures": 1000}, outlier={"failureShare": 0}))
+    out = Records(hosts.sidecar(hosts.web))
+    began = time.monotonic()
+    assert all(is_reset(hosts.web, name) for _ in range(200))
+    lasted = time.monotonic() - began
+    attempts = [len(record.attempts) for record in out.ended(200)]
+    assert attempts[0] == 3
+    retries = sum(attempts) - 200  # there would be 400
+    most = max(RetryBudget.LEAST_PER_SECOND * RetryBudget.WINDOW, RetryBudget.SHARE * 200)
+    assert 1 <= retries <= most + RetryBudget.LEAST_PER_SECOND * lasted + 1
 
 
 def test_an_endpoint_whose_sidecar_does_not_answer_is_passed_over_and_never_spoken_to_in_plain_text(
