@@ -136,6 +136,7 @@ class Pool:
             wire=SimpleNamespace(idle=True),
             is_fresh=True,
             handshake_ms=1.0,
+            took=0.002,
             open=open_,
         )
 
