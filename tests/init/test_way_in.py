@@ -7,7 +7,8 @@ import pytest
 
 from tests.init.kept import Kept
 from tests.init.kernel import INBOUND, connect, listening
-from tests.world import wait_for
+from tests.init.test_fail import Site
+from tests.world import Mesh, World, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -74,27 +75,42 @@ def test_on_sighup_the_settings_stay_as_they_were_until_the_risk_is_accepted(rea
     assert reached.now().in_place
 
 
-def test_a_keeper_that_begins_beside_such_rules_leaves_them(reached: Kept) -> None:
+def test_a_keeper_that_begins_beside_such_rules_keeps_them(reached: Kept) -> None:
     reached.start()
     assert reached.process is not None
     assert reached.process.terminate() == 0
     _settings(reached, exclude=[])
     reached.start()
-    report = reached.now()
-    wait_for(lambda: reached.now().state == "failing", what="a refusal")
-    assert f"would capture port {SSH}" in reached.now().problem
+    wait_for(lambda: f"would capture port {SSH}" in reached.now().problem, what="a refusal")
+    wait_for(lambda: reached.now().in_place, what="the rules that were there")
     assert (_excludes(reached), _answers(reached)) == (True, True)
     reached.flush()
-    looked = reached.now().looked_at
-    wait_for(lambda: reached.now().looked_at > looked, what="another look")
-    assert reached.now().state == "failing"
-    assert _answers(reached)
-
-    _settings(reached, exclude=[SSH])
-    _again(reached)
-    wait_for(lambda: reached.now().in_place, what="rules that leave it alone")
+    reached.repaired()
     assert (_excludes(reached), _answers(reached)) == (True, True)
-    assert reached.now().pid == report.pid
+    _again(reached)
+    wait_for(lambda: reached.log.count("would capture port") == 2, what="the same again")
+    assert (_excludes(reached), _answers(reached)) == (True, True)
+
+    _settings(reached, exclude=[SSH, 80])
+    _again(reached)
+    wait_for(lambda: "dport 80 " in reached.lab.rules_text(), what="rules that leave it alone")
+    assert (reached.now().problem, _excludes(reached), _answers(reached)) == ("", True, True)
+
+
+def test_nor_do_they_once_a_sidecar_comes_back_where_its_death_lets_all_pass(world: World, mesh: Mesh) -> None:
+    """capture.fail = "open": meanwhile no rules are in force that could be compared."""
+    site = Site(world, mesh, fail="open", exclude_inbound_ports=[str(SSH)])
+    site.web.spawn(sys.executable, "-c", SSHD)
+    wait_for(lambda: site.web.listens(SSH), what="sshd")
+    site.kill()
+    wait_for(lambda: "new connections go direct" in site.keeper.output, what="no capture")
+    config = site.sidecar.config
+    config.write_text(config.read_text().replace(f'"{SSH}"', "").replace(f"'{SSH}'", ""))
+    site.sidecar.start()
+    wait_for(lambda: f"would capture port {SSH}" in site.keeper.output, timeout=20.0, what="a refusal")
+    site.until_captured()
+    with site.peer.connect(site.web.address, SSH) as client:
+        assert client.recv(4) == b"here"
 
 
 def test_where_nothing_captures_yet_who_puts_the_rules_in_was_asked(reached: Kept) -> None:
@@ -103,3 +119,4 @@ def test_where_nothing_captures_yet_who_puts_the_rules_in_was_asked(reached: Kep
     reached.start()
     with listening(reached.host, "ipv4", INBOUND) as inbound:
         connect(reached.lab.peer, reached.host.address, SSH, inbound).close()
+    assert f"port {SSH} is captured, by which SSH reaches this host" in reached.log

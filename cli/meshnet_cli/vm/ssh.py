@@ -57,20 +57,29 @@ def ports() -> frozenset[int]:
 
 
 def _configured(folder: Path) -> set[int]:
-    """Port and ListenAddress of sshd_config(5). Empty where there is none."""
-    files = [folder / "sshd_config", *sorted(folder.glob("sshd_config.d/*.conf"))]
-    try:
-        text = "\n".join(file.read_text(errors="replace") for file in files)
-    except OSError:
-        return set()
-    lines = [line.replace("=", " ").split() for line in text.splitlines()]
-    words = {(line[0].lower(), line[1]) for line in lines if len(line) > 1}
-    ports = {word for key, word in words if key == "port"}
-    for key, word in words:
+    """Port and ListenAddress of sshd_config(5), and the default. Empty where nothing of it can be read.
+
+    Its Include of other folders than the usual one is not followed.
+    """
+    text = "\n".join(map(_read, [folder / "sshd_config", *sorted(folder.glob("sshd_config.d/*.conf"))]))
+    ports = {_DEFAULT} if text.strip() else set()
+    for line in text.splitlines():
+        key, word, *_ = (*line.replace("=", " ").replace('"', " ").split(), "", "")
         host, _, port = word.rpartition(":")
-        if key == "listenaddress" and host and (":" not in host or host.endswith("]")):
-            ports.add(port)
-    return {int(port) for port in ports if port.isdigit()} or {_DEFAULT}
+        if key.lower() == "listenaddress":
+            word = port if host and (":" not in host or host.endswith("]")) else ""
+        elif key.lower() != "port":
+            continue
+        if word.isascii() and word.isdecimal():
+            ports.add(int(word))
+    return ports
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
 
 
 def _session_ports() -> Iterator[int]:

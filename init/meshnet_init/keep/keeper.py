@@ -32,8 +32,9 @@ from meshnet_init.keep.door import Door
 from meshnet_init.keep.guard import Guard
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
-from meshnet_init.keep.way_in import need_way_in
+from meshnet_init.keep.way_in import captured_ways_in, need_way_in
 from meshnet_init.plan import make_plan
+from meshnet_init.rule import Plan, Rule
 from meshnet_init.sidecar import misfits
 
 _log = logging.getLogger("meshnet.keeper")
@@ -65,6 +66,7 @@ class Keeper:
         self._since = _now()
         self._looked_at = ""
         self._has_held = False  # they have been as planned since we began, or were taken up
+        self._ever_held = False
         self._is_open = False  # connections go direct, for want of a sidecar
         self._stood_down = False
         self._was_there = False  # a sidecar, at any time
@@ -77,8 +79,8 @@ class Keeper:
         self._repairs = 0
         self._last_repair: Repair | None = None
         self._problem = ""
-        self._stale = ""  # why the settings that are in force are not those of the file
-        self._refused: CommandError | None = None  # what we began with, beside rules that are others
+        self._stale = ""  # why what is in force is not what the file asks for
+        self._found: Plan | None = None  # the rules that we began beside, and keep instead of those of the file
         self._last_look = self._next_look = 0.0
         self._ending = False
         self._reread = False
@@ -124,7 +126,7 @@ class Keeper:
             self._proofs, self._inbound = {}, ()
             return
         try:
-            self._plan = make_plan(self._settings, host_facts())
+            self._plan = self._found or make_plan(self._settings, host_facts())
             if not self._is_open:
                 self._hold(by)
                 self._stand_guard()
@@ -139,12 +141,13 @@ class Keeper:
         lines = drift(self._plan, self._backend, found)
         now = time.monotonic()
         if not lines:
-            self._has_held, self._differences = True, ()
+            self._has_held, self._ever_held, self._differences = True, True, ()
         elif not self._has_held:
             self._need_fit()
-            self._need_way_in(found)
+            if self._keeps_what_is_there(found):
+                return
             applied = apply_plan(self._plan, self._backend)
-            self._has_held, self._differences = True, ()
+            self._has_held, self._ever_held, self._differences = True, True, ()
             self._heard()
             _log.info("%d rules put in by %s", applied.rules, applied.backend)
         elif wait := self._pace.wait(now):
@@ -186,15 +189,23 @@ class Keeper:
                 fix="start it again with these settings: sudo meshnet down && sudo meshnet up",
             )
 
-    def _need_way_in(self, found: Sequence[tuple[Backend, Installed]]) -> None:
-        """What was refused stays refused until settings are read again, though somebody flushes all rules."""
-        if self._refused is None:
-            try:
-                need_way_in(self._plan.rules, [installed for _, installed in found], self._ways_in())
-            except CommandError as error:
-                self._refused = error
-        if self._refused is not None:
-            raise self._refused
+    def _keeps_what_is_there(self, found: Sequence[tuple[Backend, Installed]]) -> bool:
+        """Whether the rules that are in force are kept, for those of the file would capture the way in."""
+        try:
+            need_way_in(self._plan.rules, _in_force(found), self._ways_in())
+        except CommandError as error:
+            self._backend, there = next((backend, it) for backend, it in found if not it.draining())
+            rules = tuple(counted.rule for counted in there.rules)
+            self._plan = self._found = Plan(rules=rules, ipv6=there.ipv6, routing=there.routing)
+            self._refuse(error)
+            return True
+        for port in captured_ways_in(self._plan.rules, self._ways_in()):
+            _log.warning("port %d is captured, by which SSH reaches this host", port)
+        return False
+
+    def _refuse(self, error: CommandError | ConfigError) -> None:
+        self._stale = f"the settings stay as they were: {_said(error)}"
+        _log.error("%s", self._stale)
 
     def _repair(self, lines: Sequence[str], by: Sequence[str]) -> None:
         self._differences = lines
@@ -334,18 +345,17 @@ class Keeper:
         try:
             settings = self._read_settings()
             plan = make_plan(settings, host_facts())
-            need_way_in(plan.rules, [installed for _, installed in in_kernel()], self._ways_in())
+            before = [*_in_force(in_kernel()), *([self._plan.rules] if self._ever_held else [])]
+            need_way_in(plan.rules, before, self._ways_in())
             self._backend = choose_for(settings)
         except (ConfigError, CommandError) as error:
-            self._stale = f"the settings stay as they were: {_said(error)}"
-            _log.error("%s", self._stale)
+            self._refuse(error)
         else:
-            self._stale = ""
+            self._stale, self._found = "", None
             if settings.admin.socket != self._settings.admin.socket and self._line is not None:
                 self._hang_up()
             self._settings = settings
         self._stood_down = self._has_held = False
-        self._refused = None
         self._is_open = stays_open
         self._pace = RepairPace()
         self._inbound_pace.at_once()
@@ -433,6 +443,10 @@ class Keeper:
             self._reread = True
         else:
             self._ending = True
+
+
+def _in_force(found: Sequence[tuple[Backend, Installed]]) -> list[list[Rule]]:
+    return [[counted.rule for counted in installed.rules] for _, installed in found if not installed.draining()]
 
 
 def _news(stack: ExitStack) -> RulesNews | None:

@@ -1,6 +1,7 @@
 """The way in by SSH is found, and not captured unless that is wanted by name."""
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ def test_a_program_called_sshd_is_found_by_where_it_listens(host: Host) -> None:
     ("written", "found"),
     [
         ("", {22}),
-        ("# Port 2222\nPort 2022\nport=2023\n", {2022, 2023}),
-        ("ListenAddress 10.0.0.1:2024\nListenAddress [fd00::1]:2025\nListenAddress fd00::1\n", {2024, 2025}),
+        ('# Port 2222\nPort 2022\nport=2023\nPort "2024"\nPort many\nPort\n', {2022, 2023, 2024}),
+        ("ListenAddress 10.0.0.1:2024\nListenAddress [fd00::1]:2025\nListenAddress fd00::1\n", {22, 2024, 2025}),
         ("ListenAddress 10.0.0.1\nPasswordAuthentication no\n", {22}),
     ],
 )
@@ -101,6 +102,27 @@ def test_a_session_with_another_host_does_not_count(host: Host) -> None:
         sys.executable, "-c", script, SSH_CONNECTION="10.0.0.1 5 10.0.0.2 22", PYTHONPATH=os.pathsep.join(sys.path)
     )
     assert done.stdout == "[]\n"
+
+
+def test_what_the_keeper_refused_is_taken_by_what_it_said_to_type(machine: Machine) -> None:
+    machine.configure("[capture]\nexclude_inbound_ports = ['2222']\n")
+    machine.host.spawn(sys.executable, "-c", SSHD)
+    wait_for(lambda: machine.host.listens(2222), what="sshd")
+    machine.up()
+    machine.configure("[capture]\nexclude_inbound_ports = []\n")
+    (keeper,) = machine.keepers()
+    os.kill(keeper, signal.SIGHUP)
+
+    def problem() -> str:
+        capture = machine.status().capture
+        return capture.keeper.problem if capture is not None and capture.keeper is not None else ""
+
+    told = wait_for(lambda: text if "would capture port 2222" in (text := problem()) else None, timeout=30.0, what="it")
+    *command, _ = told.rpartition("sudo meshnet ")[2].split()
+    done = machine.meshnet(*command, "--accept-risk=lose-ssh")
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_for(lambda: not problem(), timeout=30.0, what="settings that are taken")
+    assert "dport 2222 " not in machine.rules()
 
 
 @pytest.mark.parametrize("command", [("up",), ("init",), ("set", "log.level=debug")])
