@@ -19,6 +19,8 @@ from meshnet.errors import CommandError
 from meshnet_init.backends import not_permitted
 
 NF_ACCEPT = 1
+_DORMANT = 1  # NFT_TABLE_F_DORMANT
+_REFUSING = "MESHNET_GUARD_"
 _FAMILIES = {1: "inet", 2: "ip", 10: "ip6"}  # NFPROTO_INET, NFPROTO_IPV4, NFPROTO_IPV6
 
 Message = Any  # pyroute2's messages are dictionaries without types
@@ -66,21 +68,26 @@ def dump(shape: type[Any], kind: int, family: int, attributes: list[tuple[str, o
 
 
 def made_later(table: str) -> Iterator[str]:
-    """The chains of others that are asked before the table's, in words: of equal priority, in a table that came later.
+    """The chains of others that are asked before the table's, in words.
+
+    They are of equal type and priority, in a table that came later.
 
     Of the hooks of one priority the kernel asks the one first that was registered last (nf_hook_entries_grow). A chain
-    that was added to an older table is not told from one that was always there.
+    that was added to an older table is not told from one that was always there. Who only refuses may come at any time.
     """
     places, others = {}, []
     for family in _FAMILIES:
         for message in dump(nft_chain_msg, NFT_MSG_GETCHAIN, family, []):
-            if hook := message.get_attr("NFTA_CHAIN_HOOK"):
-                place = hook.get_attr("NFTA_HOOK_HOOKNUM"), hook.get_attr("NFTA_HOOK_PRIORITY")
-                chain, of = message.get_attr("NFTA_CHAIN_NAME"), message.get_attr("NFTA_CHAIN_TABLE")
-                if (family, of) == (NFPROTO_INET, table):
-                    places[place] = chain
-                else:
-                    others.append((family, of, chain, place))
+            hook = message.get_attr("NFTA_CHAIN_HOOK")
+            if not hook or not message.get_attr("NFTA_CHAIN_USE"):
+                continue  # nobody comes to it, or it has no rules
+            number, priority = hook.get_attr("NFTA_HOOK_HOOKNUM"), hook.get_attr("NFTA_HOOK_PRIORITY")
+            place = message.get_attr("NFTA_CHAIN_TYPE"), number, priority
+            chain, of = message.get_attr("NFTA_CHAIN_NAME"), message.get_attr("NFTA_CHAIN_TABLE")
+            if (family, of) != (NFPROTO_INET, table):
+                others.append((family, of, chain, place))
+            elif not chain.startswith(_REFUSING):
+                places[place] = chain
     rivals = [(family, of, chain, places[place]) for family, of, chain, place in others if place in places]
     made = _handles() if rivals else {}
     for family, of, chain, ours in rivals:
@@ -89,9 +96,10 @@ def made_later(table: str) -> Iterator[str]:
 
 
 def _handles() -> dict[tuple[int, str], int]:
-    """Of each table, by family and name: they count up as tables are made."""
+    """Of each table whose chains are asked, by family and name: they count up as tables are made."""
     return {
         (family, message.get_attr("NFTA_TABLE_NAME")): message.get_attr("NFTA_TABLE_HANDLE") or 0
         for family in _FAMILIES
         for message in dump(nft_table_msg, NFT_MSG_GETTABLE, family, [])
+        if not (message.get_attr("NFTA_TABLE_FLAGS") or 0) & _DORMANT
     }
