@@ -52,8 +52,20 @@ _OF_ONE_CONNECTION = frozenset(
 OUR_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC})
 """Errnos by which this host says that it lacks something, which is nobody's doing at the other end."""
 
-GONE = frozenset({errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH})
-"""Errnos of a connection whose peer has answered nothing to the last retry: why, as the way there last told."""
+GONE = frozenset(
+    {
+        errno.ETIMEDOUT,
+        errno.EHOSTUNREACH,
+        errno.ENETUNREACH,
+        errno.EHOSTDOWN,
+        errno.ENONET,
+        errno.ECONNREFUSED,
+        errno.ENOPROTOOPT,
+        errno.EACCES,
+    }
+)
+"""Errnos of a connection whose peer has answered nothing to the last retry: why, as the way there last told, by ICMP
+(net/ipv4/icmp.c, icmp_err_convert). A peer that resets it is none of these."""
 
 _CONNECT_REASONS = {
     errno.ECONNREFUSED: Reason.CONNECT_REFUSED,

@@ -14,8 +14,11 @@ from meshnet.proxy.admission import admit
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay import PlainLeg, TunnelLeg
-from meshnet.tunnel.client import ClientTunnel
+from meshnet.tunnel.client import ClientTunnel, no_answer
 
+_TOO_SHORT = (
+    0.005  # seconds: the peer could not answer, and what goes along with the question might arrive all the same
+)
 _KEPT_TUNNELS_TRIED = 3  # that turn out to be dead, before the endpoint is blamed after all
 
 
@@ -128,7 +131,7 @@ async def _through_tunnel(
 ) -> EndpointLeg:
     """A lease on a tunnel to the endpoint's sidecar, which has reached the application when this returns."""
     pool, peer = state.pool, (endpoint.tunnel_address, endpoint.identity)
-    tried = 0
+    tried, spent = 0, 0.0
     while True:
         record.phase = Phase.TLS
         tunnel = pool.lease_idle(*peer) or await pool.lease(
@@ -142,9 +145,11 @@ async def _through_tunnel(
         if tunnel.is_fresh:
             record.handshake_ms, record.resumed = tunnel.handshake_ms, tunnel.channel.resumed
         record.phase = Phase.CONNECT
-        opened = False
+        opened, asked = False, time.monotonic()
         try:
-            left = patience.for_attempt(tunnel.took if tunnel.is_fresh else 0.0)
+            left = patience.for_attempt(spent + (tunnel.took if tunnel.is_fresh else 0.0))
+            if left < _TOO_SHORT:
+                raise no_answer(patience.attempt)
             frames = await tunnel.open(_request(endpoint, service, left, record), early, left)
             opened = True
         except ConnectionFailed as failure:
@@ -153,6 +158,7 @@ async def _through_tunnel(
                 raise
             pool.weed(*peer)  # the peer had hung up on a kept tunnel: that says nothing about the endpoint
             record.forget_tunnel()
+            spent += time.monotonic() - asked
             continue
         finally:
             if not opened:
@@ -168,7 +174,7 @@ def _request(endpoint: Endpoint, service: ServicePort, seconds: float, record: R
         service=service.name,
         source=str(record.source),
         id=record.id,
-        deadline=max(1, int(seconds * 1000)),  # 0 would be none
+        deadline=int(seconds * 1000),
     )
 
 

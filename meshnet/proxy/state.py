@@ -222,7 +222,7 @@ class ProxyState:
         held = self.service(service)
         if now - held.panicked_at > _PANIC_SAID_EVERY:
             _log.warning(
-                "%s has no endpoint that is well: those that are ejected or fail checks are used", service.name
+                "%s has no endpoint left that is well: those that are ejected or fail checks are used", service.name
             )
         held.panicked_at = now
 

@@ -217,10 +217,11 @@ def test_settings_that_do_not_fit_the_sidecar_and_a_way_in_that_would_be_lost_ar
 
 
 def test_a_certificate_that_has_expired_is_an_error(machine: Machine) -> None:
-    authority = Authority.create("local", now=datetime.now(UTC))
-    issued = authority.issue("spiffe://local/ns/default/sa/web", now=datetime.now(UTC), ttl=timedelta(seconds=15))
-    save_issued(issued, machine.identity)
     machine.up()
+    held = machine.status().certificate
+    authority = Authority.create("local", now=datetime.now(UTC))
+    save_issued(authority.issue(held.identity, now=datetime.now(UTC), ttl=timedelta(seconds=10)), machine.identity)
+    wait_for(lambda: machine.status().certificate.serial != held.serial, what="the short one")
     assert until_error(machine, "identity.expiry", timeout=40.0)["what"] == "it has expired"
 
 

@@ -26,7 +26,7 @@ ODD, PORT = "10.96.0.60", 5000
 @pytest.fixture
 def far(hosts: Hosts) -> Iterator[Far]:
     odd = hosts.mesh.service("odd", [PORT], [hosts.outside], addresses=[ODD])
-    connect = ConnectSpec(attempts=2, attempt_timeout="1600ms")
+    connect = ConnectSpec(attempts=2, attempt_timeout="3s", total_timeout="6s")
     spec = TrafficPolicySpec(services=("odd",), connect=connect, breaker=BreakerSpec(failures=1_000_000))
     hosts.write(odd, TrafficPolicy(api_version=API_VERSION, metadata=Metadata(name="odd"), spec=spec))
     with serving(hosts.outside, hosts.mesh) as far:
@@ -98,12 +98,12 @@ def test_both_sides_tell_it_as_what_was_decided(hosts: Hosts) -> None:
 def test_the_time_of_an_attempt_is_for_its_handshake_and_the_answer_together(hosts: Hosts, far: Far) -> None:
     client = call(hosts)
     tunnel = far.accept(shakes_after=0.6)
-    assert 0 < tunnel.asked().deadline <= 1000  # ms, of the 1600 that an attempt may take
+    assert 0 < tunnel.asked().deadline <= 2400  # ms, of the 3000 that an attempt may take
     tunnel.say(tunnel.wire.opened())
     tunnel.converse(client)
     wait_until_it_stands(hosts)
     client = call(hosts)
-    assert tunnel.asked().deadline > 1000  # nothing of it went into a handshake
+    assert tunnel.asked().deadline == 3000  # nothing of it went into a handshake
     tunnel.say(tunnel.wire.opened())
     tunnel.converse(client)
 
@@ -123,7 +123,7 @@ def test_the_peer_hears_the_same_question(hosts: Hosts, far: Far) -> None:
     assert ordered.id != decided.id
     alike = ("host", "port", "service", "traceparent")
     assert [getattr(ordered, field) for field in alike] == [getattr(decided, field) for field in alike]
-    assert decided.deadline <= ordered.deadline == 1600  # the first one's handshake took its part
+    assert decided.deadline <= ordered.deadline == 3000  # the first one's handshake took its part
     tunnel.say(tunnel.wire.opened())
     tunnel.converse(client)
     assert [each.id for each in out.ended(2)] == [decided.id, ordered.id]
@@ -253,8 +253,8 @@ def test_who_does_not_answer_is_given_up_in_time(hosts: Hosts, far: Far, tunnel:
     other.converse(client)
     slow = out.one()
     assert tried(slow) == ["connect.timeout", "ok"]
-    assert slow.attempts[0].detail == "the peer sidecar did not answer OPEN within 1.6 s"
-    assert 1600 <= slow.attempts[0].ms < 3000
+    assert slow.attempts[0].detail == "the peer sidecar did not answer OPEN within 3 s"
+    assert slow.attempts[0].ms >= 3000
     with pytest.raises((EOFError, ConnectionResetError)):
         tunnel.read(6)
 

@@ -228,7 +228,7 @@ def test_where_no_other_will_do_one_that_fails_its_checks_is_tried(hosts: Hosts,
         views(hosts, name, "failing", "passing")
         with Call(hosts.web, name) as first, Call(hosts.web, name) as second:
             assert (first.server, second.server) == ("api-2", "api-1")
-    assert f"{name.name}:{name.port} has no endpoint that is well" in log(hosts)
+    assert f"{name.name}:{name.port} has no endpoint left that is well" in log(hosts)
 
 
 def test_checks_end_with_the_policy_that_asked_for_them(hosts: Hosts, name: Name) -> None:

@@ -77,7 +77,9 @@ def test_when_all_others_are_out_it_is_used_all_the_same_and_that_is_said(hosts:
             assert is_ejected(hosts, name, "api-1")
     process = hosts.sidecar(hosts.web).process
     assert process is not None
-    assert f"{service} has no endpoint that is well: those that are ejected or fail checks are used" in process.output
+    assert (
+        f"{service} has no endpoint left that is well: those that are ejected or fail checks are used" in process.output
+    )
 
 
 @pytest.mark.parametrize("how", ["outlier", "breaker", "checks"])

@@ -171,10 +171,22 @@ bool link_is_short(int error)
     return error == ENOMEM || error == ENOBUFS || error == ENOSPC; /* the last one: of epoll's watches */
 }
 
-/* Whether the peer has answered nothing to the last retry: why, as the way there last told. */
+/* Whether the peer has answered nothing to the last retry: why, as the way there last told, by ICMP. */
 bool link_is_gone(int error)
 {
-    return error == ETIMEDOUT || error == EHOSTUNREACH || error == ENETUNREACH;
+    switch (error) {
+    case ETIMEDOUT:
+    case EHOSTUNREACH:
+    case ENETUNREACH:
+    case EHOSTDOWN:
+    case ENONET:
+    case ECONNREFUSED:
+    case ENOPROTOOPT:
+    case EACCES:
+        return true;
+    default:
+        return false;
+    }
 }
 
 static void abort_leg(struct leg *leg)
