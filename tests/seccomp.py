@@ -7,8 +7,8 @@ import struct
 from typing import NamedTuple
 
 _NUMBERS = {
-    "x86_64": {"socket": 41, "getsockopt": 55, "accept4": 288},
-    "aarch64": {"socket": 198, "getsockopt": 209, "accept4": 242},
+    "x86_64": {"socket": 41, "getsockopt": 55, "accept4": 288, "unshare": 272},
+    "aarch64": {"socket": 198, "getsockopt": 209, "accept4": 242, "unshare": 97},
 }[platform.machine()]
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000  # linux/seccomp.h
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # linux/bpf_common.h: LD|W|ABS, JMP|JEQ|K, RET|K

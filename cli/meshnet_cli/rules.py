@@ -105,10 +105,10 @@ def show_command(config: str | None, output: str) -> None:
 def verify_command(ctx: click.Context, config: str | None, output: str) -> None:
     """Whether the kernel holds the plan, whether it fits the sidecar that runs, and whether connections are captured.
 
-    A canary is sent in each family and direction. What comes in is sent by a network namespace made for it, so it
-    takes CAP_SYS_ADMIN; where a host firewall drops it nothing is claimed. Where no sidecar answers at admin.socket,
-    this command catches canaries in its place. Exit code 1 if anything is amiss with the rules; that no sidecar runs
-    yet is not.
+    A canary is sent in each family and direction. What comes in is sent by a network namespace made for it, which takes
+    CAP_SYS_ADMIN, or a host where anybody may make a user namespace; where a host firewall drops it nothing is claimed.
+    Where no sidecar answers at admin.socket, this command catches canaries in its place. Exit code 1 if anything is
+    amiss with the rules; that no sidecar runs yet is not.
     """
     from meshnet_cli import supervise
     from meshnet_init.verify import verify

@@ -30,7 +30,7 @@ def inbound_hits(installed: Installed | None) -> int:
 def fly_in(
     plan: Plan, inbound_port: int, backend: Backend, installed: Installed | None, *, proxy_runs: bool = False
 ) -> tuple[Canary, ...]:
-    """One canary a family, by a visitor; takes CAP_SYS_ADMIN, else they are `not tried`.
+    """One canary a family, by a visitor, whose rights it takes; else they are `not tried`.
 
     `installed` is what `backend` has just found: if the hits of the inbound redirects have grown since then, a canary
     that was refused was captured all the same. It makes an interface for a moment, so it is not for every look.

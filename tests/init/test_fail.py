@@ -13,6 +13,9 @@ from tests.world import Mesh, Sidecar, World, wait_for
 
 pytestmark = pytest.mark.netns
 
+AS_ITS_UNIT = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", "--inh-caps=-all", "--no-new-privs", "--")
+"""The rights that `meshnet-rules.service` has."""
+
 
 def test_rules_can_be_removed_right_after_a_sidecar_has_come_back(world: World, mesh: Mesh) -> None:
     site = Site(world, mesh)
@@ -55,7 +58,8 @@ class Site:
         mesh.write()
         self.sidecar: Sidecar = mesh.sidecar(self.web, start=False, capture={"proof_interval": "300ms", **capture})
         self.sidecar.spawn()
-        self.keeper = self.web.spawn("meshnet", "rules", "keep", "--config", self.sidecar.config, name="keeper")
+        keeper = ("meshnet", "rules", "keep", "--config", self.sidecar.config)
+        self.keeper = self.web.spawn(*AS_ITS_UNIT, *keeper, name="keeper")
         self.until_captured()
 
     def until_captured(self) -> None:
@@ -186,6 +190,17 @@ def test_inbound_capture_that_another_program_takes_later_is_noticed_by_the_cloc
     wait_for(lambda: any("inbound IPv4 is not captured" in line for line in site.sidecar.status().not_ready_because))
     site.web.run("nft", "delete", "table", "inet", "ahead")
     wait_for(lambda: inbound() == 1)
+
+
+def test_visitors_leave_no_connection_behind(world: World, mesh: Mesh) -> None:
+    """One whose end is closed once its cable is cut is open to the sidecar until a keepalive finds that."""
+    site = Site(world, mesh)
+    for _ in range(3):
+        assert "inbound" in site.sidecar.meshnet("rules", "verify", "--config", str(site.sidecar.config))
+    wait_for(
+        lambda: not site.web.run("ss", "-tnH", "state", "connected", "sport", "=", ":15106").stdout,
+        what="the end of each visit",
+    )
 
 
 def test_the_sidecar_tells_of_the_keepers_repairs(world: World, mesh: Mesh) -> None:

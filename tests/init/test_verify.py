@@ -1,5 +1,6 @@
 """Verification: what differs is told in words, and a canary only comes back through the rules."""
 
+import errno
 import os
 import socket
 import threading
@@ -19,6 +20,8 @@ from meshnet_init.rollback import put_back
 from meshnet_init.rule import drain_set
 from meshnet_init.verify import Verification, verify
 from tests.init.kernel import INBOUND, OUTBOUND, Lab, backend_named, capture, listening
+from tests.init.test_missing import in_child
+from tests.seccomp import Refusal, refuse
 from tests.world import Host, World, wait_for
 
 pytestmark = pytest.mark.netns
@@ -360,12 +363,25 @@ def test_the_visitor_calls_where_the_plan_captures(
         assert result.inbound[0].destination == "192.0.2.9:7001"
 
 
-def test_whoever_may_make_no_namespace_tries_nothing(by_nft: Lab) -> None:
-    """A pod's init container has NET_ADMIN only."""
+LIMITED = ("setpriv", "--bounding-set=-all,+net_admin", "--inh-caps=-all", "--no-new-privs", "--")
+
+
+def test_a_visitor_takes_no_more_than_net_admin_where_anybody_may_make_a_user_namespace(by_nft: Lab) -> None:
+    """The keeper's unit and a pod's init container have no more."""
     by_nft.install()
-    limited = ("setpriv", "--bounding-set=-sys_admin", "--inh-caps=-all", "--", "meshnet", "rules", "verify")
-    done = by_nft.app.run(*limited, MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="")
-    assert "it takes CAP_SYS_ADMIN" in done.stdout
+    done = by_nft.app.run(*LIMITED, "meshnet", "rules", "verify", MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="")
+    lines = [line.split()[:3] for line in done.stdout.splitlines()]
+    assert ["inbound", "ipv4", "captured"] in lines
+    assert ["inbound", "ipv6", "captured"] in lines
+    assert "mnproof0" not in interfaces(by_nft.app)
+
+
+def test_whoever_may_make_no_namespace_tries_nothing(by_nft: Lab) -> None:
+    by_nft.install()
+    refused = [Refusal("unshare", {0: flags}, errno.EPERM) for flags in (0x40000000, 0x50000000)]  # CLONE_NEW*
+    with by_nft.app.entered():
+        said = in_child(lambda: (refuse(*refused), [each.detail for each in verify(capture()).inbound])[1])
+    assert said.count("no network namespace for a visitor: Operation not permitted") == 2
 
 
 def test_a_prover_that_is_killed_leaves_nothing_behind(by_nft: Lab) -> None:

@@ -75,8 +75,10 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         direct.need_alive()
     with step("a second meshnet up changes nothing and says so"):
         _at_once(cases.up_again, *both)
-    with step("the unit's exposure is at most 2.0"):
+    with step("the units' exposure is at most 2.0, and 2.5 of root's"):
         _at_once(cases.need_hardened, *both)
+    with step("their keeper proves capture in both directions"):
+        _at_once(cases.need_proofs, *both)
     with step("meshnet check finds no error"):
         _at_once(lambda machine: machine.run("meshnet check"), *both)
     with step("traffic web to api, all by mTLS"):

@@ -14,6 +14,7 @@ from tests.machines.machine import Failed, Machine, wait_for
 
 # Of `meshnet up`, that change something.
 PHASES = ("account", "identity", "proxy", "rules", "verify")
+_PROOFS = [(direction, family) for direction in ("outbound", "inbound") for family in ("ipv4", "ipv6")]
 
 _LEFTOVERS = Path(__file__).with_name("leftovers.sh").read_text()
 _NOT_SHIPPED = {".git", ".venv", "build", "dist", "__pycache__"}
@@ -76,10 +77,22 @@ def up_again(machine: Machine) -> None:
 
 
 def need_hardened(machine: Machine) -> None:
-    said = machine.run("systemd-analyze security --no-pager meshnet.service | tail -1")
-    found = re.search(r"meshnet\.service: ([\d.]+)", said)
-    if found is None or float(found[1]) > 2.0:
-        raise Failed(f"{machine.name}: {said}")
+    for unit, most in (("meshnet", 2.0), ("meshnet-rules", 2.5)):
+        said = machine.run(f"systemd-analyze security --no-pager {unit}.service | tail -1")
+        found = re.search(rf"{unit}\.service: ([\d.]+)", said)
+        if found is None or float(found[1]) > most:
+            raise Failed(f"{machine.name}: {said}")
+
+
+def need_proofs(machine: Machine) -> None:
+    """By the keeper as its unit lets it: in both directions and families."""
+
+    def missing() -> list[str]:
+        keeper = json.loads(machine.run("meshnet status -o json"))["capture"]["keeper"]
+        found = {(each["direction"], each["family"]): each["result"] for each in keeper["proofs"]}
+        return [f"{ask}: {found.get(ask)}" for ask in _PROOFS if found.get(ask) not in ("captured", "no route")]
+
+    wait_for(lambda: not missing(), f"proofs: {missing()}")
 
 
 def kill_sidecar(machine: Machine) -> None:

@@ -150,9 +150,15 @@ CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
 {hardened}ProtectHome={_protect_home(seen)}
 # The lock of the iptables programs is there.
 ReadWritePaths=/run
-RestrictNamespaces=net
+PrivateIPC=yes
+PrivateMounts=yes
+KeyringMode=private
+DevicePolicy=closed
+# Of network namespaces: to try rules in, and for the visitor that proves inbound capture, who has a user's as well.
+RestrictNamespaces=net user
 RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
 SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
 SystemCallErrorNumber=EPERM
 UMask=0077
 

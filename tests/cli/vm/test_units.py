@@ -64,7 +64,7 @@ def test_what_systemd_would_read_otherwise_is_quoted() -> None:
     assert r'proxy --config "/srv/50%%/a \"b\" $$c\\d.toml"' in text
 
 
-@pytest.mark.parametrize(("render", "most"), [(sidecar_unit, 2.0), (rules_unit, 3.0)])
+@pytest.mark.parametrize(("render", "most"), [(sidecar_unit, 2.0), (rules_unit, 2.5)])
 def test_systemd_takes_the_unit_and_finds_it_hardened(render: object, most: float, tmp_path: Path) -> None:
     assert callable(render)
     unit = tmp_path / "meshnet-tested.service"
