@@ -47,6 +47,8 @@ def environment(wishes: Wishes, checks: Checks, drain: int) -> list[Object]:
         "MESHNET_CAPTURE__GID": str(GID),
         "MESHNET_CAPTURE__REQUIRED": "true",
         "MESHNET_CAPTURE__STRICT": "true",
+        # A pod's routes are symmetric, and of its packets none is another's: what fits nowhere would only reset.
+        "MESHNET_CAPTURE__DROP_INVALID": "true",
         "MESHNET_PROXY__DRAIN_TIMEOUT": f"{drain}s",
     }
     if checks:

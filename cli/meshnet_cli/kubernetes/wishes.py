@@ -30,6 +30,7 @@ SETTINGS: Mapping[str, str] = {
     "skip-gids": "MESHNET_CAPTURE__EXCLUDE_GIDS",
     "backend": "MESHNET_CAPTURE__BACKEND",
     "strict": "MESHNET_CAPTURE__STRICT",
+    "drop-invalid": "MESHNET_CAPTURE__DROP_INVALID",
     "log-level": "MESHNET_LOG__LEVEL",
 }
 """Annotation to the variable that it sets in both containers."""

@@ -189,6 +189,7 @@ def test_annotations_become_settings() -> None:
         "meshnet.dev/skip-gids": "1000,2000",
         "meshnet.dev/backend": "iptables",
         "meshnet.dev/strict": "false",
+        "meshnet.dev/drop-invalid": "false",
         "meshnet.dev/log-level": "debug",
         "meshnet.dev/drain-seconds": "7",
         "meshnet.dev/identity-secret": "who",
@@ -209,6 +210,7 @@ def test_annotations_become_settings() -> None:
     assert capture.exclude_outbound_cidrs == ("169.254.169.254", "fd00::/8")
     assert capture.required
     assert not capture.strict
+    assert not capture.drop_invalid
     assert (capture.backend, found.log.level, found.proxy.drain_timeout) == ("iptables", "debug", "7s")
     assert proxy["resources"] == {
         "requests": {"cpu": "0.2", "memory": "100Mi"},
