@@ -87,12 +87,15 @@ def need_hardened(machine: Machine) -> None:
 def need_proofs(machine: Machine) -> None:
     """By the keeper as its unit lets it: in both directions and families."""
 
-    def missing() -> list[str]:
+    def all_there() -> bool:
         keeper = json.loads(machine.run("meshnet status -o json"))["capture"]["keeper"]
         found = {(each["direction"], each["family"]): each["result"] for each in keeper["proofs"]}
-        return [f"{ask}: {found.get(ask)}" for ask in _PROOFS if found.get(ask) not in ("captured", "no route")]
+        return all(found.get(each) in ("captured", "no route") for each in _PROOFS)
 
-    wait_for(lambda: not missing(), f"proofs: {missing()}")
+    try:
+        wait_for(all_there, "proofs")
+    except Failed as failed:
+        raise Failed(f"{machine.name}: {failed}\n{machine.run('meshnet status -o json')}") from failed
 
 
 def kill_sidecar(machine: Machine) -> None:

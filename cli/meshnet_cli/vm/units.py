@@ -145,6 +145,8 @@ EnvironmentFile=-{ENVIRONMENT_FILE}
 TimeoutStartSec=60
 TimeoutStopSec={REMOVAL_DRAIN + _SLACK}
 
+# Root without other rights: the sidecar's admin socket is open to its group. Its own canaries are not of that group.
+SupplementaryGroups={settings.capture.gid}
 # NET_RAW: the legacy tables are read and written through a raw socket.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
 {hardened}ProtectHome={_protect_home(seen)}
