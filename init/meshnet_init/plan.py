@@ -20,12 +20,12 @@ from meshnet_init.rule import (
     CHAIN_IN,
     CHAIN_OUT,
     CHAINS,
-    NAT_CHAINS,
     Chain,
     Family,
     Plan,
     Routing,
     Rule,
+    Verdict,
     is_for_canary,
 )
 from meshnet_init.values import (
@@ -87,20 +87,9 @@ def make_plan(settings: Settings, host: Host) -> Plan:
         rules += inbound
         if capture.drop_invalid:
             rules += _without_invalid(inbound)
-    if capture.strict:
-        rules += _guard((rule for rule in inbound if not _passes(rule)), "MESHNET_GUARD_IN")
-        if any(map(_passes, inbound)):
-            passing = [rule for rule in inbound if _passes(rule) or rule.why == _IPV6_OFF]
-            rules += _guard(passing, "MESHNET_GUARD_FWD")
     udp = list(_udp(settings, host))
-    if capture.strict or udp:
-        guard = _guard(outbound, "MESHNET_GUARD_OUT")
-        rules += [rule for rule in guard if capture.strict or rule.verdict == "return"]
-    if capture.ipv6 == "reject":
-        arriving = (rule for rule in every_inbound if not _passes(rule))
-        refused = (*_guard(arriving, "MESHNET_GUARD_IN"), *_guard(every_outbound, "MESHNET_GUARD_OUT"))
-        rules = [*(rule for rule in rules if not _lets_ipv6_pass(rule)), *_of_ipv6(refused)]
-    rules += udp
+    guarded = (every_inbound, every_outbound) if capture.ipv6 == "reject" else (inbound, outbound)
+    rules += [*_guards(settings, *guarded, ahead_of_udp=bool(udp)), *udp]
     plan = Plan(
         rules=tuple(sorted(rules, key=lambda rule: CHAINS.index(rule.chain))),
         ipv6=ipv6 or capture.ipv6 == "reject",
@@ -300,6 +289,28 @@ def _rerouting(inbound: Sequence[Rule]) -> Sequence[Rule]:
     return inbound[: last + 1]
 
 
+def _guards(
+    settings: Settings, inbound: Sequence[Rule], outbound: Sequence[Rule], *, ahead_of_udp: bool
+) -> Iterator[Rule]:
+    """What refuses where something should have been redirected: all of it, or that of IPv6. Ahead of UDP's rules there
+    is at least what lets pass, for UDP has the same exceptions.
+    """
+    capture = settings.capture
+    guarded: dict[Chain, list[Rule]] = {
+        "MESHNET_GUARD_IN": [rule for rule in inbound if not _passes(rule)],
+        "MESHNET_GUARD_OUT": list(outbound),
+    }
+    if capture.reroute_interfaces:
+        guarded["MESHNET_GUARD_FWD"] = [rule for rule in inbound if _passes(rule) or rule.why == _IPV6_OFF]
+    for chain, rules in guarded.items():
+        lets_udp_pass = ahead_of_udp and chain != "MESHNET_GUARD_IN"
+        for rule in _guard(rules, chain):
+            if capture.strict or (lets_udp_pass and rule.verdict == "return"):
+                yield rule
+            elif capture.ipv6 == "reject" and rule.family != "ipv4":
+                yield msgspec.structs.replace(rule, family="ipv6")
+
+
 def _guard(rules: Iterable[Rule], chain: Chain) -> Iterator[Rule]:
     """The same again behind the redirects: what they have turned goes to the sidecar's own port by then."""
     yield Rule(chain=chain, established=True, why="open already")
@@ -335,16 +346,21 @@ def _passes(rule: Rule) -> bool:
     return bool(rule.interface) and rule.local is False
 
 
-def _lets_ipv6_pass(rule: Rule) -> bool:
-    return rule.why == _IPV6_OFF and rule.chain not in (*NAT_CHAINS, "MESHNET_HOLD")
-
-
-def _of_ipv6(rules: Iterable[Rule]) -> Iterator[Rule]:
-    return (msgspec.structs.replace(rule, family="ipv6") for rule in rules if rule.family != "ipv4")
-
-
 def _udp(settings: Settings, host: Host) -> Iterator[Rule]:
-    """UDP passes beside the proxy. What the host itself could not do without is only refused where it is said so."""
+    """UDP passes beside the proxy: that of this host, and what comes from behind a bridge and goes elsewhere."""
+    own = Rule(chain="MESHNET_GUARD_OUT", udp=True)
+    sending = [
+        msgspec.structs.replace(own, uid=owner.uid, gid=owner.gid, cgroup=owner.cgroup)
+        for owner in _sending(settings, host)
+    ]
+    yield from _udp_of(settings, own, sending)
+    for interface in parse_interfaces(settings.capture.reroute_interfaces, "capture.reroute_interfaces"):
+        behind = Rule(chain="MESHNET_GUARD_FWD", udp=True, interface=interface)
+        yield from _udp_of(settings, behind, [behind])
+
+
+def _udp_of(settings: Settings, everybody: Rule, sending: Sequence[Rule]) -> Iterator[Rule]:
+    """What a host or a container could not do without is only refused where it is said so."""
     capture = settings.capture
     kept = parse_ports(capture.exclude_udp_ports, "capture.exclude_udp_ports")
     chosen = {"capture.quic": (capture.quic, _QUIC), "capture.udp": (capture.udp, None)}
@@ -352,18 +368,10 @@ def _udp(settings: Settings, host: Host) -> Iterator[Rule]:
         return
     for setting, (choice, ports) in chosen.items():
         for run in kept if setting == "capture.udp" and choice == "reject" else ():
-            yield Rule(chain="MESHNET_GUARD_OUT", udp=True, ports=run, why="capture.exclude_udp_ports")
-        for owner in _sending(settings, host):
-            yield Rule(
-                chain="MESHNET_GUARD_OUT",
-                uid=owner.uid,
-                gid=owner.gid,
-                cgroup=owner.cgroup,
-                udp=True,
-                ports=ports,
-                verdict="reject" if choice == "reject" else "return",
-                why=f"{setting} = {choice}",
-            )
+            yield msgspec.structs.replace(everybody, ports=run, why="capture.exclude_udp_ports")
+        verdict: Verdict = "reject" if choice == "reject" else "return"
+        for sender in sending:
+            yield msgspec.structs.replace(sender, ports=ports, verdict=verdict, why=f"{setting} = {choice}")
 
 
 def _is_mapped(number: int, runs: Iterable[range]) -> bool:

@@ -10,6 +10,7 @@ NFT_TABLE = "meshnet"
 KEEPER_TABLE = "meshnet_keeper"  # see keep/guard.py
 TABLES: tuple[Table, ...] = ("mangle", "nat", "filter")
 
+_OF_UDP_TOO: tuple[Chain, ...] = ("MESHNET_GUARD_OUT", "MESHNET_GUARD_FWD")
 _OPENING_SYN = ("FIN,SYN,RST,ACK", "SYN")
 _NFT_VERDICTS: dict[Verdict, str] = {
     "return": "return",
@@ -133,7 +134,7 @@ def iptables_table(
 
 def jump(chain: Chain) -> str:
     """The rule that leads a built-in chain to ours, without its command."""
-    return f"{PLACES[chain].hook} {'' if chain == 'MESHNET_GUARD_OUT' else '-p tcp '}-j {chain}"
+    return f"{PLACES[chain].hook} {'' if chain in _OF_UDP_TOO else '-p tcp '}-j {chain}"
 
 
 def insert_jump(chain: Chain) -> str:

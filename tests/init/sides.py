@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+from pyroute2.iproute.linux import IPRoute
+
 from meshnet.net.sockets import listen
 from meshnet_init.backends import cgroups
 from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, TIMEOUT, Lab, Open, address_of, connect, listening
@@ -93,10 +95,47 @@ def route_through(lab: Lab, family: str) -> tuple[Host, str]:
         host.configure(f"address add fe80::{number}/64 dev eth0 nodad")
     for host, gateway in ((lab.peer, lab.app), (lab.app, far)):
         host.configure(f"route add {behind} via {address_of(gateway, family)}")
-    with lab.app.entered():
+    _forward(lab.app)
+    return far, behind
+
+
+def behind_a_bridge(lab: Lab, bridge: str, network: int) -> Host:
+    """A host behind a bridge of `app`, which forwards, and nowhere else: 172.N.0.2 and fd00:N::2. All know the way."""
+    made = lab.world.host(f"behind-{bridge}")
+    made.address, made.address6 = f"172.{network}.0.2", f"fd00:{network}::2"
+    gateway, gateway6 = f"172.{network}.0.1", f"fd00:{network}::1"
+    made.configure("link set eth0 down")
+    lab.app.configure(
+        f"link add {bridge} type bridge",
+        f"link set {bridge} up addrgenmode none",
+        f"address add {gateway}/16 dev {bridge}",
+        f"address add {gateway6}/64 dev {bridge} nodad",
+    )
+    with lab.app.entered(), IPRoute() as netlink:  # type: ignore[no-untyped-call] # pyroute2 has types in part
+        peer = {"ifname": "eth1", "net_ns_fd": made.namespace}
+        netlink.link("add", ifname=f"veth{network}", kind="veth", peer=peer)
+    lab.app.configure(f"link set veth{network} master {bridge}", f"link set veth{network} up addrgenmode none")
+    switch = lab.world.switch
+    # A router asks for its neighbours from link-local addresses.
+    for number, (router, interface) in enumerate(((lab.app, bridge), (lab.app, "eth0"), (switch, "br0")), start=1):
+        router.configure(f"address replace fe80::{number}/64 dev {interface} nodad")
+    for net, via in ((f"172.{network}.0.0/16", lab.app.address), (f"fd00:{network}::/64", lab.app.address6)):
+        switch.configure(f"route add {net} via {via}")
+    made.configure(
+        "link set eth1 up addrgenmode none",
+        f"address add {made.address}/16 dev eth1",
+        f"address add {made.address6}/64 dev eth1 nodad",
+        f"route add default via {gateway}",
+        f"route replace ::/0 via {gateway6}",
+    )
+    _forward(lab.app)
+    return made
+
+
+def _forward(host: Host) -> None:
+    with host.entered():
         for file in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
             Path(f"/proc/sys/net/{file}").write_text("1")
-    return far, behind
 
 
 @contextmanager

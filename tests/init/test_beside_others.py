@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
-from pyroute2.iproute.linux import IPRoute
 
 from meshnet.model.address import Address
 from meshnet.net.sockets import peer_address
@@ -27,13 +26,13 @@ from tests.init.kernel import (
     connect,
     listening,
 )
-from tests.init.sides import marked
+from tests.init.sides import behind_a_bridge, marked
 from tests.init.test_tproxy import transparent
 from tests.world import Host
 
 pytestmark = pytest.mark.netns
 
-CONTAINER, BRIDGE = "172.17.0.2", "172.17.0.1"
+CONTAINER = "172.17.0.2"
 CLUSTER_IP = "10.96.0.77"
 
 # As Docker 24 writes them for one container that publishes its port 80 as 8081.
@@ -121,18 +120,7 @@ def lines(text: str) -> set[str]:
 @pytest.fixture
 def container(lab: Lab) -> Host:
     """Behind the bridge docker0 of `app`, and nowhere else."""
-    made = lab.world.host("container")
-    made.configure("link set eth0 down")
-    for command in ("link add docker0 type bridge", "link set docker0 up", f"address add {BRIDGE}/16 dev docker0"):
-        lab.app.configure(command)
-    with lab.app.entered(), IPRoute() as netlink:  # type: ignore[no-untyped-call] # pyroute2 has types in part
-        netlink.link("add", ifname="veth1", kind="veth", peer={"ifname": "eth1", "net_ns_fd": made.namespace})
-    for command in ("link set veth1 master docker0", "link set veth1 up"):
-        lab.app.configure(command)
-    for command in (f"address add {CONTAINER}/16 dev eth1", "link set eth1 up", f"route add default via {BRIDGE}"):
-        made.configure(command)
-    lab.app.run("sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-    return made
+    return behind_a_bridge(lab, "docker0", 17)
 
 
 def test_containers_go_out_and_their_published_ports_are_reached_istio27728(

@@ -1,17 +1,14 @@
 """The strict guard and UDP: what should have been redirected and was not is refused, and what passes is told."""
 
-import errno
-import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack
 
 import pytest
 
 from meshnet_init.backends import Counted
 from meshnet_init.remove import remove
-from tests.init.kernel import APP_PORT, COMMANDS, TIMEOUT, Lab, address_of, connect, listening
-from tests.init.sides import Sides, marked, route_through
-from tests.world import Host
+from tests.init.datagrams import is_answered, is_refused
+from tests.init.kernel import APP_PORT, COMMANDS, Lab, connect, listening
+from tests.init.sides import Sides, marked, route_through, transparent
 
 pytestmark = pytest.mark.netns
 
@@ -103,60 +100,38 @@ def test_ipv6_can_be_refused_so_that_nothing_leaks(lab: Lab, sides: Sides) -> No
     connect(lab.app, "::1", APP_PORT, sides.application).close()
 
 
-@contextmanager
-def datagram(lab: Lab, family: str, port: int, mark: int = 0) -> Iterator[socket.socket]:
-    """Sent to `peer`. Raises what the kernel says of it."""
-    with closing(udp_socket(lab.app, family)) as client:
-        if mark:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-        client.connect((address_of(lab.peer, family), port))
-        client.send(b"are you there?")
-        yield client
+@pytest.mark.parametrize("values", [{"inbound_mode": "tproxy"}, {"drop_invalid": True}, {"strict": True}])
+def test_ipv6_is_refused_however_connections_are_taken(lab: Lab, values: dict[str, object]) -> None:
+    other = lab.world.host("other")
+    lab.install(ipv6="reject", exclude_inbound_cidrs=[other.address6], **values)
 
-
-def answered(lab: Lab, family: str, port: int, mark: int = 0) -> bool:
-    with closing(udp_socket(lab.peer, family)) as server:
-        server.bind(("::" if family == "ipv6" else "0.0.0.0", port))
-        with datagram(lab, family, port, mark) as client:
-            _, source = server.recvfrom(64)
-            server.sendto(b"yes", source)
-            return client.recv(64) == b"yes"
-
-
-def udp_socket(host: Host, family: str) -> socket.socket:
-    made = host.open_socket(socket.AF_INET6 if family == "ipv6" else socket.AF_INET, socket.SOCK_DGRAM)
-    made.settimeout(TIMEOUT)
-    return made
-
-
-REFUSED = (errno.EPERM, errno.ECONNREFUSED)
+    with transparent(lab.app, "ipv6") as proxy, listening(lab.app, "ipv6", APP_PORT) as application:
+        with pytest.raises(ConnectionRefusedError):
+            lab.peer.connect(lab.app.address6, APP_PORT)
+        connect(other, lab.app.address6, APP_PORT, application, proxy).close()
 
 
 def test_a_quic_client_learns_at_once_that_it_must_fall_back_istio1430(lab: Lab, family: str) -> None:
     lab.install(quic="reject")
 
-    with pytest.raises(OSError) as caught, datagram(lab, family, 443) as client:
-        client.recv(1)
-    assert caught.value.errno in REFUSED
-    assert answered(lab, family, 4433)
-    assert answered(lab, family, 443, mark=0x1000), "the proxy's own"
+    assert is_refused(lab.app, lab.peer, family, 443)
+    assert is_answered(lab.app, lab.peer, family, 4433)
+    assert is_answered(lab.app, lab.peer, family, 443, mark=0x1000), "the proxy's own"
 
 
 def test_other_udp_can_be_refused_but_for_what_the_host_cannot_do_without(lab: Lab, family: str) -> None:
     lab.install(udp="reject", quic="allow")
 
-    with pytest.raises(OSError) as caught, datagram(lab, family, 4433) as client:
-        client.recv(1)
-    assert caught.value.errno in REFUSED
-    assert answered(lab, family, 53)
-    assert answered(lab, family, 443)
+    assert is_refused(lab.app, lab.peer, family, 4433)
+    assert is_answered(lab.app, lab.peer, family, 53)
+    assert is_answered(lab.app, lab.peer, family, 443)
 
 
 def test_udp_that_passes_can_be_counted(lab: Lab, family: str) -> None:
     lab.install(quic="count", udp="count")
 
-    assert answered(lab, family, 443)
-    assert answered(lab, family, 4433)
+    assert is_answered(lab.app, lab.peer, family, 443)
+    assert is_answered(lab.app, lab.peer, family, 4433)
 
     def hits(port: int | None) -> int:
         with lab.app.entered():

@@ -293,6 +293,59 @@ def test_the_guard_refuses_whatever_should_have_been_redirected_and_nothing_else
     assert refused("MESHNET_GUARD_IN", "MESHNET_GUARD_FWD") == turned(CHAIN_IN, "MESHNET_MARK_IN") != set()
 
 
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_of_ipv6_that_is_rejected_what_would_be_redirected_is_refused_once_and_nothing_else(
+    mode: str, strict: bool
+) -> None:
+    choice = {
+        "inbound_mode": mode,
+        "strict": strict,
+        "reroute_interfaces": ["docker0", "br-*"],
+        "exclude_outbound_cidrs": ["fd00::9", "10.9.9.9"],
+        "exclude_inbound_cidrs": ["fd00::8"],
+        "outbound_ports": ["80", "443"],
+        "udp": "count",
+    }
+
+    def of_ipv6(chain: str, **more: object) -> list[Rule]:
+        """With a refusal in the place of each redirect."""
+        rules = [rule for rule in plan_rules(chain, **{**choice, **more}) if rule.family != "ipv4"]
+        return [
+            replace(
+                rule,
+                chain=CHAIN_IN,
+                family="ipv6",
+                why="",
+                redirect=0,
+                verdict="reset" if rule.redirect else rule.verdict,
+            )
+            for rule in rules
+            if not rule.established and not rule.udp and rule.destination != f"{OWN_CANARY['ipv6']}/128"
+        ]
+
+    taken = of_ipv6(CHAIN_IN, ipv6="on", inbound_mode="redirect")
+    passing = [rule for rule in taken if rule.interface]
+    assert of_ipv6("MESHNET_GUARD_FWD", ipv6="reject") == passing != []
+    assert of_ipv6("MESHNET_GUARD_IN", ipv6="reject") == [rule for rule in taken if rule not in passing]
+    assert of_ipv6("MESHNET_GUARD_OUT", ipv6="reject") == of_ipv6(CHAIN_OUT, ipv6="on")
+
+
+@pytest.mark.parametrize("quic", ["allow", "count", "reject"])
+@pytest.mark.parametrize("udp", ["allow", "count", "reject"])
+def test_udp_from_behind_a_bridge_has_the_rules_of_the_hosts_own(quic: str, udp: str) -> None:
+    choice = {"quic": quic, "udp": udp, "outbound_uids": ["7"], "reroute_interfaces": ["docker0", "br-*"]}
+
+    def of_udp(chain: str, interface: str = "") -> list[Rule]:
+        rules = (rule for rule in plan_rules(chain, **choice) if rule.udp and rule.interface == interface)
+        return [replace(rule, chain="MESHNET_GUARD_OUT", uid=None, interface="") for rule in rules]
+
+    own = of_udp("MESHNET_GUARD_OUT")
+    assert of_udp("MESHNET_GUARD_FWD", "docker0") == of_udp("MESHNET_GUARD_FWD", "br-*") == own
+    assert bool(own) == ((quic, udp) != ("allow", "allow"))
+    assert not of_udp("MESHNET_GUARD_FWD"), "of other interfaces"
+
+
 def test_behind_each_rule_for_a_transparent_listener_is_one_that_stops_what_found_none() -> None:
     choice = CaptureSection(inbound_mode="tproxy", inbound_ports=("80", "443"), inbound_interfaces=("eth0", "eth1"))
     rules = [rule for rule in make_plan(Settings(capture=choice), Host()).rules if rule.chain == "MESHNET_MARK_IN"]

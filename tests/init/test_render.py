@@ -67,7 +67,9 @@ PLANS = {
         ),
         Host(),
     ),
-    "ipv6-rejected": make_plan(Settings(capture=CaptureSection(ipv6="reject", udp="reject")), Host()),
+    "ipv6-rejected": make_plan(
+        Settings(capture=CaptureSection(ipv6="reject", udp="reject", reroute_interfaces=("docker0",))), Host()
+    ),
     "without-ipv6": make_plan(Settings(capture=CaptureSection(ipv6="off")), Host()),
     "drain": drain_set([15101, 15106]),
 }
