@@ -2,23 +2,26 @@
 
 import difflib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from meshnet.errors import CommandError, ConfigError
+from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli import preflight, supervise
 from meshnet_cli.client import EXIT_PERMISSION
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_text
 from meshnet_cli.output import warn, with_sudo
-from meshnet_cli.vm import ssh, systemd
-from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK
-from meshnet_cli.vm.ledger import Ledger
+from meshnet_cli.vm import deadman, ssh, systemd
+from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch
+from meshnet_cli.vm.ledger import Ledger, rights_of
+from meshnet_cli.vm.unfinished import Edit, Unfinished, boot_id
 from meshnet_cli.vm.units import RULES
-
-_DRAIN = 5.0  # seconds
+from meshnet_init.backends import Installed
 
 
 @click.command(
@@ -31,15 +34,22 @@ _DRAIN = 5.0  # seconds
 @click.argument("changes", metavar="KEY=VALUE...", nargs=-1)
 @click.option("--unset", metavar="KEY", multiple=True, help="Back to the default; may be given several times.")
 @click.option("--dry-run", is_flag=True, help="Show how the file would change; change nothing.")
+@deadman.rollback_option
 @ssh.risk_option
 def command(
-    config: str | None, changes: tuple[str, ...], unset: tuple[str, ...], dry_run: bool, accept_risk: tuple[str, ...]
+    config: str | None,
+    changes: tuple[str, ...],
+    unset: tuple[str, ...],
+    dry_run: bool,
+    rollback_after: float,
+    accept_risk: tuple[str, ...],
 ) -> None:
     """Change settings in meshnet.toml, whose comments and order stay as they are.
 
     KEY is as `meshnet get` shows it; lists are comma-separated. The file is replaced in one step, and only if all of it
     is right. Rules that are in force are changed at once, without cutting anything, and proved; if the proof fails,
-    rules and file are as before. What only a new sidecar reads is told, with what to type.
+    rules and file are as before, and so does another process see to it if this one is killed or cut off. What only a
+    new sidecar reads is told, with what to type.
     """
     from meshnet.codec.edit import edited
     from meshnet.codec.settings import settings_with_origin
@@ -47,6 +57,8 @@ def command(
     if not changes and not unset:
         raise click.UsageError("nothing to change: name a KEY=VALUE, or --unset KEY")
     file = Path(config or DEFAULT_CONFIG).resolve()
+    if not dry_run:
+        deadman.finish_set(file)
     old = read_text(str(file)) if config or file.exists() else ""
     new = edited(old, dict(map(_pair, changes)), unset, str(file))
     settings, origins = settings_with_origin(new, os.environ, str(file))
@@ -63,13 +75,26 @@ def command(
         click.echo("\n".join(lines))
         return
     before = _settings(old, str(file))
-    _write(file, new, settings)
-    click.echo(f"✓ {file} is changed")
-    try:
-        _put_in_force(settings, before, lambda: _write(file, old, settings))
-    except (CommandError, ConfigError):
-        _write(file, old, settings)
-        raise
+    sidecar = supervise.running(settings if before is None else before)
+    change = _Change(file, new, settings, before, sidecar)
+    in_force, why_not = _rules_to_change(settings, sidecar)
+    if in_force:
+        _change_both(change, in_force, rollback_after)
+        return
+    _write(change)
+    if why_not:
+        click.echo(why_not)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """`before` is None where the file's settings were wrong, `sidecar` where none runs."""
+
+    file: Path
+    text: str
+    settings: Settings
+    before: Settings | None
+    sidecar: Status | None
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -89,19 +114,36 @@ def _settings(text: str, file: str) -> Settings | None:
         return None
 
 
-def _write(file: Path, text: str, settings: Settings) -> None:
+def _write(change: _Change) -> None:
     """All of it or nothing, with the rights that the file has. Raises CommandError."""
     from meshnet.net.files import write_files
 
-    try:
-        mode = file.stat().st_mode & 0o7777 if file.exists() else 0o644  # the sidecar's user reads it
+    file = change.file
+    with _writing(file):
         owner = file.stat() if file.exists() else None
         if owner is None:
-            Ledger(Path(settings.mesh.last_good).parent).note_file(file)
-            file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        write_files(file.parent, {file.name: text.encode()}, mode=mode)
+            _make_folder(change)
+        mode = 0o644 if owner is None else owner.st_mode & 0o7777  # the sidecar's user reads it
+        write_files(file.parent, {file.name: change.text.encode()}, mode=mode)
         if owner is not None and os.geteuid() == 0:
             os.chown(file, owner.st_uid, owner.st_gid)
+    click.echo(f"✓ {file} is changed")
+    others = change.before is None or _without_capture(change.settings) != _without_capture(change.before)
+    if others and change.sidecar is not None:
+        click.echo(f"! the sidecar reads it when it starts again: {_restart(change.settings)}")
+
+
+def _make_folder(change: _Change) -> None:
+    """For a file that is not there yet. Raises CommandError."""
+    with _writing(change.file):
+        Ledger(Path(change.settings.mesh.last_good).parent).note_file(change.file)
+        change.file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    try:
+        yield
     except PermissionError as error:
         raise CommandError(
             f"not allowed to write {file}", why=error.strerror or "", fix=with_sudo(), code=EXIT_PERMISSION
@@ -112,45 +154,78 @@ def _write(file: Path, text: str, settings: Settings) -> None:
         ) from error
 
 
-def _put_in_force(settings: Settings, before: Settings | None, restore: Callable[[], object]) -> None:
-    """Raises CommandError, and ConfigError for settings that make no plan; then the rules are as they were.
+def _rules_to_change(settings: Settings, sidecar: Status | None) -> tuple[tuple[Installed, ...], str]:
+    """Those in force that these settings change; none, and what to say of it.
 
-    `restore` puts the file back.
+    Raises CommandError, and ConfigError for settings that make no plan.
     """
-    from meshnet_init.apply import apply, installed_rules, would_change
+    from meshnet_init.apply import installed_rules, would_change
     from meshnet_init.host import may_change_rules
-    from meshnet_init.rollback import put_back
-    from meshnet_init.verify import verify
 
-    sidecar = supervise.running(settings if before is None else before)
-    others = before is None or _without_capture(settings) != _without_capture(before)
-    if others and sidecar is not None:
-        click.echo(f"! the sidecar reads it when it starts again: {_restart(settings)}")
     in_force = installed_rules() if may_change_rules() else ()
     if not in_force or all(installed.draining() for installed in in_force) or not would_change(settings):
-        if sidecar is None:
-            click.echo("  nothing is up here: it is in force with the next `meshnet up`")
-        return
+        return (), "" if sidecar is not None else "  nothing is up here: it is in force with the next `meshnet up`"
     if sidecar is not None:
         try:
             preflight.need_fit(settings, sidecar)
         except CommandError:
-            click.echo("! the rules stay as they are until then: they would not fit the sidecar that runs")
-            return
+            return (), "! the rules stay as they are until then: they would not fit the sidecar that runs"
+    return in_force, ""
+
+
+def _change_both(change: _Change, in_force: tuple[Installed, ...], rollback_after: float) -> None:
+    """The file, and the rules with it. Raises CommandError and ConfigError; then both are as they were."""
+    switch = Switch(_unfinished(change), rollback_after)
+    if switch.unfinished.edit is not None and switch.unfinished.edit.old is None:
+        _make_folder(change)
+    try:
+        switch.arm(Ledger(switch.unfinished.state()))
+        switch.note(captures=True, rules_before=in_force)
+        _write(change)
+        said = _put_in_force(change.settings, change.sidecar)
+        switch.disarm()
+    except (CommandError, ConfigError, KeyboardInterrupt) as error:
+        for stayed in switch.put_back():
+            warn(f"it stays: {stayed}")
+        if not switch.unfinished.captures:
+            raise
+        click.echo("✗ put back: rules and file are as they were", err=True)
+        if isinstance(error, CommandError):
+            raise CommandError(error.what, why=error.why, fix=error.fix, code=EXIT_ROLLED_BACK) from error
+        raise
+    click.echo(said)
+    if systemd.is_here() and systemd.is_installed():
+        systemd.systemctl("try-restart", RULES)  # who looks after them has to know of the new ones
+
+
+def _unfinished(change: _Change) -> Unfinished:
+    file, settings = change.file, change.settings
+    old, rights = (file.read_bytes(), rights_of(file)) if file.exists() else (None, "")
+    return Unfinished(
+        pid=os.getpid(),
+        boot=boot_id(),
+        settings=settings,
+        config=str(file),
+        by_systemd=systemd.is_here(),
+        keep=len(Ledger(Path(settings.mesh.last_good).parent).entries),
+        edit=Edit(file=str(file), old=old, new=change.text.encode(), rights=rights),
+    )
+
+
+def _put_in_force(settings: Settings, sidecar: Status | None) -> str:
+    """What to say of the rules once they are proved. Raises CommandError and ConfigError."""
+    from meshnet_init.apply import apply
+    from meshnet_init.verify import verify
+
     applied = apply(settings)
     result = verify(settings, sidecar)
     if not result.ok:
-        restore()
-        put_back(in_force, _DRAIN, take_up=True)
         raise CommandError(
-            "the rules of these settings do not do what they should; rules and file are as they were",
+            "the rules of these settings do not do what they should",
             why="; ".join([*result.differences, *result.misfits]) or "a canary was not captured",
             fix=result.fix,
-            code=EXIT_ROLLED_BACK,
         )
-    click.echo(f"✓ {applied.rules} rules by {applied.backend} are in force")
-    if systemd.is_here() and systemd.is_installed():
-        systemd.systemctl("try-restart", RULES)  # who looks after them has to know of the new ones
+    return f"✓ {applied.rules} rules by {applied.backend} are in force"
 
 
 def _without_capture(settings: Settings) -> object:

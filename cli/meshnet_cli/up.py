@@ -15,16 +15,17 @@ from meshnet.errors import CommandError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli import lock, preflight, supervise
-from meshnet_cli.configuration import config_option, read_settings
+from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_settings
 from meshnet_cli.init import print_plan
 from meshnet_cli.main import EXIT_CONFIG
-from meshnet_cli.output import DURATION, warn, with_sudo
+from meshnet_cli.output import warn, with_sudo
 from meshnet_cli.phases import phase
 from meshnet_cli.rules import asked_first, unproved
 from meshnet_cli.vm import account, deadman, ssh, systemd
-from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch, Unfinished
+from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch
 from meshnet_cli.vm.identity import make_identity
 from meshnet_cli.vm.ledger import Ledger
+from meshnet_cli.vm.unfinished import Unfinished, boot_id, note_of_up
 
 if TYPE_CHECKING:
     from meshnet.model.snapshot import Snapshot
@@ -44,13 +45,7 @@ Keeper = systemd.Service | supervise.Supervised
 @config_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("--trust-domain", default="local", show_default=True, help="For the authority made when there is none.")
-@click.option(
-    "--rollback-after",
-    type=DURATION,
-    default="30s",
-    show_default=True,
-    help="How long after the rules went in all is put back, unless this command has reached its end.",
-)
+@deadman.rollback_option
 @ssh.risk_option
 def command(
     config: str | None, dry_run: bool, trust_domain: str, rollback_after: float, accept_risk: tuple[str, ...]
@@ -62,10 +57,12 @@ def command(
     is a service of its, and both are there again after a reboot. A second run changes nothing. Undo it with `meshnet
     down`; settings are changed by `meshnet set`.
     """
-    settings = read_settings(config)
     config = config and str(Path(config).resolve())
     with phase("preflight") as say:
         preflight.need_right()
+        if not dry_run:
+            deadman.finish_set(Path(config or DEFAULT_CONFIG).resolve())
+        settings = read_settings(config)
         ssh.need_safe(settings, accept_risk, with_sudo())
         status = supervise.running(settings)
         keeper = _keeper(settings, config, status)
@@ -73,9 +70,7 @@ def command(
         kept = status is None and keeper.is_kept()
         if isinstance(keeper, systemd.Service):
             systemd.need_settings_kept(config)
-        if not dry_run and (unfinished := deadman.left_over(settings)) is not None:
-            deadman.put_back(unfinished)
-            warn("the last `meshnet up` was stopped in its middle: what it had done is put back first")
+        if not dry_run and deadman.finish(note_of_up(settings)):
             status, kept = supervise.running(settings), False
         backend = preflight.check(settings, running=kept or status is not None)
         if status is not None:
@@ -107,7 +102,7 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
     ledger = Ledger(Path(settings.mesh.last_good).parent)
     unfinished = Unfinished(
         pid=os.getpid(),
-        boot=deadman.boot_id(),
+        boot=boot_id(),
         settings=settings,
         config=wanted.config,
         by_systemd=isinstance(keeper, systemd.Service),

@@ -96,6 +96,11 @@ class Machine:
     def keepers(self) -> list[int]:
         return [pid for pid in self._processes() if _KEEPER in _command_line(pid)]
 
+    def switch(self) -> int:
+        """The dead-man switch of a command that has not reached its end."""
+        (pid,) = (pid for pid in self.programs() if b"meshnet_cli.vm.deadman" in _command_line(pid))
+        return pid
+
     def close(self) -> None:
         while processes := self._processes():
             for pid in processes:

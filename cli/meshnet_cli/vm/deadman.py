@@ -1,63 +1,55 @@
-"""The dead-man switch of `meshnet up`: a process of its own that puts the host back as it was.
+"""The dead-man switch of `meshnet up` and `meshnet set`: a process of its own that puts the host back as it was.
 
-It acts when `up` is gone without having said that it reached its end (killed, its terminal closed, its SSH session
-cut), and when that is not said in time after the rules went in. What has to be put back is in a file beside the ledger;
-whoever renames that file first, `up` at its end or the switch, has decided.
+It acts when the command is gone without having said that it reached its end (killed, its terminal closed, its SSH
+session cut), and when that is not said in time after the rules went in. What has to be put back is in a file, the note;
+whoever renames that first, the command at its end or the switch, has decided.
 """
 
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import click
 import msgspec
 
 from meshnet.errors import CommandError
-from meshnet.model.settings import Settings
 from meshnet.net.files import write_files
+from meshnet_cli import preflight
+from meshnet_cli.output import DURATION, warn
 from meshnet_cli.vm import systemd
 from meshnet_cli.vm.ledger import Ledger, remove_drafts
+from meshnet_cli.vm.unfinished import Unfinished, boot_id, note_of_set, put_back
 from meshnet_init.backends import Installed
 
-NAME = "up.json"
 EXIT_ROLLED_BACK = 7
-_DRAIN = 5.0  # seconds that what was captured meanwhile gets to end
 _LOOK_EVERY = 0.2  # seconds
+_ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Unfinished(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run of `up` has done so far, and how the host was before.
-
-    `until` is a reading of CLOCK_BOOTTIME in seconds, and 0 as long as no rules are in. `boot` is the boot it ran in.
-    """
-
-    pid: int
-    boot: str
-    settings: Settings
-    config: str | None
-    by_systemd: bool
-    keep: int  # entries of the ledger that were there before
-    started: bool = False  # the sidecar
-    captures: bool = False  # rules were changed
-    rules_before: tuple[Installed, ...] = ()
-    until: float = 0.0
-
-
-class Keeper(Protocol):
-    """Who looks after the sidecar: systemd, or a supervisor of our own."""
-
-    def stop(self, drain: float) -> bool: ...
+def rollback_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--rollback-after. The command gets `rollback_after`, in seconds."""
+    return click.option(
+        "--rollback-after",
+        type=DURATION,
+        default="30s",
+        show_default=True,
+        help="How long after the rules went in all is put back, unless this command has reached its end.",
+    )(command)
 
 
 class Switch:
-    """Armed by `up` before it changes anything. Raises CommandError where the file cannot be written."""
+    """Armed by a command before it changes anything. Raises CommandError where the file cannot be written."""
 
     def __init__(self, unfinished: Unfinished, seconds: float) -> None:
         self._seconds = seconds
-        self._file = _file(unfinished.settings)
+        self._file = unfinished.note()
         self._process: subprocess.Popen[bytes] | None = None
         self.unfinished = unfinished
 
@@ -83,8 +75,8 @@ class Switch:
         if not _claim(self._file):
             raise CommandError(
                 "the dead-man switch has put this host back as it was",
-                why=f"`meshnet up` did not reach its end within {self._seconds:g} s",
-                fix="sudo meshnet up --rollback-after 2m",
+                why=f"`meshnet {self.unfinished.command()}` did not reach its end within {self._seconds:g} s",
+                fix=f"again, with more time: sudo meshnet {self.unfinished.command()} --rollback-after 2m",
                 code=EXIT_ROLLED_BACK,
             )
         self._end()
@@ -93,8 +85,9 @@ class Switch:
         """Now, unless the switch does it already. What had to stay."""
         if not _claim(self._file):
             return []
-        self._end()
-        return put_back(self.unfinished)
+        with _to_its_end():
+            self._end()
+            return put_back(self.unfinished)
 
     def _end(self) -> None:
         """The process has nothing left to do."""
@@ -106,7 +99,7 @@ class Switch:
 
     def _write(self) -> None:
         try:
-            write_files(self._file.parent, {NAME: msgspec.json.encode(self.unfinished)})
+            write_files(self._file.parent, {self._file.name: msgspec.json.encode(self.unfinished)})
         except OSError as error:
             raise CommandError(
                 f"cannot write {self._file}, by which everything could be put back",
@@ -115,49 +108,60 @@ class Switch:
             ) from error
 
 
-def left_over(settings: Settings) -> Unfinished | None:
-    """What a run of `up` left when machine and switch were both stopped in the middle of it."""
-    found = _read(_file(settings))
-    if found is None or (found.boot == boot_id() and _lives(found.pid)):
-        return None
-    return found if _claim(_file(settings)) else None
+def finish(note: Path) -> bool:
+    """Puts back what a run left when machine and switch were both stopped in the middle of it. Whether there was any.
+
+    Raises CommandError.
+    """
+    found = _read(note)
+    if found is None or _is_under_way(found) or not _claim(note):
+        return False
+    warn(f"the last `meshnet {found.command()}` was stopped in its middle: what it had done is put back first")
+    with _to_its_end():
+        for stayed in put_back(found):
+            warn(f"it stays: {stayed}")
+    return True
 
 
-def put_back(unfinished: Unfinished) -> list[str]:
-    """Rules, sidecar, files and accounts as they were before that run. What had to stay. Raises CommandError."""
-    from meshnet_init.rollback import put_back as put_rules_back
-
-    settings = unfinished.settings
-    keeper = keeper_of(unfinished)
-    same_boot = unfinished.boot == boot_id()
-    if unfinished.captures and same_boot:
-        if isinstance(keeper, systemd.Service):
-            keeper.leave_rules()
-        put_rules_back(unfinished.rules_before, _DRAIN, lambda: unfinished.started and keeper.stop(0.0))
-    if unfinished.started:
-        keeper.stop(0.0)
-    remove_drafts(_file(settings))
-    ledger = Ledger(_file(settings).parent)
-    if isinstance(keeper, systemd.Service) and any(entry.kind == "unit" for entry in ledger.entries[unfinished.keep :]):
-        keeper.disable()
-        keeper.clean()
-    stayed = ledger.undo(unfinished.keep)
-    if isinstance(keeper, systemd.Service):
-        systemd.systemctl("daemon-reload", check=False)
-    return stayed
+def finish_set(file: Path) -> None:
+    """The same for `set` and that file. Raises CommandError, also where a run of it goes on."""
+    note = note_of_set(file)
+    if not os.path.lexists(note):
+        return
+    preflight.need_right()
+    found = _read(note)
+    if found is not None and _is_under_way(found):
+        raise CommandError(
+            f"another `meshnet set` is about to change {file}",
+            why=f"process {found.pid} has not reached its end yet",
+            fix="the same again, in a minute",
+        )
+    finish(note)
 
 
-def keeper_of(unfinished: Unfinished) -> Keeper:
-    if unfinished.by_systemd:
-        return systemd.Service(unfinished.settings, unfinished.config)
-    from meshnet_cli.supervise import Supervised
+@contextmanager
+def _to_its_end() -> Iterator[None]:
+    """Nobody else would do the rest."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in _ENDS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    return Supervised(unfinished.settings, unfinished.config)
+
+def _is_under_way(found: Unfinished) -> bool:
+    return found.boot == boot_id() and _lives(found.pid) and not _is_late(found)
+
+
+def _is_late(found: Unfinished) -> bool:
+    return 0 < found.until < time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _start(file: Path, unfinished: Unfinished) -> "subprocess.Popen[bytes] | None":
-    """The process, out of reach of whatever ends `up` and its session. None where it is one of systemd's."""
-    command = [sys.executable, "-m", "meshnet_cli.vm.deadman", str(file), str(unfinished.pid), str(unfinished.keep)]
+    """The process, out of reach of whatever ends the command and its session. None where it is one of systemd's."""
+    about = (file, unfinished.pid, unfinished.state(), unfinished.keep)
+    command = [sys.executable, "-m", "meshnet_cli.vm.deadman", *map(str, about)]
     if unfinished.by_systemd:  # a session of its own would still end with the login: KillUserProcesses=yes
         unit = (f"--unit={_unit(unfinished.pid)}", "--property=Restart=on-abnormal")
         command = ["systemd-run", "--quiet", "--collect", *unit, *command]
@@ -176,8 +180,8 @@ def _start(file: Path, unfinished: Unfinished) -> "subprocess.Popen[bytes] | Non
     )
 
 
-def watch(file: Path, pid: int, keep: int) -> None:
-    """Until the file is gone again, or it has to act. `pid` is that of `up`, `keep` as in Unfinished."""
+def watch(file: Path, pid: int, state: Path, keep: int) -> None:
+    """Until the note is gone again, or it has to act. `pid` is that of the command; the rest as in Unfinished."""
     try:
         process = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -190,33 +194,24 @@ def watch(file: Path, pid: int, keep: int) -> None:
             return
         if found is None and gone:  # it was killed before it could write the file
             remove_drafts(file)
-            Ledger(file.parent).undo(keep)
+            Ledger(state).undo(keep)
             return
         seen = found is not None
-        late = found is not None and 0 < found.until < time.clock_gettime(time.CLOCK_BOOTTIME)
-        if found is not None and (gone or late) and _claim(file):
+        if found is not None and (gone or _is_late(found)) and _claim(file):
             how = "is gone before its end" if gone else "is not at its end in time"
-            print(f"`meshnet up` (pid {pid}) {how}: this host is put back as it was", flush=True)
+            print(f"`meshnet {found.command()}` (pid {pid}) {how}: this host is put back as it was", flush=True)
             for stayed in put_back(found):
                 print(f"it stays: {stayed}", flush=True)
             return
-
-
-def boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def _unit(pid: int) -> str:
     return f"meshnet-deadman-{pid}"
 
 
-def _file(settings: Settings) -> Path:
-    return Path(settings.mesh.last_good).parent / NAME
-
-
 def _claim(file: Path) -> bool:
     """Whether it was there, and is ours: of two, one gets it."""
-    mine = file.with_name(f"{NAME}.{os.getpid()}")
+    mine = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.rename(mine)
     except FileNotFoundError:
@@ -241,4 +236,4 @@ def _lives(pid: int) -> bool:
 
 
 if __name__ == "__main__":
-    watch(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    watch(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

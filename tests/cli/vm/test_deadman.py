@@ -4,11 +4,10 @@ import json
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 
-from meshnet_cli.vm import deadman
+from meshnet_cli.vm import unfinished
 from tests.cli.machine import Machine, talk
 from tests.proxy.programs import accept, listen
 from tests.world import Host, wait_for
@@ -73,21 +72,14 @@ def test_what_was_up_before_stays_when_a_second_up_is_killed(machine: Machine) -
 def test_the_switch_is_killed_too_and_the_next_up_puts_back(machine: Machine) -> None:
     up = machine.start("up")
     wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), timeout=30.0, what="the rules")
-    os.kill(_switch(machine), signal.SIGKILL)
+    os.kill(machine.switch(), signal.SIGKILL)
     up.popen.kill()
     up.popen.wait()
-    unfinished = machine.home / deadman.NAME
-    assert json.loads(unfinished.read_bytes())["captures"]
+    note = machine.home / unfinished.NAME
+    assert json.loads(note.read_bytes())["captures"]
     rules = machine.rules()
     done = machine.meshnet("up")
     assert done.returncode == 0, done.stderr
     assert "what it had done is put back first" in done.stderr
     assert machine.rules() != rules, "they are new ones"
-    assert not unfinished.exists()
-
-
-def _switch(machine: Machine) -> int:
-    for pid in machine.programs():
-        if b"meshnet_cli.vm.deadman" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            return pid
-    raise AssertionError("there is no switch")
+    assert not note.exists()
