@@ -5,6 +5,7 @@ relay's: those that its prototypes fell into, and what they were fast by.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 TRAPS: dict[str, tuple[str, ...]] = {
     "1 legacy or nft: rules written where nobody looks (istio#15519)": (
-        "tests/init/test_backends.py::test_auto_takes_legacy_where_others_have_rules_there",
+        "tests/init/test_backends.py::test_auto_takes_legacy_where_others_have_rules_there_istio15519",
         "tests/init/test_backends.py::test_the_older_backends_rules_go_when_the_newer_ones_are_in_force",
     ),
     "2 kernel modules or tables that are missing (istio#28897)": (
@@ -45,22 +46,25 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "test_trap_8_a_container_in_the_sidecar_s_group_would_pass_by_the_mesh_and_is_refused",
     ),
     "9 a host that calls itself (istio#23369)": (
-        "tests/init/test_capture.py::test_loopback_and_own_address_stay_on_the_host",
-        "tests/proxy/test_hairpin.py::test_a_service_on_the_caller_s_own_host_is_reached_without_a_tunnel",
+        "tests/init/test_capture.py::test_loopback_and_own_address_stay_on_the_host_istio23369",
+        "tests/proxy/test_hairpin.py::test_a_service_on_the_caller_s_own_host_is_reached_without_a_tunnel_istio23369",
     ),
     "10 an application bound to one address only (kuma#4630)": (
         "tests/proxy/test_lives.py::test_an_application_bound_to_loopback_only_stays_closed_kuma4630",
         "tests/proxy/test_lives.py::test_an_application_bound_to_the_hosts_address_only_is_reached_istio14738",
     ),
     "11 servers that speak first (istio#10832)": (
-        "tests/traffic/test_programs.py::test_a_server_that_speaks_first_is_heard_by_a_client_that_says_nothing",
+        "tests/traffic/test_programs.py::test_a_server_that_speaks_first_is_heard_by_a_client_that_says_nothing_istio10832",
     ),
     "12 INVALID packets that reset (istio#36489)": ("tests/init/test_invalid.py::test_they_can_be_dropped_istio36489",),
     "13 half-closed connections that conntrack forgets (istio#43297)": (
+        "tests/faults/test_half_closed.py::test_an_end_that_comes_late_is_heard_at_the_other_side_of_the_proxy_istio43297",
+        "tests/faults/test_half_closed.py::test_an_end_that_comes_late_from_outside_is_heard_by_the_application_istio43297",
         "tests/net/test_sockets.py::test_probes_come_before_conntrack_forgets_a_half_closed_connection_istio43297",
         "tests/init/test_open_connections.py::test_a_half_closed_connection_is_waited_for_too",
     ),
     "14 UDP DNS and conntrack: it is not captured, and not refused (istio#33469)": (
+        "tests/init/test_guard.py::test_who_asks_from_a_port_that_the_proxy_has_just_used_hears_its_own_resolver_istio33469",
         "tests/init/test_guard.py::test_other_udp_can_be_refused_but_for_what_the_host_cannot_do_without",
     ),
     "15 IPv6 that is missing or half there (istio#57199)": (
@@ -68,7 +72,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "tests/init/test_guard.py::test_ipv6_can_be_refused_so_that_nothing_leaks",
     ),
     "16 the original destination of dual-stack sockets (mitmproxy#2869)": (
-        "tests/net/test_original.py::test_an_ipv4_connection_at_a_dual_stack_socket_tells_its_ipv4_destination",
+        "tests/net/test_original.py::test_an_ipv4_connection_at_a_dual_stack_socket_tells_its_ipv4_destination_mitmproxy2869",
     ),
     "17 pods on the node's network (linkerd2#366)": (
         "tests/cli/kubernetes/test_inject.py::test_trap_17_a_pod_of_the_host_s_network_is_left_out_by_its_label",
@@ -104,14 +108,14 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "tests/init/test_capture.py::test_one_port_of_a_client_for_two_captured_ports_is_two_connections_istio38982",
     ),
     "also: a connection succeeds though nobody is there (istio#41090)": (
-        "tests/proxy/test_ends.py::test_no_application_at_any_endpoint_is_an_rst_for_the_client_and_not_an_end",
+        "tests/proxy/test_ends.py::test_no_application_at_any_endpoint_is_an_rst_for_the_client_and_not_an_end_istio41090",
         "tests/proxy/test_ends.py::test_a_pass_through_that_is_refused_is_an_rst_for_the_client",
     ),
     "also: a table of connections that is full (k8s#71261)": (
         "tests/faults/test_shortage.py::test_a_full_table_of_connections_costs_new_ones_and_none_that_is_open",
     ),
     "also: users and groups by name (istio#48416)": (
-        "tests/init/test_values.py::test_what_is_no_id_is_refused",
+        "tests/init/test_values.py::test_what_is_no_id_is_refused_istio48416",
         "tests/init/test_capture.py::test_excluded_users_and_groups_are_left_alone",
     ),
     "also: saved rules that come back at boot (sshuttle#629)": (
@@ -173,13 +177,41 @@ SPEED: dict[str, tuple[str, ...]] = {
 }
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+SKIPS = {"skip", "skipif", "importorskip", "xfail"}
+
+
+def parsed(test: str) -> tuple[ast.Module, ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The file of a test and its function."""
+    file, _, name = test.partition("::")
+    module = ast.parse((ROOT / file).read_text())
+    found = [node for node in ast.walk(module) if isinstance(node, FUNCTIONS) and node.name == name]
+    assert found, f"{test} is not there"
+    return module, found[0]
+
+
+def names(trap: str) -> re.Pattern[str]:
+    """What a test's name or docstring says of the trap: its issue (`istio15519`, `istio#15519`), or `trap 1`."""
+    number = trap.split()[0]
+    issue = trap.rpartition("(")[2].rstrip(")").replace("#", "#?")
+    # The name of a test that shows two of them: traps_5_and_6.
+    listed = rf"|traps?[ _](\d+[ _]and[ _])?{number}(?!\d)" if number.isdecimal() else ""
+    return re.compile(rf"{issue}(?!\d){listed}")
+
+
 @pytest.mark.parametrize("trap", [*TRAPS, *SPEED])
-def test_a_trap_is_kept_closed_by_tests_that_are_there(trap: str) -> None:
+def test_a_trap_is_kept_closed_by_tests_that_are_there_and_not_skipped(trap: str) -> None:
     for test in (TRAPS | SPEED)[trap]:
-        file, _, name = test.partition("::")
-        functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-        names = {node.name for node in ast.walk(ast.parse((ROOT / file).read_text())) if isinstance(node, functions)}
-        assert name in names, test
+        module, function = parsed(test)
+        of_all = [node for node in module.body if not isinstance(node, FUNCTIONS)]
+        for node in (walked for part in (*of_all, function) for walked in ast.walk(part)):
+            assert not (isinstance(node, ast.Attribute) and node.attr in SKIPS), f"{test} may be skipped"
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_trap_is_named_by_a_test_against_it(trap: str) -> None:
+    functions = [parsed(test)[1] for test in TRAPS[trap]]
+    assert any(names(trap).search(f"{each.name} {ast.get_docstring(each)}") for each in functions)
 
 
 def test_none_of_the_twenty_is_left_out() -> None:

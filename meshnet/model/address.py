@@ -6,8 +6,8 @@ import re
 
 import msgspec
 
-# Below the root of cgroup v2, of what the kernel takes that which no program has to quote.
-CGROUPS = re.compile(r"(?!.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9_.@:-]+(?:/[A-Za-z0-9_.@:-]+)*", re.ASCII)
+# Below the root of cgroup v2, of what the kernel takes that which no program has to quote or could take for an option.
+CGROUPS = re.compile(r"(?!-|.*(?:^|/)\.{1,2}(?:/|$))[A-Za-z0-9_.@:-]+(?:/[A-Za-z0-9_.@:-]+)*", re.ASCII)
 # A name, or the beginning of names with `*` behind it: at most IFNAMSIZ - 1 bytes, and of what the kernel takes
 # (dev_valid_name) that which no program has to quote.
 INTERFACES = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,14}|[A-Za-z0-9_][A-Za-z0-9_.@-]{0,13}\*", re.ASCII)

@@ -203,6 +203,11 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
             "such as system.slice/cron.service (write exclude_cgroups = [], the default)",
         ),
         (
+            "[capture]\noutbound_cgroups = ['-j']\n",
+            'meshnet.toml:2: capture.outbound_cgroups[0]: "-j" is not the path of a cgroup '
+            "such as system.slice/cron.service (write outbound_cgroups = [], the default)",
+        ),
+        (
             "[capture]\nudp = 'drop'\n",
             'meshnet.toml:2: capture.udp: "drop" is not one of "allow", "count", "reject" '
             '(write udp = "allow", the default)',

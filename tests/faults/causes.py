@@ -88,6 +88,19 @@ def impatient(sidecar: Sidecar) -> None:
 
     That is of tunnels for which no bytes are on their way.
     """
+    for it in _connections(sidecar):
+        if TUNNEL_PORT in (it.getsockname()[1], it.getpeername()[1]):
+            _probe_soon(it)
+
+
+def impatient_with(sidecar: Sidecar, client: socket.socket) -> None:
+    """Its leg of this client probes each second, and not after half a minute."""
+    port = client.getsockname()[1]
+    assert [_probe_soon(it) for it in _connections(sidecar) if it.getpeername()[1] == port]
+
+
+def _connections(sidecar: Sidecar) -> Iterator[socket.socket]:
+    """Every TCP connection that it has, each by a descriptor of ours until the next is asked for."""
     assert sidecar.process is not None
     pid = sidecar.process.pid
     process = os.pidfd_open(pid)
@@ -100,12 +113,16 @@ def impatient(sidecar: Sidecar) -> None:
                 os.close(found)
                 continue
             with socket.socket(fileno=found) as it:
-                if it.family in (socket.AF_INET, socket.AF_INET6) and _is_tunnel(it):
-                    wait_for(lambda it=it: not _unanswered(it), what="the last acknowledgment")
-                    for option, value in _IMPATIENT.items():
-                        it.setsockopt(socket.IPPROTO_TCP, option, value)
+                if it.family in (socket.AF_INET, socket.AF_INET6) and _is_connected(it):
+                    yield it
     finally:
         os.close(process)
+
+
+def _probe_soon(sock: socket.socket) -> None:
+    wait_for(lambda: not _unanswered(sock), what="the last acknowledgment")
+    for option, value in _IMPATIENT.items():
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _unanswered(sock: socket.socket) -> int:
@@ -113,11 +130,12 @@ def _unanswered(sock: socket.socket) -> int:
     return int(struct.unpack("=i", fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)))[0])
 
 
-def _is_tunnel(sock: socket.socket) -> bool:
+def _is_connected(sock: socket.socket) -> bool:
     try:
-        return TUNNEL_PORT in (sock.getsockname()[1], sock.getpeername()[1])
+        sock.getpeername()
     except OSError:
         return False  # it listens
+    return True
 
 
 @contextmanager

@@ -186,7 +186,7 @@ def _is_refused(out: Records) -> bool:
 
 @once
 def test_a_full_table_of_connections_costs_new_ones_and_none_that_is_open(hosts: Hosts, name: Name) -> None:
-    """Where the endpoint is: who calls it hears nothing, as when its host is gone."""
+    """k8s#71261. Where the endpoint is: who calls it hears nothing, as when its host is gone."""
     api = hosts.apis[0]
     hosts.write(
         hosts.service(name, [api]),

@@ -321,7 +321,7 @@ def test_auto_takes_the_first_that_works(world: World) -> None:
         assert apply(capture(backend="nft")).replaced == ("iptables",)
 
 
-def test_auto_takes_legacy_where_others_have_rules_there(world: World) -> None:
+def test_auto_takes_legacy_where_others_have_rules_there_istio15519(world: World) -> None:
     host = world.host("app")
     foreign = ("-t", "nat", "{}", "PREROUTING", "-p", "tcp", "--dport", "7777", "-j", "RETURN")
     with host.entered():

@@ -1,14 +1,17 @@
 """The strict guard and UDP: what should have been redirected and was not is refused, and what passes is told."""
 
-from contextlib import ExitStack
+import socket
+from contextlib import ExitStack, closing
 
 import pytest
 
+from meshnet.model.address import Address
+from meshnet.net.sockets import peer_address
 from meshnet_init.backends import Counted
 from meshnet_init.remove import remove
-from tests.init.datagrams import is_answered, is_refused
-from tests.init.kernel import APP_PORT, COMMANDS, Lab, connect, listening
-from tests.init.sides import Sides, marked, route_through, transparent
+from tests.init.datagrams import is_answered, is_refused, serving, udp_socket
+from tests.init.kernel import APP_PORT, COMMANDS, Lab, address_of, connect, listening
+from tests.init.sides import SO_MARK, Sides, marked, route_through, transparent
 
 pytestmark = pytest.mark.netns
 
@@ -111,12 +114,17 @@ def test_ipv6_is_refused_however_connections_are_taken(lab: Lab, values: dict[st
         connect(other, lab.app.address6, APP_PORT, application, proxy).close()
 
 
-def test_a_quic_client_learns_at_once_that_it_must_fall_back_istio1430(lab: Lab, family: str) -> None:
+def test_a_quic_client_learns_at_once_that_it_must_fall_back_istio1430(lab: Lab, sides: Sides) -> None:
     lab.install(quic="reject")
 
-    assert is_refused(lab.app, lab.peer, family, 443)
-    assert is_answered(lab.app, lab.peer, family, 4433)
-    assert is_answered(lab.app, lab.peer, family, 443, mark=0x1000), "the proxy's own"
+    with listening(lab.peer, sides.family, 443) as server:
+        assert is_refused(lab.app, lab.peer, sides.family, 443)
+        fallback = connect(lab.app, sides.peer, 443, sides.outbound, server)
+        assert fallback.captured_from() == Address(sides.peer, 443)
+        assert fallback.works()
+        fallback.close()
+    assert is_answered(lab.app, lab.peer, sides.family, 4433)
+    assert is_answered(lab.app, lab.peer, sides.family, 443, mark=0x1000), "the proxy's own"
 
 
 def test_other_udp_can_be_refused_but_for_what_the_host_cannot_do_without(lab: Lab, family: str) -> None:
@@ -125,6 +133,38 @@ def test_other_udp_can_be_refused_but_for_what_the_host_cannot_do_without(lab: L
     assert is_refused(lab.app, lab.peer, family, 4433)
     assert is_answered(lab.app, lab.peer, family, 53)
     assert is_answered(lab.app, lab.peer, family, 443)
+
+
+@pytest.mark.parametrize("settings", [{}, {"strict": True, "udp": "reject", "quic": "reject"}], ids=["plain", "strict"])
+def test_who_asks_from_a_port_that_the_proxy_has_just_used_hears_its_own_resolver_istio33469(
+    lab: Lab, family: str, settings: dict[str, object]
+) -> None:
+    """UDP is never translated, so that no entry of conntrack is there which could answer in somebody else's name."""
+    other = lab.world.host("other")
+    with ExitStack() as stack:
+        resolvers = [stack.enter_context(serving(host, family, 53)) for host in (lab.peer, other)]
+        with closing(udp_socket(lab.app, family)) as first:
+            first.bind(("", 0))
+            port = first.getsockname()[1]
+
+        def ask(who: str, which: int) -> None:
+            with closing(udp_socket(lab.app, family)) as client:
+                client.setsockopt(socket.SOL_SOCKET, SO_MARK, 0x1000 if who == "proxy" else 0)
+                client.bind(("", port))
+                question, answer = f"{who} asks".encode(), f"resolver {which}".encode()
+                where = (address_of((lab.peer, other)[which], family), 53)
+                client.sendto(question, where)
+                heard, source = resolvers[which].recvfrom(64)
+                assert (heard, peer_address(source)) == (question, Address(address_of(lab.app, family), port))
+                resolvers[which].sendto(answer, source)
+                said, source = client.recvfrom(64)
+                assert (said, peer_address(source)) == (answer, Address(*where))
+
+        ask("application", 0)  # whose entry is older than the rules
+        lab.install(**settings)
+        for _ in range(2):
+            for who, which in (("proxy", 1), ("application", 0), ("application", 1), ("proxy", 0)):
+                ask(who, which)
 
 
 def test_udp_that_passes_can_be_counted(lab: Lab, family: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshnet.model.address import CGROUPS, INTERFACES
 from meshnet.model.settings import CaptureSection, Settings
 from meshnet_init.plan import Host, make_plan
 from meshnet_init.render import iptables_text, iptables_words, nft_text, read_iptables_rule
@@ -107,6 +108,9 @@ def networks(version: int) -> st.SearchStrategy[str]:
     )
 
 
+names = st.from_regex(INTERFACES, fullmatch=True).filter(lambda name: name != "lo")
+
+
 @st.composite
 def rules(draw: st.DrawFn) -> Rule:
     """Any rule the plan could make, and more."""
@@ -126,12 +130,12 @@ def rules(draw: st.DrawFn) -> Rule:
         chain=draw(st.sampled_from(CHAINS)),
         family=family,
         loopback=loopback,
-        interface="" if loopback else draw(st.sampled_from(["", "eth0", "veth*", "br-0.7@x"])),
+        interface="" if loopback else draw(st.just("") | names),
         mark=draw(st.integers(needed, 2**32 - 1)),
         connmark=draw(st.integers(needed, 2**32 - 1)),
         uid=uid,
         gid=draw(st.none() | st.integers(0, 2**32 - 2)) if uid is None else None,  # the plan never asks for both
-        cgroup=draw(st.sampled_from(["", "a.slice/b-c.service", "user.slice"])),
+        cgroup=draw(st.just("") | st.from_regex(CGROUPS, fullmatch=True)),
         source=draw(cidr),
         destination=draw(cidr),
         local=draw(st.sampled_from([None, True, False])),

@@ -8,7 +8,15 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from meshnet.errors import ConfigError
-from meshnet_init.values import ALL_PORTS, Ports, parse_ids, parse_interfaces, parse_networks, parse_ports
+from meshnet_init.values import (
+    ALL_PORTS,
+    Ports,
+    parse_cgroups,
+    parse_ids,
+    parse_interfaces,
+    parse_networks,
+    parse_ports,
+)
 
 port_numbers = st.integers(1, 65535)
 runs = st.tuples(port_numbers, port_numbers).map(lambda pair: (min(pair), max(pair)))
@@ -127,7 +135,7 @@ def test_a_run_of_one_prints_as_a_number() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "root", "-1", "4294967295", "1 -j ACCEPT", "\uff18", "1\n"])
-def test_what_is_no_id_is_refused(text: str) -> None:
+def test_what_is_no_id_is_refused_istio48416(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_ids([text], "capture.exclude_uids")
     assert caught.value.problem.startswith("capture.exclude_uids: ")
@@ -158,3 +166,27 @@ def test_whatever_is_accepted_as_an_interface_can_be_no_other_word(text: str) ->
 def test_the_loopback_interface_is_not_there_to_be_left_out() -> None:
     with pytest.raises(ConfigError):
         parse_interfaces(["lo"], "capture.exclude_interfaces")
+
+
+@given(st.text() | st.text("aZ0_.@:-/!* \n"))
+@example("-j")
+@example("--invert")
+@example("-.slice/a.service")
+@example("! a.slice")
+@example('a.slice" accept comment "')
+@example("a.slice\nCOMMIT")
+@example("a.slice/../b.slice")
+@example("/a.slice")
+def test_whatever_is_accepted_as_a_cgroup_can_be_no_other_word(text: str) -> None:
+    try:
+        parse_cgroups([text], "cgroups")
+    except ConfigError:
+        return
+    assert text[0] not in "-!"
+    assert not set(text) & set(" \t\n\"'\\;{}+!*$`")
+    assert not set(text.split("/")) & {"", ".", ".."}
+
+
+@pytest.mark.parametrize("text", ["system.slice/cron.service", "user.slice", "a/-b", "system.slice/getty@tty1.service"])
+def test_paths_of_cgroups_are_taken_as_they_are(text: str) -> None:
+    assert parse_cgroups([text], "cgroups") == (text,)

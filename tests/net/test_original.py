@@ -26,7 +26,7 @@ def test_an_ipv6_connection_tells_where_it_was_going_in_the_one_spelling(world: 
         assert original_destination(sock) == Address("fd96::10", 80)
 
 
-def test_an_ipv4_connection_at_a_dual_stack_socket_tells_its_ipv4_destination(world: World) -> None:
+def test_an_ipv4_connection_at_a_dual_stack_socket_tells_its_ipv4_destination_mitmproxy2869(world: World) -> None:
     web = redirecting(world)
     with accepted(web, "::", "10.96.0.10") as sock:
         assert sock.family == socket.AF_INET6

@@ -128,7 +128,7 @@ def test_a_client_that_gave_up_before_the_sidecar_looked_is_recorded_as_such(hos
         assert nobody_came(server)
 
 
-def test_no_application_at_any_endpoint_is_an_rst_for_the_client_and_not_an_end(hosts: Hosts) -> None:
+def test_no_application_at_any_endpoint_is_an_rst_for_the_client_and_not_an_end_istio41090(hosts: Hosts) -> None:
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.api))
     assert is_reset(hosts.web, API, 8080, b"hello?")
     record = out.one()

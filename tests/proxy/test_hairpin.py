@@ -14,7 +14,7 @@ from tests.proxy.programs import Records, accept, converse, is_reset, listen, no
 pytestmark = pytest.mark.netns
 
 
-def test_a_service_on_the_caller_s_own_host_is_reached_without_a_tunnel(hosts: Hosts) -> None:
+def test_a_service_on_the_caller_s_own_host_is_reached_without_a_tunnel_istio23369(hosts: Hosts) -> None:
     out = Records(hosts.sidecar(hosts.web))
     tunnels = hosts.sidecar(hosts.web).status().tunnels
     with listen(hosts.web, 9000) as server:

@@ -160,7 +160,7 @@ def test_the_applications_own_tls_passes_as_it_is(hosts: Hosts, name: Name) -> N
     process.kill()
 
 
-def test_a_server_that_speaks_first_is_heard_by_a_client_that_says_nothing(hosts: Hosts, name: Name) -> None:
+def test_a_server_that_speaks_first_is_heard_by_a_client_that_says_nothing_istio10832(hosts: Hosts, name: Name) -> None:
     api = hosts.apis[0]
     hosts.write(hosts.service(name, [api]))
     records = Both(hosts, api)
