@@ -82,10 +82,11 @@ def _foreign(
     place = PLACES[chain]
     own = place.priority if backend == "nft" else _LEGACY_PRIORITIES[place.table]
     found, unread = [], []
-    nft = _said("nft", "-y", "list", "ruleset")
-    if nft is None:
+    # One by one: libxtables keeps the first family it is used for, and nft 1.0.6 then prints no target of the other's.
+    listed = [_said("nft", "-y", "list", "ruleset", it) for it in (family, "inet")]
+    if None in listed:
         unread.append("nftables: nft is not installed, or did not work")
-    else:
+    for nft in filter(None, listed):
         found += list(_of_nft(nft, chain, may))
     for table in _legacy_tables(family):
         saved = _said(f"{family}tables-legacy-save", "-t", table) or _said(f"{family}tables-save", "-t", table)

@@ -102,11 +102,21 @@ def test_rules_of_every_kind_of_tables_are_found_in_order(world: World, backend:
     assert rules(lab, CHAIN_IN) == ()
 
 
-def rules(lab: Lab, chain: Chain) -> tuple[Foreign, ...]:
+def rules(lab: Lab, chain: Chain, target: str = "10.1.2.3") -> tuple[Foreign, ...]:
     with lab.app.entered():
-        found, unread = foreign_rules(lab.backend.name, chain, "10.1.2.3", 8080)
+        found, unread = foreign_rules(lab.backend.name, chain, target, 8080)
     assert unread == ()
     return found
+
+
+@pytest.mark.netns
+def test_those_of_one_family_are_not_hidden_by_those_of_the_other(world: World) -> None:
+    """One nft that lists both prints of the second a target as nothing."""
+    lab = Lab(world, backend_named("nft"))
+    for program, to in (("iptables", "10.77.0.9:80"), ("ip6tables", "[fd77::9]:80")):
+        lab.app.run(program, "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-j", "DNAT", "--to-destination", to)
+    for target, to in (("10.1.2.3", "10.77.0.9:80"), ("fd00::1", "[fd77::9]:80")):
+        assert [rule.text.rpartition(" ")[2] for rule in rules(lab, CHAIN_OUT, target)] == [to]
 
 
 @pytest.mark.netns

@@ -15,14 +15,16 @@ import ctypes.util
 import importlib
 import ipaddress
 import json
+import re
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _IFNAMSIZ = 16  # linux/if.h
+_BARE = re.compile(r"""[^\s"'\\]+""")
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ class Table:
         for chain in chains:
             for rule in chain.rules:
                 packets, size = rule.get_counters()
-                yield f"[{packets}:{size}] -A {chain.name} {shlex.join(words_of(rule))}"
+                yield f"[{packets}:{size}] -A {chain.name} {_line(words_of(rule))}"
 
     def restore(self, text: str) -> None:
         """What `iptables-restore --noflush` makes of these lines, all at once. Raises ValueError for other commands."""
@@ -180,6 +182,11 @@ def words_of(rule: Any) -> list[str]:
     for match in rule.matches:
         words += ["-m", match.name, *_parameters(match)]
     return [*words, "-j", rule.target.name, *_parameters(rule.target)]
+
+
+def _line(words: Iterable[str]) -> str:
+    """What shlex.split takes apart again, and quoted no more than iptables-save does: not `[fd00::1]:80`."""
+    return " ".join(word if _BARE.fullmatch(word) else shlex.quote(word) for word in words)
 
 
 def _parameters(part: Any) -> Iterator[str]:
