@@ -18,92 +18,36 @@ from meshnet_init.verify import verify
 from tests.init.kernel import (
     APP_PORT,
     COMMANDS,
+    FAMILIES,
     INBOUND,
     OTHER_PORT,
     OUTBOUND,
     Lab,
+    address_of,
     capture,
     connect,
     listening,
 )
+from tests.init.others import CLUSTER_IP, CONTAINER, at, docker, kube_proxy, ufw
 from tests.init.sides import behind_a_bridge, marked
 from tests.init.test_tproxy import transparent
 from tests.world import Host
 
 pytestmark = pytest.mark.netns
 
-CONTAINER = "172.17.0.2"
-CLUSTER_IP = "10.96.0.77"
-
-# As Docker 24 writes them for one container that publishes its port 80 as 8081.
-DOCKER = f"""*nat
-:DOCKER - [0:0]
--A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
--A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
--A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE
--A DOCKER -i docker0 -j RETURN
--A DOCKER ! -i docker0 -p tcp -m tcp --dport {OTHER_PORT} -j DNAT --to-destination {CONTAINER}:80
-COMMIT
-*filter
-:FORWARD DROP [0:0]
-:DOCKER - [0:0]
-:DOCKER-USER - [0:0]
--A FORWARD -j DOCKER-USER
--A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--A FORWARD -o docker0 -j DOCKER
--A FORWARD -i docker0 ! -o docker0 -j ACCEPT
--A DOCKER -d {CONTAINER}/32 ! -i docker0 -o docker0 -p tcp -m tcp --dport 80 -j ACCEPT
--A DOCKER-USER -j RETURN
-COMMIT
-"""
-
-# As kube-proxy writes them for a Service with one endpoint.
-KUBE_PROXY = f"""*nat
-:KUBE-SERVICES - [0:0]
-:KUBE-SVC-API - [0:0]
-:KUBE-SEP-API - [0:0]
-:KUBE-MARK-MASQ - [0:0]
-:KUBE-POSTROUTING - [0:0]
--A PREROUTING -j KUBE-SERVICES
--A OUTPUT -j KUBE-SERVICES
--A POSTROUTING -j KUBE-POSTROUTING
--A KUBE-SERVICES -d {CLUSTER_IP}/32 -p tcp -m tcp --dport 443 -j KUBE-SVC-API
--A KUBE-SVC-API ! -s 10.244.0.0/16 -j KUBE-MARK-MASQ
--A KUBE-SVC-API -j KUBE-SEP-API
--A KUBE-SEP-API -p tcp -m tcp -j DNAT --to-destination ENDPOINT
--A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000
--A KUBE-POSTROUTING -m mark ! --mark 0x4000/0x4000 -j RETURN
--A KUBE-POSTROUTING -j MARK --set-xmark 0x4000/0x0
--A KUBE-POSTROUTING -j MASQUERADE --random-fully
-COMMIT
-"""
-
-# As ufw writes them after `ufw default reject incoming` and an `ufw allow` for each of ALLOWED.
-UFW = """*filter
-:INPUT ACCEPT [0:0]
-:ufw-before-input - [0:0]
-:ufw-user-input - [0:0]
-:ufw-reject-input - [0:0]
--A INPUT -j ufw-before-input
--A INPUT -j ufw-reject-input
--A ufw-before-input -i lo -j ACCEPT
--A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
--A ufw-before-input -j ufw-user-input
-ALLOWED
--A ufw-reject-input -p tcp -j REJECT --reject-with tcp-reset
-COMMIT
-"""
+PutIn = Callable[..., None]
+SERVICE = CLUSTER_IP["ipv4"]
+LOOPBACK = {"ipv4": "127.0.0.1", "ipv6": "::1"}
 
 
 @pytest.fixture
-def beside(lab: Lab) -> Iterator[Callable[[str], None]]:
+def beside(lab: Lab) -> Iterator[PutIn]:
     """Puts in somebody's rules, with none of ours there: with ours they are as they were, and without ours again."""
     before = ""
 
-    def put_in(rules: str) -> None:
+    def put_in(rules: str, family: str = "ipv4") -> None:
         nonlocal before
-        command = "iptables-legacy" if lab.backend.name == "legacy" else "iptables"
-        lab.app.run(f"{command}-restore", "--noflush", stdin=rules)
+        lab.app.run(f"{command(lab, family)}-restore", "--noflush", stdin=rules)
         before = lab.rules_text()
 
     yield put_in
@@ -124,22 +68,23 @@ def container(lab: Lab) -> Host:
 
 
 def test_containers_go_out_and_their_published_ports_are_reached_istio27728(
-    lab: Lab, container: Host, beside: Callable[[str], None]
+    lab: Lab, family: str, container: Host, beside: PutIn
 ) -> None:
-    beside(DOCKER)
+    beside(docker(family), family)
     lab.install(exclude_inbound_ports=[str(OTHER_PORT)])
+    app, peer = address_of(lab.app, family), address_of(lab.peer, family)
 
     with ExitStack() as stack:
-        inbound = stack.enter_context(listening(lab.app, "ipv4", INBOUND))
-        outbound = stack.enter_context(listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1"))
-        server = stack.enter_context(listening(lab.peer, "ipv4", APP_PORT))
-        out = connect(container, lab.peer.address, APP_PORT, server, inbound, outbound)
-        assert peer_address(out.server.getpeername()).host == lab.app.address
-        published = stack.enter_context(listening(container, "ipv4", 80))
-        connect(lab.peer, lab.app.address, OTHER_PORT, published, inbound, outbound).close()
+        inbound = stack.enter_context(listening(lab.app, family, INBOUND))
+        outbound = stack.enter_context(listening(lab.app, family, OUTBOUND, LOOPBACK[family]))
+        server = stack.enter_context(listening(lab.peer, family, APP_PORT))
+        out = connect(container, peer, APP_PORT, server, inbound, outbound)
+        assert peer_address(out.server.getpeername()).host == app
+        published = stack.enter_context(listening(container, family, 80))
+        connect(lab.peer, app, OTHER_PORT, published, inbound, outbound).close()
         lab.install()
-        captured = connect(lab.peer, lab.app.address, OTHER_PORT, inbound, published)
-        assert captured.captured_from() == Address(lab.app.address, OTHER_PORT)
+        captured = connect(lab.peer, app, OTHER_PORT, inbound, published)
+        assert captured.captured_from() == Address(app, OTHER_PORT)
         assert out.works()
         for opened in (captured, out):
             opened.close()
@@ -147,45 +92,40 @@ def test_containers_go_out_and_their_published_ports_are_reached_istio27728(
 
 @pytest.mark.parametrize("guarded", [False, True])
 def test_containers_are_captured_where_that_is_asked_for_istio44996(
-    lab: Lab, container: Host, beside: Callable[[str], None], guarded: bool
+    lab: Lab, family: str, container: Host, beside: PutIn, guarded: bool
 ) -> None:
-    beside(DOCKER)
+    beside(docker(family), family)
     lab.install(reroute_interfaces=["docker0"], strict=guarded)
+    peer = address_of(lab.peer, family)
 
-    with listening(lab.app, "ipv4", OUTBOUND) as outbound, listening(lab.peer, "ipv4", APP_PORT) as server:
-        captured = connect(container, lab.peer.address, APP_PORT, outbound, server)
-        assert captured.captured_from() == Address(lab.peer.address, APP_PORT)
-        assert peer_address(captured.server.getpeername()).host == CONTAINER
+    with listening(lab.app, family, OUTBOUND) as outbound, listening(lab.peer, family, APP_PORT) as server:
+        captured = connect(container, peer, APP_PORT, outbound, server)
+        assert captured.captured_from() == Address(peer, APP_PORT)
+        assert peer_address(captured.server.getpeername()).host == CONTAINER[family]
         captured.close()
 
 
 def test_a_service_of_kube_proxy_is_captured_as_dialled_and_the_proxy_gets_its_endpoint(
-    lab: Lab, beside: Callable[[str], None]
+    lab: Lab, family: str, beside: PutIn
 ) -> None:
-    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
-    beside(KUBE_PROXY.replace("ENDPOINT", f"{lab.peer.address}:{APP_PORT}"))
+    service, peer = CLUSTER_IP[family], address_of(lab.peer, family)
+    lab.app.configure(f"route add {service} via {peer}")
+    beside(kube_proxy(family, at(peer, APP_PORT)), family)
     lab.install(strict=True)
 
     with ExitStack() as stack:
-        outbound = stack.enter_context(listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1"))
-        server = stack.enter_context(listening(lab.peer, "ipv4", APP_PORT))
-        captured = connect(lab.app, CLUSTER_IP, 443, outbound, server)
-        assert captured.captured_from() == Address(CLUSTER_IP, 443)
+        outbound = stack.enter_context(listening(lab.app, family, OUTBOUND, LOOPBACK[family]))
+        server = stack.enter_context(listening(lab.peer, family, APP_PORT))
+        captured = connect(lab.app, service, 443, outbound, server)
+        assert captured.captured_from() == Address(service, 443)
         captured.close()
-        own = marked(lab.app, "ipv4", 0x1000)
-        connect(lab.app, CLUSTER_IP, 443, server, outbound, client=own).close()
-
-
-def allowed(*ports: int) -> str:
-    rules = (f"-A ufw-user-input -p tcp -m tcp --dport {port} -j ACCEPT" for port in ports)
-    return UFW.replace("ALLOWED", "\n".join(rules))
+        own = marked(lab.app, family, 0x1000)
+        connect(lab.app, service, 443, server, outbound, client=own).close()
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_host_firewall_sees_the_sidecars_port_behind_a_redirect(
-    lab: Lab, beside: Callable[[str], None], own: bool
-) -> None:
-    beside(allowed(22, APP_PORT, *([INBOUND] if own else [])))
+def test_a_host_firewall_sees_the_sidecars_port_behind_a_redirect(lab: Lab, beside: PutIn, own: bool) -> None:
+    beside(ufw(22, APP_PORT, *([INBOUND] if own else [])))
     lab.install()
     with listening(lab.app, "ipv4", INBOUND) as inbound:
         if own:
@@ -195,8 +135,8 @@ def test_a_host_firewall_sees_the_sidecars_port_behind_a_redirect(
                 lab.peer.connect(lab.app.address, APP_PORT)
 
 
-def test_a_host_firewall_sees_the_port_that_was_dialled_behind_tproxy(lab: Lab, beside: Callable[[str], None]) -> None:
-    beside(allowed(22, APP_PORT))
+def test_a_host_firewall_sees_the_port_that_was_dialled_behind_tproxy(lab: Lab, beside: PutIn) -> None:
+    beside(ufw(22, APP_PORT))
     lab.install(inbound_mode="tproxy", strict=True)
 
     with transparent(lab.app, "ipv4") as inbound:
@@ -206,13 +146,13 @@ def test_a_host_firewall_sees_the_port_that_was_dialled_behind_tproxy(lab: Lab, 
 
 
 @pytest.fixture
-def ahead(lab: Lab) -> Iterator[Callable[[str], None]]:
+def ahead(lab: Lab) -> Iterator[PutIn]:
     """Puts somebody's rules in when ours are there, ahead of them; they are as they were in the end."""
     before: list[str] = []
 
-    def put_in(rules: str) -> None:
+    def put_in(rules: str, family: str = "ipv4") -> None:
         inserted = re.sub(r"^-A (PREROUTING|OUTPUT) ", r"-I \1 ", rules, flags=re.MULTILINE)
-        lab.app.run(f"{command(lab)}-restore", "--noflush", stdin=inserted)
+        lab.app.run(f"{command(lab, family)}-restore", "--noflush", stdin=inserted)
         before.extend(of_others(lab))
         assert before
 
@@ -223,12 +163,13 @@ def ahead(lab: Lab) -> Iterator[Callable[[str], None]]:
     assert of_others(lab) == before
 
 
-def command(lab: Lab) -> str:
-    return "iptables" if lab.backend.name == "nft" else COMMANDS[lab.backend.name]
+def command(lab: Lab, family: str = "ipv4") -> str:
+    four = "iptables" if lab.backend.name == "nft" else COMMANDS[lab.backend.name]
+    return four if family == "ipv4" else four.replace("iptables", "ip6tables")
 
 
 def of_others(lab: Lab) -> list[str]:
-    saved = lab.app.run(f"{command(lab)}-save").stdout
+    saved = "".join(lab.app.run(f"{command(lab, family)}-save").stdout for family in FAMILIES)
     return [line for line in saved.splitlines() if line.startswith("-A") and "MESHNET" not in line]
 
 
@@ -249,35 +190,34 @@ def verdict(lab: Lab, target: str) -> str:
     return str(json.loads(lab.app.run("meshnet", "explain", target, "-o", "json").stdout)["verdict"])
 
 
-def test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again(
-    lab: Lab, ahead: Callable[[str], None]
-) -> None:
+def test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again(lab: Lab, family: str, ahead: PutIn) -> None:
     """istio#56414: kube-proxy puts its jumps first, so what they translate never came to ours."""
-    service, other = f"{CLUSTER_IP}:443", f"{CLUSTER_IP}:80"
-    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    service, app, peer = CLUSTER_IP[family], address_of(lab.app, family), address_of(lab.peer, family)
+    dialled, other = at(service, 443), at(service, 80)
+    lab.app.configure(f"route add {service} via {peer}")
     lab.install()
 
     with ExitStack() as stack:
-        inbound = stack.enter_context(listening(lab.app, "ipv4", INBOUND))
-        outbound = stack.enter_context(listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1"))
-        server = stack.enter_context(listening(lab.peer, "ipv4", APP_PORT))
+        inbound = stack.enter_context(listening(lab.app, family, INBOUND))
+        outbound = stack.enter_context(listening(lab.app, family, OUTBOUND, LOOPBACK[family]))
+        server = stack.enter_context(listening(lab.peer, family, APP_PORT))
         opened = [
-            connect(lab.app, CLUSTER_IP, 443, outbound, server),
-            connect(lab.peer, lab.app.address, APP_PORT, inbound),
+            connect(lab.app, service, 443, outbound, server),
+            connect(lab.peer, app, APP_PORT, inbound),
         ]
-        ahead(KUBE_PROXY.replace("ENDPOINT", f"{lab.peer.address}:{APP_PORT}"))
+        ahead(kube_proxy(family, at(peer, APP_PORT)), family)
         if lab.backend.name == "nft":  # its chain has a place of its own, ahead of all of iptables
             assert not repaired(lab)
-            assert verdict(lab, service) == "captured"
+            assert verdict(lab, dialled) == "captured"
         else:
-            opened.append(connect(lab.app, CLUSTER_IP, 443, server, outbound))
-            assert [verdict(lab, target) for target in (service, other)] == ["perhaps captured", "captured"]
+            opened.append(connect(lab.app, service, 443, server, outbound))
+            assert [verdict(lab, target) for target in (dialled, other)] == ["perhaps captured", "captured"]
             assert repaired(lab)
-            assert verdict(lab, service) == "captured"
-        captured = connect(lab.app, CLUSTER_IP, 443, outbound, server)
-        assert captured.captured_from() == Address(CLUSTER_IP, 443)
-        own = marked(lab.app, "ipv4", 0x1000)
-        past = connect(lab.app, CLUSTER_IP, 443, server, outbound, client=own)
+            assert verdict(lab, dialled) == "captured"
+        captured = connect(lab.app, service, 443, outbound, server)
+        assert captured.captured_from() == Address(service, 443)
+        own = marked(lab.app, family, 0x1000)
+        past = connect(lab.app, service, 443, server, outbound, client=own)
         for each in (*opened, captured, past):
             assert each.works()
             each.close()
@@ -285,14 +225,14 @@ def test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again(
     if lab.backend.name != "nft":
         jump = ("-t", "nat", "-{}", "OUTPUT", "-j", "KUBE-SERVICES")
         for verb in "DI":
-            lab.app.run(command(lab), *(word.format(verb) for word in jump))
+            lab.app.run(command(lab, family), *(word.format(verb) for word in jump))
         with lab.app.entered():
             found = verify(capture())
         assert [canary.status for canary in found.canaries] == ["captured", "captured"]
         assert not found.ok
         assert found.differences == (
-            "ipv4: ahead of MESHNET_OUT in OUTPUT: -j KUBE-SERVICES"
-            f" (-p tcp -m tcp -j DNAT --to-destination {lab.peer.address}:{APP_PORT})",
+            f"{family}: ahead of MESHNET_OUT in OUTPUT: -j KUBE-SERVICES"
+            f" (-p tcp -m tcp -j DNAT --to-destination {at(peer, APP_PORT)})",
         )
         assert repaired(lab)
 
@@ -300,15 +240,15 @@ def test_a_service_of_kube_proxy_whose_rules_came_later_is_captured_again(
 def test_a_table_of_the_other_kind_that_is_made_later_is_told_and_nft_is_ahead_of_it(lab: Lab) -> None:
     """Two tables of one priority: the one made last is asked first, and neither can be put ahead of the other."""
     other = "iptables" if lab.backend.name == "legacy" else "iptables-legacy"
-    to = ("-d", CLUSTER_IP, "-p", "tcp", "-j", "DNAT", "--to-destination", f"{lab.peer.address}:{APP_PORT}")
-    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    to = ("-d", SERVICE, "-p", "tcp", "-j", "DNAT", "--to-destination", f"{lab.peer.address}:{APP_PORT}")
+    lab.app.configure(f"route add {SERVICE}/32 via {lab.peer.address}")
     lab.install()
     lab.app.run(other, "-t", "nat", "-A", "OUTPUT", *to)
     is_first = lab.backend.name == "nft"
     with listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(lab.peer, "ipv4", APP_PORT) as server:
         ends = (outbound, server) if is_first else (server, outbound)
-        connect(lab.app, CLUSTER_IP, 443, *ends).close()
-    assert verdict(lab, f"{CLUSTER_IP}:443") == ("captured" if is_first else "perhaps captured")
+        connect(lab.app, SERVICE, 443, *ends).close()
+    assert verdict(lab, f"{SERVICE}:443") == ("captured" if is_first else "perhaps captured")
     assert verdict(lab, "10.96.0.78:443") == "captured"
     said = lab.app.run("meshnet", "rules", "verify", MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS="").stdout
     assert ("may be asked before ours: table " in said) == (not is_first)
@@ -319,20 +259,20 @@ def test_a_table_of_the_other_kind_that_is_made_later_is_told_and_nft_is_ahead_o
 def test_a_table_of_our_priority_that_is_made_later_is_put_behind_ours(lab: Lab, table: str) -> None:
     if lab.backend.name != "nft":  # it stands ahead of all of iptables, as its priority says
         return
-    lab.app.configure(f"route add {CLUSTER_IP}/32 via {lab.peer.address}")
+    lab.app.configure(f"route add {SERVICE}/32 via {lab.peer.address}")
     lab.install()
     dnat = "dnat ip to" if table.startswith("inet") else "dnat to"
-    rule = f"ip daddr {CLUSTER_IP} tcp dport 443 {dnat} {lab.peer.address}:{APP_PORT}"
+    rule = f"ip daddr {SERVICE} tcp dport 443 {dnat} {lab.peer.address}:{APP_PORT}"
     chain = f"chain c {{ type nat hook output priority {PLACES['MESHNET_OUT'].priority}; {rule}; }}"
     lab.app.run("nft", "-f", "-", stdin=f"table {table} {{ {chain}; }}")
     with lab.app.entered():
         found = verify(capture())
     assert found.differences == (f"ahead of MESHNET_OUT: chain c of table {table}, which was made later",)
     with listening(lab.app, "ipv4", OUTBOUND, "127.0.0.1") as outbound, listening(lab.peer, "ipv4", APP_PORT) as server:
-        past = connect(lab.app, CLUSTER_IP, 443, server, outbound)
+        past = connect(lab.app, SERVICE, 443, server, outbound)
         assert repaired(lab)
-        captured = connect(lab.app, CLUSTER_IP, 443, outbound, server)
-        assert captured.captured_from() == Address(CLUSTER_IP, 443)
+        captured = connect(lab.app, SERVICE, 443, outbound, server)
+        assert captured.captured_from() == Address(SERVICE, 443)
         for each in (past, captured):
             assert each.works()
             each.close()
@@ -341,25 +281,26 @@ def test_a_table_of_our_priority_that_is_made_later_is_put_behind_ours(lab: Lab,
 
 
 def test_a_published_port_of_docker_whose_rules_came_later_is_captured_again(
-    lab: Lab, container: Host, ahead: Callable[[str], None]
+    lab: Lab, family: str, container: Host, ahead: PutIn
 ) -> None:
     lab.install()
+    app = address_of(lab.app, family)
 
     with ExitStack() as stack:
-        inbound = stack.enter_context(listening(lab.app, "ipv4", INBOUND))
-        published = stack.enter_context(listening(container, "ipv4", 80))
-        older = connect(lab.peer, lab.app.address, OTHER_PORT, inbound, published)
-        ahead(DOCKER)
+        inbound = stack.enter_context(listening(lab.app, family, INBOUND))
+        published = stack.enter_context(listening(container, family, 80))
+        older = connect(lab.peer, app, OTHER_PORT, inbound, published)
+        ahead(docker(family), family)
         if lab.backend.name != "nft":
-            connect(lab.peer, lab.app.address, OTHER_PORT, published, inbound).close()
+            connect(lab.peer, app, OTHER_PORT, published, inbound).close()
         assert repaired(lab) == (lab.backend.name != "nft")
-        captured = connect(lab.peer, lab.app.address, OTHER_PORT, inbound, published)
-        assert captured.captured_from() == Address(lab.app.address, OTHER_PORT)
+        captured = connect(lab.peer, app, OTHER_PORT, inbound, published)
+        assert captured.captured_from() == Address(app, OTHER_PORT)
         assert older.works()
         older.close()
         captured.close()
         lab.install(exclude_inbound_ports=[str(OTHER_PORT)])
-        connect(lab.peer, lab.app.address, OTHER_PORT, published, inbound).close()
+        connect(lab.peer, app, OTHER_PORT, published, inbound).close()
 
 
 def test_rules_that_let_pass_ahead_of_ours_hide_them_as_well(lab: Lab) -> None:
@@ -390,11 +331,11 @@ def test_what_is_let_pass_ahead_of_a_transparent_listener_is_given_to_it_again(l
         connect(lab.peer, lab.app.address, APP_PORT, inbound, application).close()
 
 
-def test_what_decides_nothing_for_new_tcp_may_stand_ahead_of_ours(lab: Lab, ahead: Callable[[str], None]) -> None:
+def test_what_decides_nothing_for_new_tcp_may_stand_ahead_of_ours(lab: Lab, ahead: PutIn) -> None:
     """ufw's chains are in another table; and who counts, logs or means UDP takes nothing away."""
     lab.install()
     ahead(
-        allowed(22, INBOUND)
+        ufw(22, INBOUND)
         + "*nat\n:COUNTED - [0:0]\n-A OUTPUT -j COUNTED\n-A COUNTED -p tcp -j RETURN\n"
         + "-A OUTPUT -p tcp -m tcp --dport 80\n-A OUTPUT -p udp -m udp --dport 53 -j REDIRECT --to-ports 5353\nCOMMIT\n"
     )
