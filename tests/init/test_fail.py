@@ -51,15 +51,15 @@ def test_settings_that_do_not_fit_the_sidecar_that_runs_change_no_rules(world: W
 
 
 class Site:
-    """`web` has a sidecar and a keeper; `peer` has neither, and a server."""
+    """`web` has a sidecar and a keeper, started through `by`; `peer` has neither, and a server."""
 
-    def __init__(self, world: World, mesh: Mesh, **capture: object) -> None:
+    def __init__(self, world: World, mesh: Mesh, *, by: tuple[str, ...] = AS_ITS_UNIT, **capture: object) -> None:
         self.web, self.peer = world.host("web"), world.host("peer")
         mesh.write()
         self.sidecar: Sidecar = mesh.sidecar(self.web, start=False, capture={"proof_interval": "300ms", **capture})
         self.sidecar.spawn()
         keeper = ("meshnet", "rules", "keep", "--config", self.sidecar.config)
-        self.keeper = self.web.spawn(*AS_ITS_UNIT, *keeper, name="keeper")
+        self.keeper = self.web.spawn(*by, *keeper, name="keeper")
         self.until_captured()
 
     def until_captured(self) -> None:

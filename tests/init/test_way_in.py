@@ -99,7 +99,7 @@ def test_a_keeper_that_begins_beside_such_rules_keeps_them(reached: Kept) -> Non
 
 def test_nor_do_they_once_a_sidecar_comes_back_where_its_death_lets_all_pass(world: World, mesh: Mesh) -> None:
     """capture.fail = "open": meanwhile no rules are in force that could be compared."""
-    site = Site(world, mesh, fail="open", exclude_inbound_ports=[str(SSH)])
+    site = Site(world, mesh, by=(), fail="open", exclude_inbound_ports=[str(SSH)])
     site.web.spawn(sys.executable, "-c", SSHD)
     wait_for(lambda: site.web.listens(SSH), what="sshd")
     site.kill()

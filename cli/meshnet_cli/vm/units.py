@@ -13,6 +13,7 @@ itself then does what has to be done in which order:
 import re
 from pathlib import PurePosixPath
 
+from meshnet.model.admin import GROUP
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 
@@ -145,8 +146,8 @@ EnvironmentFile=-{ENVIRONMENT_FILE}
 TimeoutStartSec=60
 TimeoutStopSec={REMOVAL_DRAIN + _SLACK}
 
-# Root without other rights: the sidecar's admin socket is open to its group. Its own canaries are not of that group.
-SupplementaryGroups={settings.capture.gid}
+# Root without other rights may not ask the sidecar but as one of those who may.
+SupplementaryGroups={GROUP}
 # NET_RAW: the legacy tables are read and written through a raw socket.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
 {hardened}ProtectHome={_protect_home(seen)}
