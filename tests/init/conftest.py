@@ -11,7 +11,7 @@ from tests.init.kernel import FAMILIES, Lab, backend_named
 from tests.init.sides import Sides
 from tests.world import World
 
-# Chosen by what is installed, but never fewer than the two that meshnet promises: see test_backends.
+# Chosen by what is installed, but never fewer than those that meshnet promises: see test_backends.
 BACKENDS = [backend.name for backend in every_backend()]
 
 

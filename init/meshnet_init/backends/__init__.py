@@ -1,4 +1,4 @@
-"""Two ways into the kernel behind one interface; tests/init/test_backends.py holds both to one contract.
+"""Three ways into the kernel behind one interface; tests/init/test_backends.py holds all to one contract.
 
 A backend writes plans and reads rules. It knows nothing of settings, and never has to know what it wrote before.
 """
