@@ -20,8 +20,8 @@ def command(config: str | None) -> None:
     repaired in one step; open connections live on. Each repair is told on standard error, with who had changed what,
     and in `meshnet status`. With capture.strict they are held once more, as long as this runs, where no flush reaches
     them. With capture.fail = "open" new connections go direct while the sidecar is dead. SIGHUP reads the settings
-    again; those that would capture the port by which SSH reaches this host are refused (`meshnet set` asks for
-    --accept-risk). `meshnet init`, `init remove` and `down` have it wait or stand down by themselves.
+    again; those that would capture the port by which SSH reaches this host are refused (`meshnet up` has
+    --accept-risk for that). `meshnet init`, `init remove` and `down` have it wait or stand down by themselves.
     """
     from meshnet.proxy.log import log_to_stderr
     from meshnet_cli import preflight

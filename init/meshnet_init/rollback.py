@@ -7,7 +7,6 @@ from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import apply_plan, every_backend
 from meshnet_init.backends import Installed
 from meshnet_init.remove import remove
-from meshnet_init.rule import Plan
 
 
 def put_back(
@@ -27,7 +26,6 @@ def put_back(
         remove(drain, cut=cut)
         return
     tell_keeper(StandDown())  # these are not what its settings ask for
-    plan = Plan(rules=tuple(counted.rule for counted in in_force.rules), ipv6=in_force.ipv6, routing=in_force.routing)
-    apply_plan(plan, next(backend for backend in every_backend() if backend.name == in_force.backend))
+    apply_plan(in_force.plan(), next(backend for backend in every_backend() if backend.name == in_force.backend))
     if take_up:
         tell_keeper(TakeUp())

@@ -57,7 +57,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         return Verification(ok=False, backend="", differences=tuple(lines), fix=_fix(lines, (), plan, sidecar))
     backend, installed = found[0]
     lines = drift(plan, backend, found)
-    rules = [counted.rule for counted in installed.rules]
+    rules = installed.plan().rules
     unfit = misfits(rules, installed_routing(), sidecar) if sidecar else ()
     # Where the rules lead, not where they should: that they work and that they are as planned are two things.
     leads_to = {rule.redirect for rule in rules if rule.redirect and rule.chain == CHAIN_OUT}

@@ -16,9 +16,7 @@ from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay import PlainLeg, TunnelLeg
 from meshnet.tunnel.client import ClientTunnel, no_answer
 
-_TOO_SHORT = (
-    0.005  # seconds: the peer could not answer, and what goes along with the question might arrive all the same
-)
+_TOO_SHORT = 0.005  # seconds, for an answer: what goes along with the question might arrive all the same
 _KEPT_TUNNELS_TRIED = 3  # that turn out to be dead, before the endpoint is blamed after all
 
 

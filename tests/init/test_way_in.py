@@ -31,8 +31,8 @@ def reached(by_nft: Kept) -> Kept:
     return by_nft
 
 
-def _settings(kept: Kept, exclude: list[int]) -> None:
-    kept.configure()
+def _settings(kept: Kept, exclude: list[int], more: str = "") -> None:
+    kept.configure(more)
     kept.config.write_text(kept.config.read_text().replace("ports = []", f"ports = {[str(port) for port in exclude]}"))
 
 
@@ -95,6 +95,22 @@ def test_a_keeper_that_begins_beside_such_rules_keeps_them(reached: Kept) -> Non
     _again(reached)
     wait_for(lambda: "dport 80 " in reached.lab.rules_text(), what="rules that leave it alone")
     assert (reached.now().problem, _excludes(reached), _answers(reached)) == ("", True, True)
+
+
+def test_the_routes_of_such_rules_are_kept_as_well(reached: Kept) -> None:
+    routed = "original_source = true\n"
+    _settings(reached, exclude=[SSH], more=routed)
+    reached.start()
+    routes = reached.host.run("ip", "rule").stdout
+    assert reached.process is not None
+    assert reached.process.terminate() == 0
+    _settings(reached, exclude=[], more=routed)
+    reached.start()
+    wait_for(lambda: f"would capture port {SSH}" in reached.now().problem, what="a refusal")
+    wait_for(lambda: reached.now().in_place, what="the rules that were there")
+    looked = reached.now().looked_at
+    wait_for(lambda: reached.now().looked_at > looked, what="another look")
+    assert (reached.now().repairs, reached.host.run("ip", "rule").stdout) == (0, routes)
 
 
 def test_nor_do_they_once_a_sidecar_comes_back_where_its_death_lets_all_pass(world: World, mesh: Mesh) -> None:

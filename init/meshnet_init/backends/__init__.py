@@ -46,9 +46,13 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
         """A drain set is in force: nothing new is captured."""
         return bool(self.rules) and all(counted.rule.keeps() for counted in self.rules)
 
+    def plan(self) -> Plan:
+        """The one that asks for just these rules."""
+        return Plan(rules=tuple(counted.rule for counted in self.rules), ipv6=self.ipv6, routing=self.routing)
+
     def drain_set(self) -> Plan:
         """The one to take these rules' place."""
-        return drain_set(self.redirect_ports(), (counted.rule for counted in self.rules), ipv6=self.ipv6)
+        return drain_set(self.redirect_ports(), self.plan().rules, ipv6=self.ipv6)
 
 
 class Backend(Protocol):

@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from typing import Literal
 
+import msgspec
+
 from meshnet.decide.repairs import InboundPace, RepairPace
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.canary import FAMILIES, PROOF_PORT, IpFamily
@@ -34,6 +36,7 @@ from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
 from meshnet_init.keep.way_in import captured_ways_in, need_way_in
 from meshnet_init.plan import make_plan
+from meshnet_init.routing import installed_routing
 from meshnet_init.rule import Plan, Rule
 from meshnet_init.sidecar import misfits
 
@@ -195,8 +198,7 @@ class Keeper:
             need_way_in(self._plan.rules, _in_force(found), self._ways_in())
         except CommandError as error:
             self._backend, there = next((backend, it) for backend, it in found if not it.draining())
-            rules = tuple(counted.rule for counted in there.rules)
-            self._plan = self._found = Plan(rules=rules, ipv6=there.ipv6, routing=there.routing)
+            self._plan = self._found = msgspec.structs.replace(there, routing=installed_routing()).plan()
             self._refuse(error)
             return True
         for port in captured_ways_in(self._plan.rules, self._ways_in()):
@@ -445,8 +447,8 @@ class Keeper:
             self._ending = True
 
 
-def _in_force(found: Sequence[tuple[Backend, Installed]]) -> list[list[Rule]]:
-    return [[counted.rule for counted in installed.rules] for _, installed in found if not installed.draining()]
+def _in_force(found: Sequence[tuple[Backend, Installed]]) -> list[tuple[Rule, ...]]:
+    return [installed.plan().rules for _, installed in found if not installed.draining()]
 
 
 def _news(stack: ExitStack) -> RulesNews | None:

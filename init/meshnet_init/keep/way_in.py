@@ -19,7 +19,7 @@ def need_way_in(wanted: Rules, before: Collection[Rules], ways_in: Collection[in
     captured = [rules for rules in before if any(map(turns_inbound, rules))]
     if not captured:
         return
-    taken = (port for port in sorted(ways_in) if _captures(wanted, port))
+    taken = captured_ways_in(wanted, ways_in)
     lost = next((port for port in taken if not any(_captures(rules, port) for rules in captured)), None)
     if lost is not None:
         raise CommandError(
