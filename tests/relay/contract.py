@@ -183,7 +183,7 @@ class RelayContract:
         memory = _resident()
         async with rig(relay, buffer=SMALL) as it:
             taken = await _send_until_stuck(it.client)
-            assert taken < 4 * MEGABYTE
+            assert taken < 8 * MEGABYTE  # a near leg may have 2 MiB in the kernel, and a tunnel as well
             assert _resident() - memory < 8 * MEGABYTE
             assert it.first.tally.sent <= taken
             await it.server.send_all(b"still there")  # the other direction does not care

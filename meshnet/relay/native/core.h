@@ -15,6 +15,7 @@
  *   link.c        the life of a link: two FINs or the first failure end it, and it is reported once
  *   plain.c       a plain TCP leg: one recv and one send a message, splice when there is much
  *   pipes.c       the pipes for splice
+ *   near.c        how much of a near peer's stream may wait in the kernel
  *   tunnel.c      a tunnel: its handshake, what comes between leases, what goes out
  *   lease.c       a tunnel as a link's leg: DATA, FIN and RESET
  *   tls.c         OpenSSL's part of a tunnel: contexts, and a BIO that costs no system call
@@ -147,6 +148,7 @@ struct leg {
     bool closed;
     bool dialling; /* its handshake is under way: nothing can be sent yet */
     bool bulk; /* reads fill the buffer: splice */
+    bool bounded; /* or too far away for that: near.c */
     struct backlog held;
     struct pipe *pipe; /* the same, of a bulk stream; never both */
 };
@@ -213,6 +215,7 @@ struct core {
     size_t out_room;
     uint64_t now;
     struct pipes pipes;
+    bool bounds_near; /* receive buffers: near.c */
     struct link *links;
     struct tunnel *tunnels;
     struct link *ready;
@@ -336,5 +339,10 @@ void plain_close(struct leg *leg);
 struct pipe *pipes_borrow(struct pipes *pipes);
 void pipes_give_back(struct pipes *pipes, struct pipe *pipe);
 void pipes_close(struct pipes *pipes);
+
+/* near.c */
+#define NEAR_ASKED (32 * 1024) /* bytes of a read that make it worth a look, long before the buffer has grown */
+bool near_is_granted(void);
+bool near_bound(const struct core *core, int fd);
 
 #endif

@@ -168,6 +168,8 @@ void plain_pull(struct leg *leg)
             continue;
         if (size < PLAIN_READ && !leg->hung_up)
             leg->readable = false;
+        if (size >= NEAR_ASKED && !leg->bounded)
+            leg->bounded = near_bound(core, leg->fd);
         if (leg->peer->tunnel) {
             lease_write(leg->peer, core->plain, (size_t)size);
             continue;

@@ -1,0 +1,140 @@
+"""How much of a stream may wait in the kernel: little of a near peer's, what the kernel finds right of a far one's."""
+
+import contextlib
+import fcntl
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from meshnet.relay import Link, PlainLeg
+from meshnet.relay.native import NativeRelay
+from tests.relay.rig import Rig, Run, mesh_rig, plain_rig, read_exactly, running, stream, tcp_pair
+from tests.world import Host, World
+
+MEGABYTE = 1 << 20
+MUCH = 16 * MEGABYTE
+BOUND = 2 * MEGABYTE  # twice what is asked for: socket(7)
+TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x1, 0x1000  # linux/if_tun.h
+
+
+@pytest.fixture(autouse=True)
+def granted() -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, MEGABYTE)
+        if buffer_of(probe) < BOUND:
+            pytest.skip("net.core.rmem_max is below 1 MiB: buffers are left to the kernel")
+
+
+@pytest.fixture
+def host() -> Iterator[Host]:
+    with World() as world:
+        yield world.host("one")
+
+
+def buffer_of(sock: socket.socket) -> int:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+
+def times(counter: str) -> int:
+    """What TcpExt says about this network namespace (/proc/net/netstat)."""
+    names, values, *_ = map(str.split, Path("/proc/thread-self/net/netstat").read_text().splitlines())
+    return int(values[names.index(counter)])
+
+
+async def pump(sender: trio.SocketStream, receiver: trio.SocketStream) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(sender.send_all, bytes(MUCH))
+        await read_exactly(receiver, MUCH)
+
+
+@contextlib.contextmanager
+def watched(sock: socket.socket) -> Iterator[socket.socket]:
+    """For a look at it when the relay owns it."""
+    with sock.dup() as look:
+        yield look
+
+
+async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_it(
+    relay: NativeRelay, host: Host
+) -> None:
+    looks: list[socket.socket] = []
+
+    def look(it: Rig) -> None:
+        for leg in (it.first.link.client, it.first.link.endpoint):
+            assert isinstance(leg, PlainLeg)
+            looks.append(leg.sock.dup())
+
+    with host.entered():
+        async with plain_rig(relay, prepare=look) as it:
+            assert BOUND not in map(buffer_of, looks)
+            await pump(it.client, it.server)
+            client, endpoint = map(buffer_of, looks)
+            assert (client, endpoint == BOUND) == (BOUND, False)  # nothing has come from there
+            await pump(it.server, it.client)
+            assert [buffer_of(sock) for sock in looks] == [BOUND, BOUND]
+            for sock in looks:
+                sock.close()
+        assert times("TCPTimeouts") == 0  # a buffer that shrinks drops what is on its way
+        assert times("TCPRcvQDrop") == 0
+
+
+async def test_so_are_those_of_tunnels(relay: NativeRelay) -> None:
+    async with mesh_rig(relay) as it:
+        await pump(it.client, it.server)
+        tunnel = it.last.link.client
+        assert not isinstance(tunnel, PlainLeg)
+        with socket.socket(fileno=os.dup(tunnel.channel.tunnel.fileno())) as look:  # type: ignore[attr-defined]  # native
+            assert buffer_of(look) == BOUND
+
+
+async def test_those_of_far_peers_are_the_kernels(relay: NativeRelay, host: Host) -> None:
+    with host.entered(), far_away(host) as (ours, theirs):
+        app, leg = tcp_pair()
+        with watched(ours) as look:
+            run = Run(Link(PlainLeg(leg), PlainLeg(ours)))
+            async with stream(app) as client, stream(theirs) as server, running(relay, run):
+                before = buffer_of(look)
+                await pump(server, client)
+                assert buffer_of(look) not in (before, BOUND)  # it has grown by itself
+
+
+@contextlib.contextmanager
+def far_away(host: Host) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection whose packets take 2 ms each way: a device that gives back what goes to 10.99.0.2 as from there."""
+    device = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+    fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", b"far", IFF_TUN | IFF_NO_PI))
+    host.configure("addr add 10.99.0.1/24 dev far", "link set far mtu 65535 up")
+    over, stop = os.pipe()
+    thread = threading.Thread(target=mirror, args=(device, over))
+    thread.start()
+    try:
+        with socket.create_server(("10.99.0.1", 0)) as listener:
+            one = socket.create_connection(("10.99.0.2", listener.getsockname()[1]), timeout=10)
+            other, _ = listener.accept()
+        for sock in (one, other):
+            sock.setblocking(False)
+        yield one, other
+    finally:
+        os.close(stop)
+        thread.join()
+        os.close(over)
+        os.close(device)
+
+
+def mirror(device: int, over: int) -> None:
+    packets: list[bytes] = []
+    while not select.select([over], [], [], 0.002)[0]:
+        for packet in packets:
+            if packet[0] >> 4 == 4:  # its checksums do not mind who is who
+                os.write(device, packet[:12] + packet[16:20] + packet[12:16] + packet[20:])
+        packets.clear()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packets.append(os.read(device, 65535))
