@@ -4,14 +4,14 @@ import difflib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from meshnet.errors import ConfigError
 from meshnet_cli.kubernetes.manifests import Form, read_documents, write_documents
 from meshnet_cli.kubernetes.wishes import IMAGE, SETTINGS, Wishes, is_name
-from meshnet_cli.kubernetes.workloads import Told
+from meshnet_cli.kubernetes.workloads import Told, What
 from meshnet_cli.kubernetes.workloads import inject as inject_documents
 from meshnet_cli.kubernetes.workloads import uninject as uninject_documents
 from meshnet_cli.output import Parsed, printable, warn
@@ -110,18 +110,19 @@ def _print(files: tuple[str, ...], form: Form, diff: bool, transform: _Transform
         changed, about = transform(documents, name)
         told += about
         texts.append(_diff(documents, changed, form, name) if diff else write_documents(changed, form))
-    if not told:
+    if all(each.what == "unknown" for each in told):
         warn("there is no workload in it")
     for each in told:
         click.echo(printable(f"{each.name}: {_SAID[each.what]}"), err=True)
     click.echo(("" if diff or form == "json" else "---\n").join(text for text in texts if text), nl=False)
 
 
-_SAID: dict[Literal["injected", "uninjected", "unchanged", "disabled"], str] = {
+_SAID: dict[What, str] = {
     "injected": "injected",
     "uninjected": "taken out",
     "unchanged": "nothing to change",
     "disabled": "left out, as its label meshnet.dev/inject says",
+    "unknown": "left as it is, out of the mesh: not a kind and version that is looked into (meshnet inject --help)",
 }
 
 

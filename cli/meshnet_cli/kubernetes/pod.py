@@ -14,6 +14,7 @@ from meshnet.model.probe import Check
 from meshnet_cli.kubernetes import containers, probes
 from meshnet_cli.kubernetes.containers import GID, INIT, OWN_PORTS, PROXY, VOLUMES
 from meshnet_cli.kubernetes.manifests import Object
+from meshnet_cli.kubernetes.quantity import RESOURCES, amount, granted, requested
 from meshnet_cli.kubernetes.wishes import INJECTED_VERSION, ORIGINAL, STATUS, Wishes, with_annotations
 
 _DEFAULT_CONTAINER = ("kubectl.kubernetes.io/default-container", "kubectl.kubernetes.io/default-logs-container")
@@ -23,6 +24,7 @@ _OTHER_MESHES = {
     "consul-dataplane": "Consul",
     "kuma-sidecar": "Kuma",
 }
+_OS = "kubernetes.io/os"  # of a node
 _DEFAULT_GRACE = 30  # seconds; PodSpec.terminationGracePeriodSeconds
 
 
@@ -62,6 +64,7 @@ def injected(pod: Object, path: Path, wishes: Wishes, *, ends: bool) -> tuple[Ob
         spec[field] = changed
 
     _put_in(spec, wishes, checks)
+    problems += _outgrown(spec, wishes, (*path, "spec"))
     app = next(each["name"] for each in spec["containers"] if each["name"] != PROXY)
     added = {name: app for name in _DEFAULT_CONTAINER if name not in annotations}
     original = _Original(probes=handlers, annotations=tuple(added))
@@ -125,8 +128,12 @@ def _refusals(spec: Object, path: Path) -> Iterator[Problem]:
             "the pod has the node's network: its rules would capture the connections of the node and of every such pod",
             "leave it out with the label meshnet.dev/inject: disabled",
         )
-    if (spec.get("os") or {}).get("name") == "windows":
-        yield Problem((*path, "os", "name"), "the rules are Linux's", "leave it out: meshnet.dev/inject: disabled")
+    for where, system in (
+        (("os", "name"), (spec.get("os") or {}).get("name")),
+        (("nodeSelector", _OS), (spec.get("nodeSelector") or {}).get(_OS)),
+    ):
+        if system == "windows":
+            yield Problem((*path, *where), "the rules are Linux's", "leave it out: meshnet.dev/inject: disabled")
     if (spec.get("securityContext") or {}).get("runAsGroup") == GID:
         yield _passed_by((*path, "securityContext", "runAsGroup"))
     for field in ("initContainers", "containers"):
@@ -173,6 +180,20 @@ def _end_problems(spec: Object, path: Path, wishes: Wishes, ends: bool) -> Itera
             f"{wishes.drain} seconds are more than the pod has to end, {grace}",
             f"raise terminationGracePeriodSeconds, or write {containers.drain_within(grace)}",
         )
+
+
+def _outgrown(spec: Object, wishes: Wishes, path: Path) -> Iterator[Problem]:
+    """A pod may have bounds of its own (spec.resources), and is refused if its containers request more."""
+    for resource in RESOURCES:
+        bound = granted(spec, resource)
+        most = amount(bound)
+        if most is not None and requested(spec, resource) > most:
+            yield Problem(
+                (*path, "resources"),
+                f"{bound} of {resource} for the whole pod is less than its containers request together, of which the "
+                f"sidecar {wishes.requests[resource]}: Kubernetes would refuse it",
+                f"raise it, or let the sidecar request less: meshnet.dev/proxy-{resource}-request",
+            )
 
 
 def _grace(spec: Object) -> int:

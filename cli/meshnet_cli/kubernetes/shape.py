@@ -74,6 +74,7 @@ class _Spec(_Part, frozen=True):
     security_context: _Security | None = None
     os: _Os | None = None
     host_network: bool | None = None
+    node_selector: dict[str, Any] | None = None
     service_account_name: str | None = None
     service_account: str | None = None
     termination_grace_period_seconds: int | None = None

@@ -5,7 +5,7 @@ Most annotations are a setting of the sidecar by another name, and are held to w
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Literal, cast
+from typing import Literal
 
 import msgspec
 
@@ -13,6 +13,7 @@ from meshnet import __version__
 from meshnet.codec.problem import Path, Problem, did_you_mean, quoted
 from meshnet.codec.settings import load_settings
 from meshnet.errors import ConfigError
+from meshnet_cli.kubernetes.quantity import Resource, amount
 
 PREFIX = "meshnet.dev/"
 INJECT = f"{PREFIX}inject"
@@ -35,7 +36,6 @@ SETTINGS: Mapping[str, str] = {
 }
 """Annotation to the variable that it sets in both containers."""
 
-Resource = Literal["cpu", "memory"]
 _RESOURCES: Mapping[str, tuple[Literal["requests", "limits"], Resource]] = {
     "proxy-cpu-request": ("requests", "cpu"),
     "proxy-cpu-limit": ("limits", "cpu"),
@@ -46,8 +46,6 @@ _NAMES = ("identity-secret", "config-map")
 ANNOTATIONS = (*SETTINGS, *_RESOURCES, *_NAMES, "drain-seconds", "native-sidecar")
 """All that may stand behind `meshnet.dev/`, but for those that say what was done."""
 
-# apimachinery, resource/quantity.go; without a sign, for nobody can ask for less than nothing.
-_QUANTITY = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?")
 _NAME = re.compile(r"[a-z0-9](?:[-a-z0-9.]{0,251}[a-z0-9])?")  # RFC 1123 subdomain
 
 _REQUESTS: Mapping[Resource, str] = {"cpu": "100m", "memory": "64Mi"}
@@ -109,7 +107,7 @@ def _problems(name: str, value: str, where: Path) -> Iterator[Problem]:
             yield from (Problem(where, text) for text in dict.fromkeys(parts or [whole]))
         if not value.replace(",", "").strip():
             yield Problem(where, "it names nothing", "leave the annotation out")
-    elif name in _RESOURCES and _QUANTITY.fullmatch(value) is None:
+    elif name in _RESOURCES and amount(value) is None:
         yield Problem(where, f"{quoted(value)} is not a quantity such as 100m, 0.5, 64Mi or 1Gi")
     elif name in _NAMES and not is_name(value):
         yield Problem(where, f"{quoted(value)} is not the name of an object of Kubernetes")
@@ -145,15 +143,7 @@ def _with_one(wishes: Wishes, name: str, value: str) -> Wishes:
 def _contradictions(wishes: Wishes, path: Path) -> Iterator[Problem]:
     for resource, limit in wishes.limits.items():
         request = wishes.requests[resource]
-        if _amount(request) > _amount(limit):
+        if (amount(request) or 0) > (amount(limit) or 0):
             where = (*path, f"{PREFIX}proxy-{resource}-limit")
             hint = f"write {PREFIX}proxy-{resource}-request as well"
             yield Problem(where, f"{limit} is less than the {request} that the sidecar requests", hint)
-
-
-def _amount(quantity: str) -> float:
-    units = {"n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3}
-    units |= {unit: 10.0 ** (3 * place) for place, unit in enumerate("MGTPE", start=2)}
-    units |= {f"{unit}i": 1024.0**place for place, unit in enumerate("KMGTPE", start=1)}
-    number, unit = cast("re.Match[str]", re.fullmatch(r"([0-9.]+(?:[eE][-+]?[0-9]+)?)([a-zA-Z]*)", quantity)).groups()
-    return float(number) * units.get(unit, 1.0)

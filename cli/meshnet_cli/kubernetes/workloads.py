@@ -1,6 +1,6 @@
 """Where the pods are in what a manifest describes, Lists included. Pure; all else passes as it is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import msgspec
@@ -13,6 +13,7 @@ from meshnet_cli.kubernetes.shape import shape_problem
 from meshnet_cli.kubernetes.wishes import INJECT, Wishes
 
 _TEMPLATE: Path = ("spec", "template")
+_CRON_TEMPLATE: Path = ("spec", "jobTemplate", *_TEMPLATE)
 _TEMPLATES: dict[tuple[str, str], Path] = {
     ("v1", "Pod"): (),
     ("v1", "ReplicationController"): _TEMPLATE,
@@ -21,15 +22,18 @@ _TEMPLATES: dict[tuple[str, str], Path] = {
     ("apps/v1", "DaemonSet"): _TEMPLATE,
     ("apps/v1", "ReplicaSet"): _TEMPLATE,
     ("batch/v1", "Job"): _TEMPLATE,
-    ("batch/v1", "CronJob"): ("spec", "jobTemplate", "spec", "template"),
+    ("batch/v1", "CronJob"): _CRON_TEMPLATE,
 }
 _ENDING = ("Job", "CronJob")
 
-What = Literal["injected", "uninjected", "unchanged", "disabled"]
+What = Literal["injected", "uninjected", "unchanged", "disabled", "unknown"]
 
 
 class Told(msgspec.Struct, frozen=True):
-    """What was done with one workload: `Deployment/shop/web`, of whatever namespace it says."""
+    """What was done with one workload: `Deployment/shop/web`, of whatever namespace it says.
+
+    `unknown`: it has a pod's template, and is of a kind or version that is not looked into.
+    """
 
     name: str
     what: What
@@ -45,7 +49,8 @@ def inject(documents: list[object], wishes: Wishes, file: str) -> tuple[list[obj
         after, problems = pod.injected(template, path, wishes, ends=workload["kind"] in _ENDING)
         return after, "unchanged" if after == template else "injected", problems
 
-    return _changed(documents, change, file)
+    changed, told = _changed(documents, change, file)
+    return changed, [*told, *map(_unknown, _strangers(documents))]
 
 
 def uninject(documents: list[object], file: str) -> tuple[list[object], list[Told]]:
@@ -93,6 +98,23 @@ def _changed(documents: list[object], change: _Change, file: str) -> tuple[list[
     if errors:
         raise in_one(errors)
     return changed, told
+
+
+def _strangers(documents: list[object]) -> Iterator[Object]:
+    """What would make pods, and stays as it is: another one's resource, or an API version of long ago."""
+    for document in documents:
+        if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
+            continue
+        if document["kind"].endswith("List") and isinstance(document.get("items"), list):
+            yield from _strangers(document["items"])
+        elif (str(document.get("apiVersion")), document["kind"]) not in _TEMPLATES:
+            templates = (_at(document, (*path, "spec")) for path in (_TEMPLATE, _CRON_TEMPLATE))
+            if any(isinstance(spec.get("containers"), list) and spec["containers"] for spec in templates):
+                yield document
+
+
+def _unknown(document: Object) -> Told:
+    return Told(f"{_name(document)} ({document.get('apiVersion')})", "unknown")
 
 
 def _name(document: Object) -> str:

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import pytest
 
+from meshnet.errors import ConfigError
 from meshnet_cli.kubernetes.manifests import Object, read_documents
 from meshnet_cli.kubernetes.wishes import Wishes
 from meshnet_cli.kubernetes.workloads import inject
@@ -54,3 +56,20 @@ def validate(document: object, version: str) -> None:
             validate(item, version)
     elif "example/" not in document["apiVersion"]:  # a custom resource's schema is its owner's
         kubernetes_validate.validate(document, version, strict=True)
+
+
+def refusal(*documents: Object, **wishes: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        inject(list(documents), Wishes(**wishes), "deploy.yaml")
+    return caught.value
+
+
+def a_pod(name: str = "app", **more: object) -> Object:
+    containers = [{"name": name, "image": "app:1", **more}]
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": {"containers": containers}}
+
+
+def with_spec(**more: object) -> Object:
+    pod = a_pod()
+    pod["spec"] |= more
+    return pod

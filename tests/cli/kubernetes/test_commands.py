@@ -48,6 +48,19 @@ def test_standard_input_is_the_default_and_what_was_done_goes_to_standard_error(
     assert meshnet("uninject", stdin=POD).stderr == "Pod/one: nothing to change\n"
 
 
+def test_what_is_left_out_for_its_version_is_told_and_nothing_else() -> None:
+    old = "apiVersion: batch/v1beta1\nkind: CronJob\nmetadata: {name: old}\nspec: {jobTemplate: {spec: {template: "
+    old += "{spec: {containers: [{name: a}]}}}}}\n"
+    done = meshnet("inject", stdin=f"{POD}---\n{old}")
+    assert done.stderr.splitlines() == [
+        "Pod/one: injected",
+        "CronJob/old (batch/v1beta1): left as it is, out of the mesh: not a kind and version that is looked into "
+        "(meshnet inject --help)",
+    ]
+    assert documents(done)[1] == read_documents(old, "")[0]
+    assert meshnet("inject", stdin=old).stderr.startswith("warning: there is no workload in it\n")
+
+
 @pytest.mark.parametrize("form", ["yaml", "json"])
 def test_several_files_are_printed_one_after_the_other(form: str) -> None:
     names = ("statefulset", "disabled", "job")

@@ -24,12 +24,15 @@ from tests.cli.kubernetes.manifests import (
     FOLDER,
     NAMES,
     VERSIONS,
+    a_pod,
     container,
     environment,
     injected,
     pods,
     read,
+    refusal,
     validate,
+    with_spec,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -269,28 +272,12 @@ def test_a_wrong_annotation_is_told_with_document_and_field(name: str, value: ob
     assert said in str(error)
 
 
-def refusal(*documents: Object, **wishes: Any) -> ConfigError:
-    with pytest.raises(ConfigError) as caught:
-        inject(list(documents), Wishes(**wishes), "deploy.yaml")
-    return caught.value
-
-
-def a_pod(name: str = "app", **more: object) -> Object:
-    containers = [{"name": name, "image": "app:1", **more}]
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": {"containers": containers}}
-
-
-def with_spec(**more: object) -> Object:
-    pod = a_pod()
-    pod["spec"] |= more
-    return pod
-
-
 @pytest.mark.parametrize(
     ("pod", "said"),
     [
         (with_spec(hostNetwork=True), "spec.hostNetwork: the pod has the node's network: its rules would capture"),
         (with_spec(os={"name": "windows"}), "spec.os.name: the rules are Linux's"),
+        (with_spec(nodeSelector={"kubernetes.io/os": "windows"}), "spec.nodeSelector.kubernetes.io/os: the rules are"),
         (a_pod(ports=[{"containerPort": 15121}]), "spec.containers[0].ports[0].containerPort: 15121 is the sidecar's"),
         (a_pod("meshnet-proxy"), "spec.containers[0].name: there is a container meshnet-proxy already"),
         (a_pod("istio-proxy"), "spec.containers[0].name: the pod is in another mesh, Istio"),
@@ -337,6 +324,23 @@ def test_trap_7_a_job_with_an_ordinary_sidecar_would_never_end_and_is_refused() 
         (document,) = read(FOLDER / f"{name}.yaml")
         assert isinstance(document, dict)
         assert "a job with an ordinary sidecar never ends" in str(refusal(document, native_sidecar=False))
+
+
+def test_what_would_make_pods_and_is_not_known_is_told() -> None:
+    template = {"template": {"spec": {"containers": [{"name": "app"}]}}}
+    cron = {"apiVersion": "batch/v1beta1", "kind": "CronJob", "metadata": {"name": "old"}}
+    cron["spec"] = {"jobTemplate": {"spec": template}}  # type: ignore[assignment]  # of any sort
+    rollout = {"apiVersion": "rollouts.example/v1", "kind": "Rollout", "metadata": {"name": "web"}, "spec": template}
+    empty = {"apiVersion": "rollouts.example/v1", "kind": "Rollout", "spec": {"template": {"spec": {"containers": []}}}}
+    documents = [a_pod(), {"kind": "List", "apiVersion": "v1", "items": [cron, rollout, empty]}]
+    changed, told = inject(documents, Wishes(), "")
+    assert changed[1] == documents[1]
+    assert [(each.name, each.what) for each in told] == [
+        ("Pod/one", "injected"),
+        ("CronJob/old (batch/v1beta1)", "unknown"),
+        ("Rollout/web (rollouts.example/v1)", "unknown"),
+    ]
+    assert [each.name for each in uninject(changed, "")[1]] == ["Pod/one"]
 
 
 def test_every_problem_of_every_document_is_told_at_once() -> None:
