@@ -95,6 +95,7 @@ def findings(settings: Settings, config: str | None) -> Iterator[Finding]:
         yield Finding(code="sidecar.running", level="ok", what=f"a sidecar runs (pid {status.pid})")
         yield _needed("sidecar.settings", "it fits these settings", partial(preflight.need_fit, settings, status))
     yield _truthful(settings, status)
+    yield _readiness(settings, status)
     yield _needed(
         "ssh.reachable", "SSH does not depend on the sidecar", lambda: ssh.need_safe(settings, (), "meshnet up")
     )
@@ -145,6 +146,25 @@ def _truthful(settings: Settings, status: Status | None) -> Finding:
         what="capture.truthful_connect is not in force",
         why="the sidecar was started without it" if truthful is None else truthful.problem or "it has just begun",
         fix="give the sidecar the capability NET_ADMIN, and start it again: sudo meshnet down && sudo meshnet up",
+    )
+
+
+def _readiness(settings: Settings, status: Status | None) -> Finding:
+    """Whether somebody still comes in through the rules who did so before."""
+    code = "capture.readiness"
+    if not settings.capture.readiness_port:
+        return Finding(code=code, level="ok", what="capture.readiness_port is off")
+    visits = status.capture.visits if status is not None and status.capture is not None else ()
+    late = [it for it in visits if it.late]
+    if not late:
+        when = ", ".join(f"{it.family} {it.last}" for it in visits)
+        return Finding(code=code, level="ok", what=f"readiness was last asked for through the rules: {when or 'never'}")
+    return Finding(
+        code=code,
+        level="warning",
+        what=f"nobody asks for readiness through the rules any more: {', '.join(it.family for it in late)}",
+        why=", ".join(f"last at {it.last}, before that every {it.every_seconds:.0f} s" for it in late),
+        fix="sudo meshnet rules verify; if the rules are in force, look after who asked",
     )
 
 

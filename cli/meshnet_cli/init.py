@@ -132,6 +132,7 @@ FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("capture", "inbound_cidrs", _CIDRS, "Clients to capture: 10.0.0.0/8,fd00::/8 or *."),
     ("capture", "exclude_inbound_cidrs", _SOME_CIDRS, "Clients to leave alone."),
     ("capture", "inbound_interfaces", _INTERFACES, "Interfaces to capture inbound: eth0,ens* or *."),
+    ("capture", "readiness_port", _PORT, "Where /readyz is answered only through the rules, as for a kubelet."),
     ("capture", "reroute_interfaces", _SOME_INTERFACES, "Bridges; what passes from there goes to the outbound proxy."),
     ("capture", "outbound_ports", _PORTS, "Outbound ports to capture."),
     ("capture", "exclude_outbound_ports", _SOME_PORTS, "Outbound ports to leave alone."),

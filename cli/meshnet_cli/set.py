@@ -232,7 +232,8 @@ def _without_capture(settings: Settings) -> object:
     """What the sidecar itself reads."""
     capture = settings.capture
     ways = (capture.gid, capture.inbound_mode, capture.original_source, bool(capture.reroute_interfaces))
-    own = (ways, capture.proof_interval, capture.required, capture.truthful_connect)
+    readiness = (capture.readiness_port, capture.ipv6) if capture.readiness_port else ()
+    own = (ways, capture.proof_interval, capture.required, capture.truthful_connect, readiness)
     return settings.proxy, settings.admin, settings.mesh, settings.identity, settings.pool, settings.log, own
 
 

@@ -83,6 +83,12 @@ def _capture(capture: CaptureStatus) -> Iterator[tuple[str, str]]:
     place = {True: "in place", False: "NOT in place", None: "not proved"}[capture.in_place]
     proofs = ", ".join(f"{proof.direction} {proof.family} {proof.result}" for proof in capture.proofs)
     yield "capture", ": ".join(filter(None, (place, proofs)))
+    for visits in capture.visits:
+        asked = f"inbound {visits.family}: readiness was last asked for through the rules at {visits.last}"
+        if visits.late:
+            yield "problem", f"{asked}, before that every {visits.every_seconds:.0f} s (meshnet rules verify)"
+        else:
+            yield "", asked
     past = [f"{_count(count, 'connection')} {name}" for name, count in capture.uncaptured.items() if count]
     if past:
         yield "problem", f"{' and '.join(past)} got past the sidecar: {', '.join(capture.examples)}"

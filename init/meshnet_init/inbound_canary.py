@@ -14,7 +14,7 @@ from meshnet.model.canary import CANARY_PORT, FAMILIES, INBOUND_CANARY, IpFamily
 from meshnet.net.canary import begin_connect
 from meshnet_init.backends import Backend, Installed
 from meshnet_init.canary import PATIENCE, Canary, Status, finish_connect, listen, read_all, receive_own
-from meshnet_init.rule import Plan
+from meshnet_init.rule import READINESS, Plan
 from meshnet_init.sidecar import captured_inbound, turns_inbound
 from meshnet_init.visitor import NoVisitor, a_visitor
 
@@ -101,10 +101,9 @@ def _by_a_firewall(canary: Canary) -> Canary:
 
 def _port(plan: Plan, family: IpFamily) -> int:
     """One whose connections are captured whoever calls; 0 if there is none."""
-    ports = [CANARY_PORT]
-    for rule in plan.rules:
-        if turns_inbound(rule) and rule.ports is not None:
-            ports += [rule.ports.first, rule.ports.last]
+    turning = [rule for rule in plan.rules if turns_inbound(rule) and rule.ports is not None]
+    turning.sort(key=lambda rule: rule.why == READINESS)  # last: it is there even where no application is captured
+    ports = [CANARY_PORT, *(port for rule in turning if rule.ports for port in (rule.ports.first, rule.ports.last))]
     if family == "ipv6" and not plan.ipv6:
         return 0
     return next((port for port in ports if captured_inbound(plan.rules, port, INBOUND_CANARY[family])), 0)

@@ -20,6 +20,7 @@ from meshnet_init.rule import (
     CHAIN_IN,
     CHAIN_OUT,
     CHAINS,
+    READINESS,
     Chain,
     Family,
     Plan,
@@ -74,7 +75,7 @@ def make_plan(settings: Settings, host: Host) -> Plan:
     capture = settings.capture
     _check(settings)
     ipv6 = capture.ipv6 == "on" or (capture.ipv6 == "auto" and host.ipv6)
-    every_inbound, every_outbound = list(_inbound(settings)), list(_outbound(settings, host))
+    every_inbound, every_outbound = list(_inbound(settings, ipv6)), list(_outbound(settings, host))
     inbound = every_inbound if ipv6 else _without_ipv6(every_inbound)
     outbound = every_outbound if ipv6 else _without_ipv6(every_outbound)
 
@@ -103,7 +104,7 @@ def make_plan(settings: Settings, host: Host) -> Plan:
     return plan
 
 
-def _inbound(settings: Settings) -> Iterator[Rule]:
+def _inbound(settings: Settings, ipv6: bool) -> Iterator[Rule]:
     proxy, capture = settings.proxy, settings.capture
     ports = parse_ports(capture.inbound_ports, "capture.inbound_ports")
     excluded = parse_ports(capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
@@ -115,6 +116,7 @@ def _inbound(settings: Settings) -> Iterator[Rule]:
 
     yield Rule(chain=CHAIN_IN, loopback=True, why="came from this host itself")
     yield Rule(chain=CHAIN_IN, mark=proxy.mark, why="made by the proxy")
+    yield from _readiness(settings, ipv6)
     for port in sorted(settings.own_ports()):
         yield Rule(chain=CHAIN_IN, ports=Ports(port, port), why="the sidecar's own port")
     yield from _rerouted(settings)
@@ -138,6 +140,18 @@ def _inbound(settings: Settings) -> Iterator[Rule]:
                     redirect=proxy.inbound_port,
                     why="to the inbound proxy",
                 )
+
+
+def _readiness(settings: Settings, ipv6: bool) -> Iterator[Rule]:
+    """Ahead of all that is left alone: who asks for readiness comes by the rules, from wherever.
+
+    Where IPv6 is not captured the sidecar listens itself.
+    """
+    if port := settings.capture.readiness_port:
+        asked = Rule(chain=CHAIN_IN, local=True, ports=Ports(port, port), why=READINESS)
+        yield msgspec.structs.replace(asked, family="any" if ipv6 else "ipv4", redirect=settings.proxy.inbound_port)
+        if not ipv6:
+            yield msgspec.structs.replace(asked, family="ipv6")
 
 
 def _rerouted(settings: Settings) -> Iterator[Rule]:
@@ -404,6 +418,11 @@ def _check(settings: Settings) -> None:
             suggestion="give each its own port",
         )
     own = settings.own_ports()
+    if capture.readiness_port in own:
+        raise ConfigError(
+            f"capture.readiness_port: {capture.readiness_port} is the sidecar's own already",
+            suggestion="name a port at which nobody listens, such as 15124",
+        )
     for run in parse_ports(capture.loopback_ports, "capture.loopback_ports"):
         for port in sorted(own):
             if port in run:

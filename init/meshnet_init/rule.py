@@ -56,6 +56,9 @@ CHAINS: tuple[Chain, ...] = tuple(PLACES)
 NAT_CHAINS: tuple[Chain, ...] = (CHAIN_IN, CHAIN_OUT)
 """Those are always there: without a nat chain translation stops."""
 
+READINESS = "readiness is asked for through the rules"
+"""Why what comes in for capture.readiness_port is redirected."""
+
 _ARRIVING: tuple[Hook, ...] = ("PREROUTING", "INPUT", "FORWARD")
 
 

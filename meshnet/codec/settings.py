@@ -145,6 +145,8 @@ def _value_problems(settings: Settings) -> list[Problem]:
         except ValueError as error:
             fields.wrong(("probes", "checks"), str(error))
     fields.port(("probes", "port"), settings.probes.port)
+    if capture.readiness_port:
+        ports["capture", "readiness_port"] = capture.readiness_port
     for path, port in ports.items():
         fields.port(path, port)
         if port in taken:

@@ -10,6 +10,8 @@ Nothing else can have answered.
   connections pass every other.
 - An inbound one comes to INBOUND_CANARY, at a port that is captured, from a visitor that the prover has made; for so
   long the address is this host's. It has no record.
+- Who asks for readiness at READINESS_PORT of this host's own address, where nobody listens, is an inbound canary by
+  itself: a kubelet comes from elsewhere, again and again. It has an answer over HTTP, and no record.
 """
 
 from typing import Final, Literal
@@ -21,6 +23,7 @@ FAMILIES: Final[tuple[IpFamily, ...]] = ("ipv4", "ipv6")
 
 CANARY_PORT = 15122
 PROOF_PORT = 15123
+READINESS_PORT = 15124  # where meshnet inject has a kubelet ask; elsewhere what capture.readiness_port says
 CANARY_V4 = "192.0.2.2"
 CANARY_V6 = "2001:db8::2"
 CANARY: Final[dict[IpFamily, str]] = {"ipv4": CANARY_V4, "ipv6": CANARY_V6}

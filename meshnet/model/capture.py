@@ -24,6 +24,18 @@ class Proof(Shape, frozen=True):
     detail: str = ""
 
 
+class Visits(Shape, frozen=True):
+    """Who comes to this host from elsewhere, in one family, to ask for readiness through the rules.
+
+    `every_seconds` is learned from the visits, 0 while not known. `late`: nobody has come for several times as long.
+    """
+
+    family: IpFamily
+    last: str
+    every_seconds: float = 0.0
+    late: bool = False
+
+
 class Repair(Shape, frozen=True):
     """`by`: whoever changed the rules, as far as the kernel tells; `differences`: what it had changed."""
 
@@ -79,6 +91,7 @@ class CaptureStatus(Shape, frozen=True):
     in_place: bool | None
     required: bool
     proofs: tuple[Proof, ...] = ()
+    visits: tuple[Visits, ...] = ()
     proved_at: str = ""
     interval_seconds: float = 0.0
     uncaptured: dict[str, int] = {}

@@ -92,6 +92,7 @@ class CaptureSection(Section, frozen=True):
     gid: int = 15137  # the proxy's primary group
     proof_interval: str = "30s"  # between proofs that capture works; off: none
     inbound_proof_interval: str = "10m"  # the same of what comes in, which takes an interface for a moment; off: none
+    readiness_port: int = 0  # where /readyz is answered only through the rules, which proves them; 0: nowhere
     required: bool = False  # not ready until capture is proved
     fail: Literal["closed", "open"] = "closed"  # what becomes of new connections when the sidecar dies
     ipv6: Literal["auto", "on", "off", "reject"] = "auto"  # off lets it pass beside the proxy, reject refuses it

@@ -23,5 +23,6 @@ async def run(settings: Settings) -> None:
         capture = CaptureProof(settings, lambda: [os.getpid()])
         async with a_sidecar(settings, listeners) as sidecar:
             answers = OwnAnswers(sidecar, told, capture)
-            async with front(settings, told, listeners, answers, capture):
+            async with front(settings, told, listeners, answers, capture) as answer_readiness:
+                sidecar.state.answer_readiness = answer_readiness
                 await sidecar.serve()

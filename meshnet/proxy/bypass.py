@@ -36,7 +36,7 @@ class Bypass:
 
     def __init__(self, settings: Settings, addresses: LocalAddresses, pids: Callable[[], Iterable[int]]) -> None:
         self.scope = CaptureScope(settings)
-        self._own_ports = settings.own_ports()
+        self._own_ports = settings.own_ports() | {settings.capture.readiness_port}
         self._outbound_port = settings.proxy.outbound_port
         self._addresses = addresses
         self._pids = pids

@@ -2,7 +2,8 @@
 
 - A canary of its own in each family: it comes back to the sidecar only if the rules are in force.
 - A look for connections that got past it (bypass.py).
-- What the keeper of the rules says, if there is one: the sidecar cannot see what comes in from elsewhere.
+- What the keeper of the rules says, if there is one: the sidecar cannot call itself from elsewhere.
+- Who asks for readiness through the rules (visits.py), as a kubelet does, if capture.readiness_port is set.
 
 Rules vanish weeks later (istio#61182, istio#56729): capture that was in place and is gone makes the sidecar not ready.
 """
@@ -30,6 +31,7 @@ from meshnet.net.keeper import ask_keeper
 from meshnet.net.sock_diag import TcpSocket, host_of
 from meshnet.proxy.bypass import Bypass
 from meshnet.proxy.uncaptured import list_uncaptured
+from meshnet.proxy.visits import InboundVisits
 
 _log = logging.getLogger("meshnet.capture")
 
@@ -64,6 +66,7 @@ class CaptureProof:
         self._past: Past = frozenset()
         self._not_judged: dict[str, str] = {}
         self._keeper: KeeperReport | None = None
+        self.visits = InboundVisits()
 
     async def run(self) -> None:
         """Until it is cancelled; returns at once where no proof is asked for."""
@@ -87,6 +90,7 @@ class CaptureProof:
         """To the keeper, which comes and goes by itself: a question costs nothing beside a proof."""
         while True:
             self._hear(await trio.to_thread.run_sync(ask_keeper))
+            self.visits.look()
             await trio.sleep(_LISTEN)
 
     @property
@@ -142,7 +146,8 @@ class CaptureProof:
         return CaptureStatus(
             in_place=self.in_place,
             required=self._required,
-            proofs=tuple(self._proofs.values()),
+            proofs=(*self._proofs.values(), *self.visits.proofs()),
+            visits=self.visits.views(),
             proved_at=self._proved_at,
             interval_seconds=self._interval,
             uncaptured={str(it): sum(direction is it for direction, _ in self._past) for it in judged},
@@ -242,12 +247,17 @@ class CaptureProof:
 
     def _families(self) -> Iterator[Family]:
         reported = self._keeper.proofs if self._keeper is not None else ()
-        places = [
-            ({"direction": proof.direction, "family": proof.family}, float(proof.result == "captured"))
-            for proof in (*self._proofs.values(), *(each for each in reported if each.direction == "inbound"))
+        inbound = (*self.visits.proofs(), *(each for each in reported if each.direction == "inbound"))
+        places = {
+            (proof.direction, proof.family): float(proof.result == "captured")
+            for proof in (*self._proofs.values(), *inbound)
             if proof.result in _DEFINITE
-        ]
-        yield _family("meshnet_rules_in_place", "gauge", "1: a canary was captured; 0: it was not.", places)
+        }
+        told = [({"direction": direction, "family": family}, place) for (direction, family), place in places.items()]
+        yield _family("meshnet_rules_in_place", "gauge", "1: a canary was captured; 0: it was not.", told)
+        visits = [({"family": family}, at) for family, at in self.visits.times()]
+        text = "When readiness was last asked for through the rules, which proves that what comes in is captured."
+        yield _family("meshnet_inbound_proved_timestamp_seconds", "gauge", text, visits)
         counts = [({"family": family, "result": result}, float(n)) for (family, result), n in self._counts.items()]
         yield _family("meshnet_capture_proofs", "counter", "Canaries of the sidecar's own.", counts)
         status = self.status()

@@ -20,6 +20,7 @@ from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.health import HealthServer
 from meshnet.proxy.listen import Listeners
 from meshnet.proxy.probes import ProbeRelay
+from meshnet.proxy.readiness import CapturedReadiness
 from meshnet.relay.ladder import serving
 
 _log = logging.getLogger("meshnet.proxy")
@@ -32,8 +33,9 @@ async def front(
     listeners: Listeners,
     answers: Answers,
     capture: CaptureProof,
-) -> AsyncIterator[None]:
-    """Within it questions are answered, signals obeyed, and capture is proved.
+) -> AsyncIterator[Callable[[socket.socket], None]]:
+    """Within it questions are answered, signals obeyed, and capture is proved. It takes who asks for readiness through
+    the rules.
 
     `told` is what the log says of where it listens. Raises CommandError if the admin socket cannot be had, or the relay
     that the settings ask for.
@@ -63,11 +65,20 @@ async def front(
         if "probes" in listeners:
             probes = ProbeRelay(read_checks(settings.probes.checks), _mark(settings))
             nursery.start_soon(trio.serve_listeners, guarded(probes.handle), _streams(listeners["probes"]))
+        readiness = CapturedReadiness(answers, capture.visits.came)
+        if "readiness" in listeners:
+            found = _streams(listeners["readiness"])
+            nursery.start_soon(trio.serve_listeners, guarded(readiness.answer), found)
         nursery.start_soon(notify.keep_told, answers, listeners)
         nursery.start_soon(capture.run)
         _log.info("relay: %s, %s", relay, ", ".join(f"not {name}: {why}" for name, why in missing.items()))
         _log.info("listening: %s", ", ".join(told.values()))
-        yield
+
+        def answer_readiness(client: socket.socket) -> None:
+            stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+            nursery.start_soon(guarded(readiness.handle), stream)
+
+        yield answer_readiness
         nursery.cancel_scope.cancel()
 
 

@@ -18,9 +18,16 @@ class Answer:
 
 
 async def serve(
-    stream: trio.SocketStream, answer: Callable[[h11.Request], Awaitable[Answer]], idle_timeout: float
+    stream: trio.SocketStream,
+    answer: Callable[[h11.Request], Awaitable[Answer]],
+    idle_timeout: float,
+    *,
+    once: bool = False,
 ) -> None:
-    """Serves one connection, GET after GET, until the client ends it or is silent for `idle_timeout` seconds."""
+    """Serves one connection, GET after GET, until the client ends it or is silent for `idle_timeout` seconds.
+
+    `once`: until the first answer.
+    """
     connection = h11.Connection(h11.SERVER)
     async with stream:
         try:
@@ -36,8 +43,8 @@ async def serve(
                 else:
                     said = Answer(405, b"only GET\n")
                 with trio.fail_after(idle_timeout):
-                    await _send(connection, stream, said, bare=request.method == b"HEAD")
-                if connection.our_state is h11.MUST_CLOSE:
+                    await _send(connection, stream, said, bare=request.method == b"HEAD", last=once)
+                if once or connection.our_state is h11.MUST_CLOSE:
                     return
                 connection.start_next_cycle()
         except (h11.RemoteProtocolError, trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
@@ -76,9 +83,11 @@ async def _next_event(connection: h11.Connection, stream: trio.abc.Stream) -> ob
     return event
 
 
-async def _send(connection: h11.Connection, stream: trio.SocketStream, said: Answer, *, bare: bool) -> None:
+async def _send(connection: h11.Connection, stream: trio.SocketStream, said: Answer, *, bare: bool, last: bool) -> None:
     """`bare`: the head alone, which still says how long the body would be (RFC 9110, 9.3.2)."""
     headers = [("content-type", said.content_type), ("content-length", str(len(said.body)))]
+    if last:
+        headers.append(("connection", "close"))
     data = connection.send(h11.Response(status_code=said.status, headers=headers)) or b""
     if not bare:
         data += connection.send(h11.Data(data=said.body)) or b""

@@ -17,6 +17,7 @@ from meshnet.proxy.admission import admit
 from meshnet.proxy.attempt import reach_address
 from meshnet.proxy.canary import answer_canary
 from meshnet.proxy.carry import relay
+from meshnet.proxy.readiness import asks_for_readiness, pass_on
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
 from meshnet.relay import PlainLeg, Target, TunnelLeg
@@ -34,6 +35,9 @@ async def carry_plain(client: socket.socket, source: Address, state: ProxyState)
         target = record.original = original_destination(client)
         if is_inbound_canary(target):
             answer_canary(client, target, record)
+            return
+        if asks_for_readiness(target, state):
+            pass_on(client, record, state)
             return
         decided = state.orders.generation
         admit("", target, record, state, tunnelled=False)

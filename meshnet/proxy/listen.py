@@ -14,9 +14,11 @@ _LOOPBACK = ("127.0.0.1", "::1")  # redirected output arrives there (man iptable
 _ANY = ("0.0.0.0", "::")  # redirected input arrives at the address of the interface it came in by
 
 Listeners = Mapping[str, Sequence[socket.socket]]
-"""By what they take: outbound, inbound, tunnel, health, and probes where there are any to relay."""
+"""By what they take: outbound, inbound, tunnel, health, probes where there are any to relay, and readiness where it is
+asked for in a family that no rule captures.
+"""
 
-OWN = frozenset({"health", "probes"})
+OWN = frozenset({"health", "probes", "readiness"})
 """Those whose connections are for the sidecar itself."""
 
 
@@ -37,11 +39,14 @@ def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socke
     }
     if settings.probes.checks:
         wanted["probes"] = (settings.probes.port, _ANY)
+    if settings.capture.readiness_port and settings.capture.ipv6 in ("off", "reject"):
+        wanted["readiness"] = (settings.capture.readiness_port, ("::",))
     transparent = {"inbound"} if settings.capture.inbound_mode == "tproxy" else set()
-    listeners = {
+    every = {
         name: _listen(name, port, hosts, stack, name in transparent, kept.get(name, ()))
         for name, (port, hosts) in wanted.items()
     }
+    listeners = {name: found for name, found in every.items() if found}
     taken_over = set(chain(*listeners.values()))
     for sock in chain(*kept.values()):
         if sock not in taken_over:
@@ -91,6 +96,6 @@ def _listen(
             ) from error
         if sock is not None:
             found.append(stack.enter_context(sock))
-    if not found:
+    if not found and name != "readiness":  # without IPv6 nobody asks there
         raise CommandError(f"no address to listen on for {name}", fix="ip addr")
     return found

@@ -2,8 +2,9 @@
 
 import logging
 import random
+import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -121,6 +122,8 @@ class ProxyState:
         addresses.on_change = self._addresses_changed
         # Where capture.truthful_connect asks for it: those whose SYN waits for a leg.
         self.held = HeldSyns(settings) if settings.capture.truthful_connect else None
+        # Takes who asks for it through the rules; whoever answers for all processes takes the place of this.
+        self.answer_readiness: Callable[[socket.socket], None] = socket.socket.close
         self.draining = False
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 

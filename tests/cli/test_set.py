@@ -30,6 +30,8 @@ def test_rules_in_force_change_at_once_and_the_sidecar_stays(machine: Machine) -
     assert machine.meshnet("rules", "verify").returncode == 0
     change(machine, "--unset", "capture.exclude_inbound_ports")
     assert "8000-8100" not in machine.rules()
+    assert "the sidecar reads it when it starts again" in change(machine, "capture.readiness_port=15124")
+    assert "dport 15124" in machine.rules()
     assert machine.status().pid == pid
 
 

@@ -12,6 +12,7 @@ from meshnet.model.admin import (
     TunnelStatus,
     WorkerStatus,
 )
+from meshnet.model.capture import CaptureStatus, Visits
 from tests.cli.conftest import Meshnet
 from tests.cli.sidecar import Sidecar
 
@@ -141,3 +142,16 @@ def test_json_is_what_the_sidecar_said_and_the_exit_code_the_same(meshnet: Meshn
     assert result.exit_code == 1
     assert msgspec.json.decode(meshnet("status", "-o", "jsonl").output, type=Status) == NOT_READY
     assert meshnet("status", "-o", "name").output == "vm1\n"
+
+
+def test_who_asks_for_readiness_through_the_rules_is_told_and_so_is_who_stopped(
+    meshnet: Meshnet, sidecar: Sidecar
+) -> None:
+    visits = [Visits(family="ipv4", last="2026-11-30T10:00:00.000Z", every_seconds=5.0)]
+    visits.append(msgspec.structs.replace(visits[0], family="ipv6", late=True))
+    capture = CaptureStatus(in_place=True, required=True, visits=tuple(visits))
+    sidecar.will_answer(msgspec.structs.replace(READY, capture=capture))
+    lines = meshnet("status").output.splitlines()
+    asked = "readiness was last asked for through the rules at 2026-11-30T10:00:00.000Z"
+    assert f"              inbound ipv4: {asked}" in lines
+    assert f"problem       inbound ipv6: {asked}, before that every 5 s (meshnet rules verify)" in lines

@@ -170,6 +170,10 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
             'meshnet.toml:2: proxy.drain_timeout: "30" is not a duration such as 250ms, 3s, 5m or 1h30m (write "30s")',
         ),
         (
+            "[capture]\nreadiness_port = 15106\n",
+            "meshnet.toml:2: capture.readiness_port: 15106 is already proxy.inbound_port (write another port)",
+        ),
+        (
             "[admin]\nhealth_address = 'lo'\n",
             'meshnet.toml:2: admin.health_address: "lo" is not an IP address '
             '(write health_address = "0.0.0.0", the default)',

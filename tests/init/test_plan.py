@@ -13,6 +13,7 @@ from meshnet.model.canary import OWN_CANARY, PROOF_PORT
 from meshnet.model.settings import CaptureSection, ProxySection, Settings
 from meshnet_init.plan import Host, make_plan
 from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Rule, captures, drain_set, is_for_canary
+from meshnet_init.sidecar import captured_inbound
 from meshnet_init.values import ALL_PORTS, Ports
 
 ODD_PORTS = tuple(str(port) for port in range(1, 4001, 2))
@@ -113,6 +114,29 @@ def test_the_own_ports_are_left_alone_wherever_they_are_moved() -> None:
 
     assert ports_left_alone(rules) == ["15120", "16101", "16106", "16108", "22"]
     assert rules[-1].redirect == 16106
+
+
+@pytest.mark.parametrize("ipv6", ["auto", "off", "reject"])
+def test_readiness_is_asked_for_through_the_rules_whatever_is_left_alone(ipv6: str) -> None:
+    values = {"ipv6": ipv6, "exclude_inbound_cidrs": ["0.0.0.0/0", "::/0"], "inbound_ports": [], "strict": True}
+    assert not any(rule.redirect for rule in plan_rules(CHAIN_IN, **values))
+    rules = plan_rules(CHAIN_IN, readiness_port=15124, **values)
+    (turning,) = (rule for rule in rules if rule.redirect)
+    assert (turning.redirect, str(turning.ports), turning.local) == (15106, "15124", True)
+    assert captured_inbound(rules, 15124, "192.0.2.1")
+    assert captured_inbound(rules, 15124, "2001:db8::1") == (ipv6 == "auto")
+    guard = plan_rules("MESHNET_GUARD_IN", readiness_port=15124, **values)
+    for_all = [rule for rule in guard if not (rule.loopback or rule.mark or rule.established)]
+    decides = [
+        next(it.verdict for it in for_all if it.family in ("any", family) and (it.ports is None or 15124 in it.ports))
+        for family in ("ipv4", "ipv6")
+    ]
+    assert decides == ["reset", "reset" if ipv6 == "auto" else "return"]
+
+
+def test_readiness_cannot_be_asked_for_at_a_port_where_the_sidecar_listens() -> None:
+    with pytest.raises(ConfigError, match=r"capture\.readiness_port: 15106 is the sidecar's own already"):
+        plan_rules(CHAIN_IN, readiness_port=15106)
 
 
 def test_excludes_stand_before_the_redirect_and_includes_are_the_redirect() -> None:

@@ -1,10 +1,11 @@
 """Two pods in the mesh and a node. `client` and `server` come from manifests that `meshnet inject` has printed."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from click.testing import CliRunner
@@ -15,11 +16,21 @@ from meshnet_cli.main import main
 from tests.pod.kubelet import Object, Pod
 from tests.world import Host, World
 
-API, PORT = "10.96.0.10", 8080
+API, API6, PORT = "10.96.0.10", "fd96::10", 8080
+Family = Literal["ipv4", "ipv6"]
+FAMILIES: tuple[Family, ...] = ("ipv4", "ipv6")
 
-CURL = f"curl -sS --fail --max-time 10 http://{API}:{PORT}/"
 
-CLIENT = f"""
+def calling(*addresses: str) -> str:
+    """A command line that calls the service by each of its addresses."""
+    hosts = (f"[{address}]" if ":" in address else address for address in addresses)
+    return " && ".join(f"curl -gsS --fail --max-time 10 http://{host}:{PORT}/" for host in hosts)
+
+
+def client_manifest(*addresses: str) -> str:
+    """A pod whose init container and whose application call the service."""
+    call = calling(*addresses)
+    return f"""
 apiVersion: v1
 kind: Pod
 metadata: {{name: client}}
@@ -27,9 +38,30 @@ spec:
   serviceAccountName: client
   terminationGracePeriodSeconds: 10
   initContainers:
-    - {{name: fetch, command: [sh, -c, "{CURL}"], securityContext: {{runAsUser: 1000, runAsGroup: 1000}}}}
+    - {{name: fetch, command: [sh, -c, "{call}"], securityContext: {{runAsUser: 1000, runAsGroup: 1000}}}}
   containers:
-    - {{name: app, command: [sh, -c, "{CURL} && exec sleep 600"], securityContext: {{runAsUser: 1000}}}}
+    - {{name: app, command: [sh, -c, "{call} && exec sleep 600"], securityContext: {{runAsUser: 1000}}}}
+"""
+
+
+CURL = calling(API)
+CLIENT = client_manifest(API)
+
+PROBED = """
+apiVersion: v1
+kind: Pod
+metadata: {name: probed}
+spec:
+  serviceAccountName: client
+  containers:
+    - name: app
+      command: [python3, -m, http.server, "9000", --bind, "::", --directory, /work]
+      workingDir: /work
+      startupProbe: {tcpSocket: {port: 9000}, failureThreshold: 30}
+      livenessProbe: {exec: {command: [test, -e, /work/alive]}}
+      readinessProbe: {httpGet: {path: /ready, port: 9000}}
+      volumeMounts: [{name: work, mountPath: /work}]
+  volumes: [{name: work, emptyDir: {}}]
 """
 
 _SERVER = f"""
@@ -69,10 +101,15 @@ def meshnet(*arguments: object, stdin: str = "") -> list[Any]:
 
 
 class Cluster:
-    """One namespace of Kubernetes: identities, the mesh, and pods on hosts of a world."""
+    """One namespace of Kubernetes: identities, the mesh, and pods on hosts of a world.
 
-    def __init__(self, world: World) -> None:
+    Its pods have an address of each of `families`, the first of which is where a kubelet probes them.
+    """
+
+    def __init__(self, world: World, families: tuple[Family, ...]) -> None:
         self.world = world
+        self.families = families
+        self.apis = [{"ipv4": API, "ipv6": API6}[family] for family in families]
         self.node = world.host("node")
         self.objects: list[Object] = []
         self.authority = Authority.create("mesh.example", now=datetime.now(UTC))
@@ -86,8 +123,8 @@ class Cluster:
         mesh = home / "api.yaml"
         mesh.write_text(
             "apiVersion: meshnet.dev/v1\nkind: Service\nmetadata: {name: api}\nspec:\n"
-            f"  addresses: [{API}]\n  ports: [{{port: {PORT}, mode: strict}}]\n"
-            f"  endpoints: [{{address: {server.address}, tunnel: meshnet, "
+            f"  addresses: {json.dumps(self.apis)}\n  ports: [{{port: {PORT}, mode: strict}}]\n"
+            f"  endpoints: [{{address: '{self.address(server)}', tunnel: meshnet, "
             "identity: spiffe://mesh.example/ns/default/sa/server}]\n"
         )
         folders = []
@@ -104,21 +141,34 @@ class Cluster:
         """A pod, injected and not started. Of a Job it is the pod that the Job would make."""
         (document,) = meshnet("inject", *flags, stdin=manifest)
         template = document if document["kind"] == "Pod" else document["spec"]["template"]
-        return Pod(host, self.node, template, self.objects)
+        return Pod(host, self.node, template, self.objects, self.address(host))
+
+    def address(self, host: Host, family: Family | None = None) -> str:
+        """Of one family; of the first."""
+        return {"ipv4": host.address, "ipv6": host.address6}[family or self.families[0]]
+
+    def host(self, name: str) -> Host:
+        """For a pod."""
+        host = self.world.host(name)
+        for family, flag in (("ipv4", "-4"), ("ipv6", "-6")):
+            if family not in self.families:
+                host.run("ip", flag, "address", "flush", "dev", "eth0")
+        return host
 
     def client(self, manifest: str, *flags: str) -> Pod:
         """A pod on a host of its own."""
         self._clients += 1
-        return self.pod(self.world.host(f"client-{self._clients}"), manifest, *flags)
+        return self.pod(self.host(f"client-{self._clients}"), manifest, *flags)
 
 
 @pytest.fixture(scope="module")
-def _cluster() -> Iterator[Cluster]:
+def _cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    """Of both families, IPv4 first, unless tests name others."""
     # ./scripts/test without root maps one user: the sidecar, meshnet-init and the application are three.
     if os.getuid() != 0 or int(Path("/proc/self/uid_map").read_text().split()[2]) < 65536:
         pytest.skip("a pod has several users, and here is only one: run it as root")
     with World() as world:
-        yield Cluster(world)
+        yield Cluster(world, getattr(request, "param", FAMILIES))
 
 
 @pytest.fixture
@@ -142,7 +192,7 @@ def cluster(_cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[Clust
 def server(cluster: Cluster) -> Pod:
     """A pod that has started: nginx answers `hello` behind its sidecar, in strict mode."""
     if cluster.server is None:
-        host = cluster.world.host("server")
+        host = cluster.host("server")
         cluster.install("client", "server", server=host)
         cluster.server = cluster.pod(host, _SERVER)
         (cluster.server.volumes / "work" / "nginx.conf").write_text(_NGINX)

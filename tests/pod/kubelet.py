@@ -47,11 +47,12 @@ exec chroot "$root" "$@"
 
 class Pod:
     """A pod's manifest on `host`. `objects` are ConfigMaps and Secrets of its namespace, `node` is where probes come
-    from.
+    from, to `address` (status.podIP).
     """
 
-    def __init__(self, host: Host, node: Host, manifest: Object, objects: list[Object]) -> None:
+    def __init__(self, host: Host, node: Host, manifest: Object, objects: list[Object], address: str) -> None:
         self.host = host
+        self.address = address
         self.node = node
         self.spec: Object = manifest["spec"]
         self.name: str = manifest["metadata"].get("name", "pod")
@@ -107,11 +108,11 @@ class Pod:
             return self.execute(name, *probe["exec"]["command"], check=False) == 0
         try:
             if "tcpSocket" in probe:
-                self.node.connect(self.host.address, probe["tcpSocket"]["port"], timeout=seconds).close()
+                self.node.connect(self.address, probe["tcpSocket"]["port"], timeout=seconds).close()
                 return True
             asked = probe["httpGet"]
-            connection = http.client.HTTPConnection(self.host.address, asked["port"], timeout=seconds)
-            connection.sock = self.node.connect(self.host.address, asked["port"], timeout=seconds)
+            connection = http.client.HTTPConnection(self.address, asked["port"], timeout=seconds)
+            connection.sock = self.node.connect(self.address, asked["port"], timeout=seconds)
             connection.request("GET", asked["path"], headers={"User-Agent": "kube-probe/1.34", "Connection": "close"})
             status = connection.getresponse().status
             connection.close()

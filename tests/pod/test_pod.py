@@ -1,6 +1,5 @@
 """A pod as Kubernetes runs it: rules by NET_ADMIN alone, a sidecar with no capability, and an application behind it."""
 
-import http.client
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -8,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from meshnet.model.admin import GetStatus, Status
+from meshnet.model.capture import CaptureStatus
+from meshnet_cli.client import ask
 from tests.init.kernel import COMMANDS, listening
-from tests.pod.conftest import API, CLIENT, CURL, PORT, Cluster
+from tests.pod.caller import Caller, asks_once
+from tests.pod.conftest import API, API6, CLIENT, CURL, PORT, PROBED, Cluster
 from tests.pod.kubelet import Pod
 from tests.proxy.programs import ended_by_rst
 from tests.world import ProgramFailed, wait_for
@@ -30,47 +33,18 @@ spec:
         - {{name: job, command: [sh, -c, "for i in 1 2 3; do {CURL} || exit 1; done"]}}
 """
 
-PROBED = """
-apiVersion: v1
-kind: Pod
-metadata: {name: probed}
-spec:
-  serviceAccountName: client
-  containers:
-    - name: app
-      command: [python3, -m, http.server, "9000", --directory, /work]
-      workingDir: /work
-      startupProbe: {tcpSocket: {port: 9000}, failureThreshold: 30}
-      livenessProbe: {exec: {command: [test, -e, /work/alive]}}
-      readinessProbe: {httpGet: {path: /ready, port: 9000}}
-      volumeMounts: [{name: work, mountPath: /work}]
-  volumes: [{name: work, emptyDir: {}}]
-"""
-
 
 def facts(pid: int) -> dict[str, str]:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-class Caller:
-    """A connection of the pod's application to the service, over which it asks as often as it likes."""
-
-    def __init__(self, pod: Pod) -> None:
-        self.connection = http.client.HTTPConnection(API, PORT)
-        self.connection.sock = pod.host.connect(API, PORT)
-
-    def asks(self) -> str:
-        self.connection.request("GET", "/")
-        return self.connection.getresponse().read().decode()
-
-    def close(self) -> None:
-        self.connection.close()
-
-
-def asks_once(pod: Pod) -> str:
-    with closing(Caller(pod)) as caller:
-        return caller.asks()
+def capture_of(pod: Pod) -> CaptureStatus:
+    """What the sidecar says of capture."""
+    socket_path = str(pod.volumes / "meshnet-run" / "admin.sock")
+    found = ask(socket_path, GetStatus(), Status).capture
+    assert found is not None
+    return found
 
 
 def test_traps_5_and_6_init_containers_and_the_application_find_the_proxy_ready(running: Pod, server: Pod) -> None:
@@ -259,7 +233,7 @@ def test_a_sidecar_whose_rules_vanish_is_not_ready_until_init_runs_again(client:
 def test_a_sidecar_that_is_passed_by_inbound_is_not_ready_until_init_runs_again(
     client: Callable[..., Pod], cluster: Cluster
 ) -> None:
-    """Nothing proves inbound capture in a pod; but what came in beside a sidecar is noticed."""
+    """What came in beside a sidecar is noticed by itself, too, whoever asks for its readiness and how."""
     pod = client(CLIENT.replace("{name: client}", "{name: client, annotations: {meshnet.dev/strict: 'false'}}"))
     pod.start()
     assert pod.probe("meshnet-proxy", "readinessProbe")
@@ -269,10 +243,53 @@ def test_a_sidecar_that_is_passed_by_inbound_is_not_ready_until_init_runs_again(
         with accepted:
             past.sendall(b"in plain text")
             assert accepted.recv(13) == b"in plain text"
-            wait_for(lambda: not pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is not ready")
+            wait_for(lambda: not pod.probe("meshnet-proxy", "startupProbe"), what="a sidecar that is not ready")
             assert pod.probe("meshnet-proxy", "livenessProbe")
     assert "in force (" in pod.run_to_end("meshnet-init")
     wait_for(lambda: pod.probe("meshnet-proxy", "readinessProbe"), what="a sidecar that is ready again")
+
+
+@pytest.mark.parametrize(
+    ("backend", "strict"), [("nft", "true"), ("nft", "false"), ("iptables", "true"), ("legacy", "true")]
+)
+def test_the_kubelet_proves_inbound_capture_each_time_it_asks_for_readiness(
+    client: Callable[..., Pod], backend: str, strict: str
+) -> None:
+    manifest = CLIENT.replace("{name: client}", f"{{name: client, annotations: {{meshnet.dev/strict: '{strict}'}}}}")
+    pod = client(manifest, "--backend", backend)
+    pod.start()
+    assert pod.probe("meshnet-proxy", "readinessProbe")
+    (visits,) = capture_of(pod).visits
+    assert (visits.family, visits.late) == ("ipv4", False)
+    assert [each.result for each in capture_of(pod).proofs if each.direction == "inbound"] == ["captured"]
+    if backend == "nft":
+        pod.host.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
+    else:
+        pod.host.run(COMMANDS[backend], "-t", "nat", "-F", "MESHNET_IN")
+    assert not pod.probe("meshnet-proxy", "readinessProbe")
+    # To start it again would mend nothing, and what leaves is captured still.
+    assert pod.probe("meshnet-proxy", "livenessProbe")
+    assert pod.probe("meshnet-proxy", "startupProbe")
+    assert pod.execute("meshnet-proxy", "meshnet", "status") == 0
+    assert "in force (" in pod.run_to_end("meshnet-init")
+    assert pod.probe("meshnet-proxy", "readinessProbe")
+    assert '"inbound"' not in pod.processes["meshnet-proxy"].output  # it leaves no record
+
+
+@pytest.mark.parametrize(
+    "annotation", ["skip-inbound-ports: '1-65535'", "skip-inbound-cidrs: '0.0.0.0/0'"], ids=lambda text: text[5:18]
+)
+def test_where_no_application_is_captured_the_kubelet_s_question_is(
+    client: Callable[..., Pod], cluster: Cluster, annotation: str
+) -> None:
+    manifest = CLIENT.replace("{name: client}", f"{{name: client, annotations: {{meshnet.dev/{annotation}}}}}")
+    pod = client(manifest)
+    pod.start()
+    with listening(pod.host, "ipv4", PORT), cluster.node.connect(pod.host.address, PORT):
+        pass  # in plain text, as the annotation says
+    assert pod.probe("meshnet-proxy", "readinessProbe")
+    pod.host.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_IN")
+    assert not pod.probe("meshnet-proxy", "readinessProbe")
 
 
 @pytest.mark.parametrize("backend", ["nft", "iptables", "legacy"])
@@ -302,7 +319,8 @@ def test_where_its_redirects_are_lost_a_pod_takes_and_sends_nothing_in_plain_tex
 def test_a_change_of_the_config_map_reaches_a_sidecar_that_runs(running: Pod) -> None:
     folder = running.volumes / "meshnet-config"
     files = {name: (folder / name).read_bytes() for name in ("meshnet.toml", "api.yaml")}
-    more = files["api.yaml"].replace(API.encode(), b"10.96.0.11").replace(b"name: api", b"name: more")
+    more = files["api.yaml"].replace(b"name: api", b"name: more")
+    more = more.replace(API.encode(), b"10.96.0.11").replace(API6.encode(), b"fd96::11")
     with pytest.raises(ProgramFailed):
         running.execute("app", "curl", "-sS", "--fail", f"http://10.96.0.11:{PORT}/")
     running.update("meshnet-config", files | {"more.yaml": more})

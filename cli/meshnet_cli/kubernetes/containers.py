@@ -7,6 +7,7 @@ the same settings, so that the rules fit the sidecar.
 from collections.abc import Mapping
 
 from meshnet.codec.probes import Checks, write_checks
+from meshnet.model.canary import READINESS_PORT
 from meshnet.model.settings import Settings
 from meshnet_cli.kubernetes.manifests import Object
 from meshnet_cli.kubernetes.wishes import Wishes
@@ -20,7 +21,7 @@ _DEFAULTS = Settings()
 GID = _DEFAULTS.capture.gid
 HEALTH_PORT = _DEFAULTS.admin.health_port
 PROBES_PORT = _DEFAULTS.probes.port
-OWN_PORTS = _DEFAULTS.own_ports() | {PROBES_PORT}
+OWN_PORTS = _DEFAULTS.own_ports() | {PROBES_PORT, READINESS_PORT}
 
 _ETC = "/etc/meshnet"
 _SLOWEST_START = 120  # seconds
@@ -45,6 +46,7 @@ def environment(wishes: Wishes, checks: Checks, drain: int) -> list[Object]:
         "MESHNET_MESH__LAST_GOOD": "/run/meshnet/last-good.json",
         "MESHNET_ADMIN__HEALTH_PORT": str(HEALTH_PORT),
         "MESHNET_CAPTURE__GID": str(GID),
+        "MESHNET_CAPTURE__READINESS_PORT": str(READINESS_PORT),
         "MESHNET_CAPTURE__REQUIRED": "true",
         "MESHNET_CAPTURE__STRICT": "true",
         # A pod's routes are symmetric, and of its packets none is another's: what fits nowhere would only reset.
@@ -85,7 +87,9 @@ def proxy_container(wishes: Wishes, env: list[Object], grace: int) -> Object:
             {"name": "meshnet-health", "containerPort": HEALTH_PORT},
         ],
         "startupProbe": _asks("/readyz", periodSeconds=1, failureThreshold=_SLOWEST_START),
-        "readinessProbe": _asks("/readyz", periodSeconds=5),
+        # Through the rules, which proves again and again that what comes in is captured. The others ask directly: a
+        # sidecar that is started again mends no rules.
+        "readinessProbe": _asks("/readyz", READINESS_PORT, periodSeconds=5),
         "livenessProbe": _asks("/healthz", periodSeconds=10, failureThreshold=6),
         "resources": {key: dict(value) for key, value in _resources(wishes).items() if value},
         "securityContext": _security({"drop": ["ALL"]}, runAsUser=GID, runAsGroup=GID, runAsNonRoot=True),
@@ -132,8 +136,8 @@ def _security(capabilities: Object, **who: object) -> Object:
     }
 
 
-def _asks(path: str, **how: int) -> Object:
-    return {"httpGet": {"path": path, "port": HEALTH_PORT}, **how, "timeoutSeconds": 3}
+def _asks(path: str, port: int = HEALTH_PORT, **how: int) -> Object:
+    return {"httpGet": {"path": path, "port": port}, **how, "timeoutSeconds": 3}
 
 
 def _mount(name: str, path: str, *, read_only: bool = True) -> Object:

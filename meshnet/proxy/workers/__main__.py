@@ -51,6 +51,7 @@ async def _serve(brief: Brief, line: WorkersEnd) -> None:
         one as sidecar,
         trio.open_nursery() as nursery,
     ):
+        sidecar.state.answer_readiness = line.pass_on
         nursery.start_soon(_obey, line, sidecar)
         await sidecar.serve()
         nursery.cancel_scope.cancel()

@@ -1,7 +1,8 @@
 """The line between the parent and one worker: a pair of sockets that nobody else has.
 
 The parent's first message is the worker's brief. Each one after it brings a socket, over which the worker answers as it
-would at an admin socket. When one of the two is gone, however it ended, the other reads the end of the line.
+would at an admin socket. A worker's messages bring clients that the parent is to answer. When one of the two is gone,
+however it ended, the other reads the end of the line.
 """
 
 import socket
@@ -59,6 +60,10 @@ class ParentsEnd:
         ours.setblocking(False)
         return trio.SocketStream(trio.socket.from_stdlib_socket(ours))
 
+    def clients(self) -> AsyncIterator[socket.socket]:
+        """That the worker passes on, until it is gone. Owned by who takes them."""
+        return _received(self._sock)
+
     def __enter__(self) -> Self:
         return self
 
@@ -84,21 +89,16 @@ class WorkersEnd:
     async def calls(self) -> AsyncIterator[trio.SocketStream]:
         """The parent's, until it is gone."""
         self._sock.setblocking(False)
-        while True:
-            await trio.lowlevel.wait_readable(self._sock)
+        async for sock in _received(self._sock):
+            yield trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+
+    def pass_on(self, client: socket.socket) -> None:
+        """To the parent. Where that is gone, or has too many to take already, it is closed."""
+        with client:
             try:
-                text, descriptors, _, _ = socket.recv_fds(self._sock, _MOST, 1)
-            except BlockingIOError:
-                continue
-            except ConnectionResetError:  # it went without reading
-                return
-            if not text:
-                return
-            for descriptor in descriptors:
-                sock = socket.socket(fileno=descriptor)
-                sock.set_inheritable(False)
-                sock.setblocking(False)
-                yield trio.SocketStream(trio.socket.from_stdlib_socket(sock))
+                socket.send_fds(self._sock, [b"client"], [client.fileno()])
+            except OSError:
+                pass  # who asked hears nothing, and asks again
 
     def __enter__(self) -> Self:
         return self
@@ -107,3 +107,22 @@ class WorkersEnd:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._sock.close()
+
+
+async def _received(line: socket.socket) -> AsyncIterator[socket.socket]:
+    """The sockets that come over `line`, one a message, until the other end is gone."""
+    while True:
+        await trio.lowlevel.wait_readable(line)
+        try:
+            text, descriptors, _, _ = socket.recv_fds(line, _MOST, 1)
+        except BlockingIOError:
+            continue
+        except ConnectionResetError:  # it went without reading
+            return
+        if not text:
+            return
+        for descriptor in descriptors:
+            sock = socket.socket(fileno=descriptor)
+            sock.set_inheritable(False)
+            sock.setblocking(False)
+            yield sock

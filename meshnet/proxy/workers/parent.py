@@ -35,6 +35,10 @@ async def run(settings: Settings, listeners: Listeners) -> None:
 
         capture = CaptureProof(settings, lambda: [os.getpid(), *(worker.pid for worker in workers if worker.pid)])
         answers = JointAnswers(workers, totals, settings, told, stop_listening, capture)
-        async with front(settings, told, listeners, answers, capture), trio.open_nursery() as nursery:
+        async with (
+            front(settings, told, listeners, answers, capture) as answer_readiness,
+            trio.open_nursery() as nursery,
+        ):
             for worker in workers:
+                worker.answer_readiness = answer_readiness
                 nursery.start_soon(worker.run)

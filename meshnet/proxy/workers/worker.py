@@ -1,6 +1,7 @@
 """One worker as its parent sees it: a place, and the processes that fill it one after the other."""
 
 import logging
+import socket
 import subprocess
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
@@ -52,6 +53,8 @@ class Worker:
         self._died = died
         self.to_hear: Callable[[], Iterable[Question]] = tuple
         """What each new process is to be told first, because those before it were."""
+        self.answer_readiness: Callable[[socket.socket], None] = socket.socket.close
+        """Takes what comes to a worker and is for the sidecar as a whole."""
         self._line: ParentsEnd | None = None
         self._drained = trio.Event()
         self._until_killed = trio.CancelScope()
@@ -110,6 +113,10 @@ class Worker:
         for question in list(self.to_hear()):
             await self.ask(question)
 
+    async def _take(self, line: ParentsEnd) -> None:
+        async for client in line.clients():
+            self.answer_readiness(client)
+
     async def _live(self) -> str:
         """One process from its start to its end. What became of it, in words."""
         listeners = [descriptor for found in self._brief.listeners.values() for descriptor in found]
@@ -135,6 +142,7 @@ class Worker:
                 with self._until_killed:
                     async with trio.open_nursery() as nursery:
                         nursery.start_soon(self._tell)
+                        nursery.start_soon(self._take, line)
                         await process.wait()
                         nursery.cancel_scope.cancel()
                 if self._until_killed.cancelled_caught:

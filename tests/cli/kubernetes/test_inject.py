@@ -13,12 +13,14 @@ from meshnet import __version__
 from meshnet.codec.probes import read_checks
 from meshnet.codec.settings import load_settings
 from meshnet.errors import ConfigError
+from meshnet.model.canary import INBOUND_CANARY
 from meshnet.model.probe import GrpcCheck, HttpCheck, TcpCheck
 from meshnet_cli.kubernetes.manifests import Object, read_documents, write_documents
 from meshnet_cli.kubernetes.wishes import ANNOTATIONS, Wishes
 from meshnet_cli.kubernetes.workloads import inject, uninject
 from meshnet_init.plan import Host, make_plan
 from meshnet_init.rule import captures
+from meshnet_init.sidecar import captured_inbound
 from tests.cli.kubernetes.manifests import (
     FILES,
     FOLDER,
@@ -76,6 +78,8 @@ def test_rules_and_sidecar_get_the_same_settings_and_take_them(file: Path) -> No
         assert found.capture.gid == container(pod, "meshnet-proxy")["securityContext"]["runAsGroup"]
         plan = make_plan(found, Host())
         assert captures(plan.rules, "192.0.2.1", 80)
+        asked = container(pod, "meshnet-proxy")["readinessProbe"]["httpGet"]["port"]
+        assert all(captured_inbound(plan.rules, asked, source) for source in INBOUND_CANARY.values())
         assert {rule.gid for rule in plan.rules} >= {found.capture.gid}
 
 
@@ -279,6 +283,7 @@ def test_a_wrong_annotation_is_told_with_document_and_field(name: str, value: ob
         (with_spec(os={"name": "windows"}), "spec.os.name: the rules are Linux's"),
         (with_spec(nodeSelector={"kubernetes.io/os": "windows"}), "spec.nodeSelector.kubernetes.io/os: the rules are"),
         (a_pod(ports=[{"containerPort": 15121}]), "spec.containers[0].ports[0].containerPort: 15121 is the sidecar's"),
+        (a_pod(ports=[{"containerPort": 15124}]), "spec.containers[0].ports[0].containerPort: 15124 is the sidecar's"),
         (a_pod("meshnet-proxy"), "spec.containers[0].name: there is a container meshnet-proxy already"),
         (a_pod("istio-proxy"), "spec.containers[0].name: the pod is in another mesh, Istio"),
         (with_spec(volumes=[{"name": "meshnet-run"}]), "spec.volumes[0].name: meshnet-run is the sidecar's own"),

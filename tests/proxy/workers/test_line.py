@@ -1,6 +1,7 @@
 """The line between parent and worker, with both ends in one process."""
 
 import os
+import socket
 from contextlib import ExitStack
 
 import pytest
@@ -58,6 +59,32 @@ def test_a_parent_that_is_gone_before_its_brief_is_no_error() -> None:
         worker = workers_end(parent)
     with worker:
         assert worker.brief() is None
+
+
+async def test_a_worker_passes_clients_on_until_it_is_gone() -> None:
+    with ParentsEnd() as parent:
+        with workers_end(parent) as worker:
+            parent.begin(BRIEF)
+            worker.brief()
+            ours, theirs = socket.socketpair()
+            worker.pass_on(theirs)
+            assert theirs.fileno() == -1
+        (client,) = [client async for client in parent.clients()]
+    with ours, client:
+        client.send(b"yours")
+        assert ours.recv(5) == b"yours"
+
+
+async def test_what_a_parent_cannot_take_is_closed() -> None:
+    with ParentsEnd() as parent:
+        worker = workers_end(parent)
+        parent.begin(BRIEF)
+        worker.brief()
+    with worker:
+        ours, theirs = socket.socketpair()
+        worker.pass_on(theirs)
+        with ours:
+            assert ours.recv(1) == b""
 
 
 async def test_a_worker_that_is_gone_takes_no_call() -> None:

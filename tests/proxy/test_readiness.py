@@ -1,0 +1,255 @@
+"""Readiness through the rules: who gets an answer has proved that what comes in is captured."""
+
+import http.client
+import json
+import os
+import socket
+from contextlib import closing, suppress
+from typing import Any, cast
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from meshnet.model.address import Address
+from meshnet.model.canary import READINESS_PORT
+from meshnet.model.capture import CaptureStatus
+from meshnet.model.settings import CaptureSection, Settings
+from meshnet.net.addresses import LocalAddresses
+from meshnet.proxy.admin import Answers
+from meshnet.proxy.bypass import Bypass
+from meshnet.proxy.readiness import CapturedReadiness
+from tests.init.kernel import FAMILIES, address_of, listening
+from tests.proxy.metrics import value
+from tests.world import Host, Mesh, Sidecar, World, wait_for
+
+pytestmark = pytest.mark.netns
+
+ON: dict[str, Any] = {"readiness_port": READINESS_PORT, "proof_interval": "100ms"}
+
+
+@pytest.fixture
+def web(world: World) -> Host:
+    return world.host("web")
+
+
+@pytest.fixture
+def peer(world: World) -> Host:
+    return world.host("peer")
+
+
+def ask(peer: Host, web: Host, family: str = "ipv4", path: str = "/readyz", method: str = "GET") -> tuple[int, str]:
+    """Status and body, as a kubelet asks. Raises OSError where nobody answers."""
+    host = address_of(web, family)
+    connection = http.client.HTTPConnection(host, READINESS_PORT)
+    with closing(connection):
+        connection.sock = peer.connect(host, READINESS_PORT)
+        connection.request(method, path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+def is_refused(peer: Host, web: Host, family: str = "ipv4") -> bool:
+    try:
+        ask(peer, web, family)
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
+def capture_of(sidecar: Sidecar) -> CaptureStatus:
+    found = sidecar.status().capture
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+@pytest.mark.parametrize("backend", ["nft", "iptables"])
+def test_it_is_answered_while_the_rules_capture_and_refused_while_they_do_not(
+    mesh: Mesh, web: Host, peer: Host, mode: str, backend: str
+) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON | {"inbound_mode": mode, "backend": backend})
+    assert is_refused(peer, web)
+    sidecar.capture()
+    for family in FAMILIES:
+        assert ask(peer, web, family) == (200, "ok\n")
+        assert ask(peer, web, family, method="HEAD") == (200, "")
+    told = {proof.family: proof.result for proof in capture_of(sidecar).proofs if proof.direction == "inbound"}
+    assert told == {"ipv4": "captured", "ipv6": "captured"}
+    assert "inbound ipv6: readiness was last asked for through the rules at 2" in sidecar.meshnet("status")
+
+    sidecar.meshnet("init", "remove", "--drain", "0s")
+    for family in FAMILIES:
+        assert is_refused(peer, web, family)
+    sidecar.capture()
+    for family in FAMILIES:
+        wait_for(lambda family=family: ask(peer, web, family)[0] == 200)  # type: ignore[misc]  # bound at once
+    assert sidecar.connections() == ()
+    assert sidecar.process is not None
+    assert '"kind":"' not in sidecar.process.output  # no line of the access log
+
+
+@pytest.mark.parametrize(
+    "left_alone",
+    [
+        {"exclude_inbound_ports": [str(READINESS_PORT)]},
+        {"exclude_inbound_cidrs": ["0.0.0.0/0", "::/0"]},
+        {"exclude_interfaces": ["eth0"]},
+        {"inbound_ports": ["8080"]},
+        {"inbound_ports": []},
+        {"inbound_interfaces": ["eth7"]},
+    ],
+    ids=lambda values: next(iter(values)),
+)
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+def test_it_is_captured_whatever_else_is_left_alone(
+    mesh: Mesh, web: Host, peer: Host, mode: str, left_alone: dict[str, list[str]]
+) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON | left_alone | {"inbound_mode": mode, "strict": True})
+    sidecar.capture()
+    assert [ask(peer, web, family) for family in FAMILIES] == [(200, "ok\n")] * 2
+    with listening(web, "ipv4", 22), peer.connect(web.address, 22):
+        pass  # as the settings say
+
+
+@pytest.mark.parametrize("ipv6", ["off", "reject"])
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+def test_a_family_that_is_not_captured_is_answered_and_proves_nothing(
+    mesh: Mesh, web: Host, peer: Host, ipv6: str, mode: str
+) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON | {"ipv6": ipv6, "inbound_mode": mode, "strict": True})
+    sidecar.capture()
+    assert [ask(peer, web, family) for family in FAMILIES] == [(200, "ok\n")] * 2
+    assert [visits.family for visits in capture_of(sidecar).visits] == ["ipv4"]
+    web.run("nft", "flush", "ruleset")
+    assert is_refused(peer, web)
+    assert ask(peer, web, "ipv6")[0] in (200, 503)
+
+
+def test_it_says_why_not_and_answers_nothing_else(mesh: Mesh, web: Host, peer: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON | {"outbound_ports": ["8080"]})
+    sidecar.capture()
+    wait_for(lambda: capture_of(sidecar).in_place)
+    for path in ("/metrics", "/healthz", "/", "http://127.0.0.1:15120/metrics"):
+        assert ask(peer, web, path=path) == (404, "try /readyz\n")
+    assert ask(peer, web, method="POST")[0] == 405
+    web.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
+    status, why = wait_for(lambda: ask(peer, web) if ask(peer, web)[0] != 200 else None)
+    assert (status, "outbound IPv4 is not captured" in why) == (503, True)
+
+
+def test_it_answers_one_question_of_bounded_size(mesh: Mesh, web: Host, peer: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON)
+    sidecar.capture()
+    with peer.connect(web.address, READINESS_PORT) as loud:
+        with suppress(ConnectionError):  # it may be hung up on already
+            loud.sendall(b"GET /readyz HTTP/1.1\r\nx: " + b"a" * 100_000)
+        assert b"200" not in until_its_end(loud)
+    with peer.connect(web.address, READINESS_PORT) as eager:
+        eager.sendall(b"GET /readyz HTTP/1.1\r\nHost: web\r\n\r\n" * 3)
+        assert until_its_end(eager).count(b"HTTP/1.1 200") == 1
+    assert ask(peer, web) == (200, "ok\n")
+    assert sidecar.status().open_connections == 0
+
+
+def until_its_end(sock: socket.socket) -> bytes:
+    said = b""
+    try:
+        while data := sock.recv(4096):
+            said += data
+    except ConnectionResetError:
+        pass
+    return said
+
+
+class Nobody:
+    """Of a sidecar that is ready; nothing else is asked."""
+
+    async def not_ready_because(self) -> tuple[str, ...]:
+        return ()
+
+
+async def test_who_says_nothing_or_says_it_slowly_is_let_go(autojump_clock: MockClock) -> None:
+    readiness = CapturedReadiness(cast("Answers", Nobody()), lambda family: None)
+    ours, theirs = trio.socket.socketpair()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(readiness.handle, trio.SocketStream(theirs))
+        with ours:
+            await ours.send(b"GET /readyz HTTP/1.1\r\nx: ")
+            with pytest.raises((BrokenPipeError, ConnectionResetError)):
+                for _ in range(10):
+                    await trio.sleep(1)
+                    await ours.send(b"a")
+
+
+async def test_more_than_a_few_at_once_are_let_go(mock_clock: MockClock) -> None:
+    came: list[str] = []
+    readiness = CapturedReadiness(cast("Answers", Nobody()), came.append)
+    pairs = [trio.socket.socketpair() for _ in range(33)]
+    async with trio.open_nursery() as nursery:
+        for _, theirs in pairs:
+            nursery.start_soon(readiness.handle, trio.SocketStream(theirs))
+        await trio.testing.wait_all_tasks_blocked()
+        ends = [hung_up(ours) for ours, _ in pairs]
+        assert (ends.count(True), len(came)) == (1, 33)  # time stands still, so none was let go for its silence
+        nursery.cancel_scope.cancel()
+    for ours, _ in pairs:
+        ours.close()
+
+
+def hung_up(sock: trio.socket.SocketType) -> bool:
+    with socket.socket(fileno=os.dup(sock.fileno())) as other:
+        try:
+            return other.recv(1, socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+
+
+def test_who_asks_is_never_taken_for_one_that_got_past_the_sidecar(web: Host, peer: Host) -> None:
+    """Where IPv6 is refused the sidecar listens itself; until it accepts, the connection is nobody's."""
+    settings = Settings(capture=CaptureSection(readiness_port=READINESS_PORT, ipv6="reject"))
+    with web.entered(), LocalAddresses() as addresses:
+        bypass = Bypass(settings, addresses, lambda: ())
+        with listening(web, "ipv6", READINESS_PORT), peer.connect(web.address6, READINESS_PORT):
+            assert bypass.look() == frozenset()
+        with listening(web, "ipv6", 8080), peer.connect(web.address6, 8080):
+            assert len(bypass.look()) == 1
+
+
+def test_what_proves_inbound_capture_on_demand_is_a_port_of_an_application(mesh: Mesh, web: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON | {"inbound_ports": ["8080"]})
+    sidecar.capture()
+    found = json.loads(sidecar.meshnet("rules", "verify", "-o", "json"))["inbound"]
+    told = {it["destination"]: it["status"] for it in found}
+    assert told == {"192.0.2.9:8080": "captured", "[2001:db8::9]:8080": "captured"}
+
+
+def test_several_workers_answer_as_one(mesh: Mesh, web: Host, peer: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON, proxy={"workers": 2})
+    sidecar.capture()
+    wait_for(lambda: capture_of(sidecar).in_place)
+    for _ in range(16):
+        assert ask(peer, web) == (200, "ok\n")
+    assert [visits.family for visits in capture_of(sidecar).visits] == ["ipv4"]
+    assert value(web, "meshnet_rules_in_place", direction="inbound", family="ipv4") == 1
+    assert value(web, "meshnet_inbound_proved_timestamp_seconds", family="ipv4") > 1e9
+    web.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
+    wait_for(lambda: "outbound IPv4 is not captured" in ask(peer, web)[1])
+
+
+def test_another_port_and_none(mesh: Mesh, web: Host, peer: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web)
+    sidecar.capture()
+    with pytest.raises((OSError, http.client.HTTPException)):
+        ask(peer, web)
+    (seen,) = sidecar.connections()
+    assert seen.original_destination == str(Address(web.address, READINESS_PORT))
