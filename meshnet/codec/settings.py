@@ -166,9 +166,9 @@ def _value_problems(settings: Settings) -> list[Problem]:
     fields.number(("proxy", "workers"), proxy.workers, 1, 64)
     fields.wait(("proxy", "drain_timeout"), proxy.drain_timeout)
     try:
-        ipaddress.ip_address(admin.health_address)
+        ipaddress.ip_address("::" if admin.health_address == "*" else admin.health_address)
     except ValueError:
-        fields.wrong(("admin", "health_address"), f"{quoted(admin.health_address)} is not an IP address")
+        fields.wrong(("admin", "health_address"), f"{quoted(admin.health_address)} is neither an IP address nor *")
     fields.number(("admin", "recent"), admin.recent, 0)
     fields.wait(("pool", "idle_timeout"), settings.pool.idle_timeout)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)

@@ -27,7 +27,7 @@ class ProxySection(Section, frozen=True):
 
 class AdminSection(Section, frozen=True):
     socket: str = "/run/meshnet/admin.sock"
-    health_address: str = "0.0.0.0"
+    health_address: str = "0.0.0.0"  # *: all of both families
     health_port: int = 15120
     recent: int = 1000  # connections kept for `conns --all` and `explain`: so many that ended well, so many that failed
 

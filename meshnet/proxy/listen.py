@@ -35,7 +35,7 @@ def open_listeners(settings: Settings, stack: ExitStack) -> dict[str, list[socke
         "outbound": (proxy.outbound_port, outbound),
         "inbound": (proxy.inbound_port, _ANY),
         "tunnel": (proxy.tunnel_port, _ANY),
-        "health": (admin.health_port, (admin.health_address,)),
+        "health": (admin.health_port, _ANY if admin.health_address == "*" else (admin.health_address,)),
     }
     if settings.probes.checks:
         wanted["probes"] = (settings.probes.port, _ANY)

@@ -175,7 +175,7 @@ def test_other_variables_of_ours_and_of_kubernetes_are_no_settings() -> None:
         ),
         (
             "[admin]\nhealth_address = 'lo'\n",
-            'meshnet.toml:2: admin.health_address: "lo" is not an IP address '
+            'meshnet.toml:2: admin.health_address: "lo" is neither an IP address nor * '
             '(write health_address = "0.0.0.0", the default)',
         ),
         (

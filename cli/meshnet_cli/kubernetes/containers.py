@@ -44,6 +44,7 @@ def environment(wishes: Wishes, checks: Checks, drain: int) -> list[Object]:
     pinned = {
         "MESHNET_MESH__DIRECTORY": _ETC,
         "MESHNET_MESH__LAST_GOOD": "/run/meshnet/last-good.json",
+        "MESHNET_ADMIN__HEALTH_ADDRESS": "*",
         "MESHNET_ADMIN__HEALTH_PORT": str(HEALTH_PORT),
         "MESHNET_CAPTURE__GID": str(GID),
         "MESHNET_CAPTURE__READINESS_PORT": str(READINESS_PORT),
