@@ -122,12 +122,13 @@ def _needed(code: str, fine: str, look: Callable[[], str | None]) -> Finding:
 
 
 def _backend(settings: Settings) -> str:
-    from meshnet_init.apply import choose_for
+    from meshnet_init.choose import choose_for
     from meshnet_init.host import host_facts
     from meshnet_init.plan import make_plan
 
     plan = make_plan(settings, host_facts())
-    return f"the kernel takes them by {choose_for(settings).name}: {len(plan.rules)} rules"
+    choice = choose_for(settings, plan)
+    return "; ".join([f"the kernel takes them by {choice.backend.name}: {len(plan.rules)} rules", *choice.notes])
 
 
 def _truthful(settings: Settings, status: Status | None) -> Finding:

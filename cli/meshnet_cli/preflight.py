@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
 from meshnet.model.settings import IdentitySection, Settings
 from meshnet_cli.client import EXIT_PERMISSION
 from meshnet_cli.output import with_sudo
+
+if TYPE_CHECKING:
+    from meshnet_init.choose import Choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,18 +30,20 @@ class Listener:
     why_not: str
 
 
-def check(settings: Settings, *, running: bool) -> str:
-    """The backend that the kernel takes rules from. `running`: our own sidecar may hold the ports.
+def check(settings: Settings, *, running: bool) -> "Choice":
+    """The backend that the kernel takes the rules from. `running`: our own sidecar may hold the ports.
 
     Raises CommandError for the first thing that stands in the way.
     """
-    from meshnet_init.apply import choose_for
+    from meshnet_init.choose import choose_for
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
 
-    backend = choose_for(settings).name
+    choice = choose_for(settings, make_plan(settings, host_facts()))
     if not running:
         need_free_ports(settings)
         need_free_group(settings)
-    return backend
+    return choice
 
 
 def need_free_ports(settings: Settings) -> None:

@@ -29,6 +29,7 @@ from meshnet_cli.vm.unfinished import Unfinished, boot_id, note_of_up
 
 if TYPE_CHECKING:
     from meshnet.model.snapshot import Snapshot
+    from meshnet_init.choose import Choice
 
 _READY_TIMEOUT = 20.0
 _DEATHS = 3  # after so many of the sidecar's it is not waited for any longer,
@@ -72,20 +73,22 @@ def command(
             systemd.need_settings_kept(config)
         if not dry_run and deadman.finish(note_of_up(settings)):
             status, kept = supervise.running(settings), False
-        backend = preflight.check(settings, running=kept or status is not None)
+        choice = preflight.check(settings, running=kept or status is not None)
         if status is not None:
             preflight.need_fit(settings, status)  # it may have been started with others
         snapshot = _mesh(settings)
         there = "a sidecar runs already" if status else "a sidecar is to come up again" if kept else ""
-        say(f"rules by {backend}, {there or 'ports and group are free'}")
+        say(f"rules by {choice.backend.name}, {there or 'ports and group are free'}")
     if status is not None and lock.is_orphaned(lock.folder_of(settings.admin.socket)):
         warn(f"nobody looks after the sidecar (pid {status.pid}), nor after the rules: {lock.ORPHANED}")
     with phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
+        for note in choice.notes:
+            warn(note)
         print_plan(settings)
         return
-    _bring_up(_Wanted(settings, config, keeper, trust_domain, snapshot), status, kept, rollback_after)
+    _bring_up(_Wanted(settings, config, keeper, trust_domain, snapshot, choice), status, kept, rollback_after)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class _Wanted:
     keeper: Keeper
     trust_domain: str
     snapshot: "Snapshot | None"
+    choice: "Choice"
 
 
 def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after: float) -> None:
@@ -114,7 +118,7 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
         changed = status is None
         if status is None:
             status = _start(wanted, kept, ledger, switch)
-        changed |= _capture(settings, status, switch)
+        changed |= _capture(wanted, status, switch)
         if isinstance(keeper, systemd.Service):
             changed |= _serve(keeper, ledger)
         elif not lock.is_orphaned(lock.folder_of(settings.admin.socket)):
@@ -204,15 +208,16 @@ def _make_folder(folder: Path, ledger: Ledger) -> None:
         ) from error
 
 
-def _capture(settings: Settings, status: Status, switch: Switch) -> bool:
+def _capture(wanted: _Wanted, status: Status, switch: Switch) -> bool:
     """Puts the rules in and proves them. Whether they are new."""
     from meshnet_init.apply import apply, installed_rules, would_change
     from meshnet_init.verify import verify
 
+    settings, choice = wanted.settings, wanted.choice
     with phase("rules") as say:
-        if would_change(settings):
+        if would_change(settings, choice):
             switch.note(captures=True, rules_before=installed_rules())
-        applied = apply(settings)
+        applied = apply(settings, choice=choice)
         for each in applied.warnings():
             warn(each)
         say(f"{applied.rules} rules by {applied.backend}, {'put in' if applied.changed else 'nothing changed'}")

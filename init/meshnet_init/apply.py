@@ -1,7 +1,6 @@
 """Puts the rules that settings ask for into the kernel. Twice is the same as once."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import msgspec
 
@@ -11,29 +10,17 @@ from meshnet.model.settings import Settings
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.backends import Backend, Installed, differences
 from meshnet_init.backends.cgroups import missing
-from meshnet_init.backends.iptables import IptablesBackend
-from meshnet_init.backends.iptables_binaries import by_binaries
-from meshnet_init.backends.nft import NftBackend
-from meshnet_init.backends.python_iptables import by_python_iptables
-from meshnet_init.backends.scratch import tried_in_scratch
+from meshnet_init.choose import Choice, choose_for, every_backend
 from meshnet_init.host import host_facts, legacy_tables, may_see_legacy_rules, open_connections
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import connections_in_clients_names, installed_routing, route, routing_differences
 from meshnet_init.rule import Plan
 
-BACKENDS = ("auto", "nft", "iptables", "legacy")
-
-
-_NOT_INSTALLED = {
-    "iptables": ("no iptables that writes nf_tables is installed", "apt-get install iptables"),
-    "legacy": ("nothing is installed that writes the legacy tables", "pip install 'meshnet-l4[legacy]'"),
-}
-
 
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`replaced` are the backends whose older rules were taken out; `kept`, those whose drain set still stands.
 
-    `unseen` are legacy tables that could not be looked at.
+    `unseen` are legacy tables that could not be looked at. `choice` is what is to be said of how `backend` was chosen.
     """
 
     backend: str
@@ -44,8 +31,10 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     kept: tuple[str, ...] = ()
     missing_cgroups: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    choice: tuple[str, ...] = ()
 
     def warnings(self) -> Iterator[str]:
+        yield from self.choice
         for path in self.missing_cgroups:
             yield f"there is no cgroup {path}: nobody is in it (systemd-cgls shows which there are)"
         if self.unseen:
@@ -53,25 +42,27 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             yield f"rules in the legacy tables ({tables}) may stand ahead of these: to look there takes NET_RAW, too"
 
 
-def apply(settings: Settings, backend: str = "") -> Applied:
+def apply(settings: Settings, backend: str = "", choice: Choice | None = None) -> Applied:
     """Applies the plan of `settings` in this network namespace, with `backend` or the one the settings name.
 
     Open connections live on. Raises ConfigError for settings that make no plan and CommandError when the kernel
-    refuses; then what was in force still is. A keeper waits meanwhile, and reads its settings again.
+    refuses; then what was in force still is. A keeper waits meanwhile, and reads its settings again. `choice`: what
+    `choose_for` has found for these settings a moment ago.
     """
-    plan, chosen = make_plan(settings, host_facts()), choose_for(settings, backend)
+    plan = make_plan(settings, host_facts())
+    choice = choice or choose_for(settings, plan, backend)
     keeper = tell_keeper(StandDown())
     try:
-        return apply_plan(plan, chosen)
+        return msgspec.structs.replace(apply_plan(plan, choice.backend), choice=choice.notes)
     finally:
         if keeper is not None:
             tell_keeper(TakeUp())
 
 
-def would_change(settings: Settings) -> bool:
+def would_change(settings: Settings, choice: Choice | None = None) -> bool:
     """Whether `apply` would write anything. Raises as that does."""
-    chosen = choose_for(settings)
     plan = make_plan(settings, host_facts())
+    chosen = (choice or choose_for(settings, plan)).backend
     found = in_kernel()
     return bool(drift(plan, chosen, found)) or any(backend.name != chosen.name for backend, _ in found)
 
@@ -131,72 +122,6 @@ def drift(plan: Plan, chosen: Backend, found: Sequence[tuple[Backend, Installed]
         if other.name != chosen.name and not installed.draining():
             lines.append(f"older rules of backend {other.name} are in force beside those of {chosen.name}")
     return lines
-
-
-def choose_for(settings: Settings, name: str = "") -> Backend:
-    """The backend of that name, or the one the settings name, that can do what they ask for."""
-    return choose(name or settings.capture.backend, holds=settings.capture.truthful_connect)
-
-
-def choose(name: str, *, holds: bool = False) -> Backend:
-    """The backend of that name. `holds`: for a plan that queues connections.
-
-    `auto` is legacy where others have rules in those tables, for of two tables that redirect the one made last wins;
-    else the first that the kernel takes rules from: nft, iptables, legacy.
-    """
-    reasons = []
-    for backend in _in_order(name):
-        reason = tried_in_scratch(partial(backend.unavailable, holds=holds))
-        if not reason:
-            return backend
-        reasons.append(f"{backend.name}: {reason}")
-    if name == "legacy" and not may_see_legacy_rules():
-        raise CommandError(
-            "not allowed to change the legacy tables",
-            why="this needs the capability NET_RAW beside NET_ADMIN",
-            fix="run it with sudo; in a pod, meshnet inject --backend legacy asks for both; or use --backend nft",
-            code=5,
-        )
-    if not reasons and name in _NOT_INSTALLED:
-        what, fix = _NOT_INSTALLED[name]
-        raise CommandError(
-            what,
-            why="the settings want the rules put in by it: capture.backend, or --backend",
-            fix=f'{fix}; or leave the choice to meshnet: capture.backend = "auto"',
-        )
-    if not reasons:
-        raise CommandError(f"no backend {name!r}", fix=f"use one of {', '.join(BACKENDS)}", code=2)
-    raise CommandError(
-        "no way to put rules into this kernel" if name == "auto" else f"backend {name} cannot be used here",
-        why="; ".join(reasons),
-        fix=_fix(name, holds),
-    )
-
-
-def _fix(name: str, holds: bool) -> str:
-    if name != "auto":
-        return "leave the choice to meshnet: --backend auto"
-    modules = "nft_redir nf_nat nft_queue" if holds else "nft_redir nf_nat"
-    without = "; or set capture.truthful_connect = false" if holds else ""
-    return f"load the kernel's NAT modules (modprobe {modules}), or install iptables{without}"
-
-
-def every_backend() -> list[Backend]:
-    """One for each kind of tables the kernel may have rules of ours in that this process may see; best first."""
-    iptables = by_binaries("iptables", "nft")
-    legacy = (by_python_iptables() or by_binaries("legacy", "legacy")) if may_see_legacy_rules() else None
-    return [backend for backend in (NftBackend(), iptables, legacy) if backend is not None]
-
-
-def _in_order(name: str) -> list[Backend]:
-    backends = every_backend()
-    if name != "auto":
-        return [backend for backend in backends if backend.name == name]
-
-    def is_needed(backend: Backend) -> bool:
-        return backend.name == "legacy" and isinstance(backend, IptablesBackend) and backend.is_used_by_others()
-
-    return sorted(backends, key=is_needed, reverse=True)
 
 
 def in_kernel() -> list[tuple[Backend, Installed]]:

@@ -1,5 +1,6 @@
 """A plan as text: what `nft -f` or `iptables-restore --noflush` takes. For review, --dry-run and golden tests. Pure."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -176,6 +177,12 @@ def iptables_words(rule: Rule) -> list[str]:
     if rule.invalid:
         words += ["-m", "conntrack", "--ctstate", "INVALID"]
     return [*words, "-j", *_target(rule)]
+
+
+def parts_of(rule: Rule) -> frozenset[str]:
+    """Its matches and its target, `-m owner` and `-j TPROXY` for two."""
+    words = iptables_words(rule)
+    return frozenset(f"{option} {name}" for option, name in itertools.pairwise(words) if option in ("-m", "-j"))
 
 
 def _target(rule: Rule) -> list[str]:

@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 from meshnet.model.capture import StandDown, TakeUp
 from meshnet.net.keeper import tell_keeper
-from meshnet_init.apply import apply_plan, every_backend
+from meshnet_init.apply import apply_plan
 from meshnet_init.backends import Installed
+from meshnet_init.choose import every_backend
 from meshnet_init.remove import remove
 
 

@@ -16,6 +16,7 @@ from meshnet_cli.vm.host import kernel
 from tests.cli.machine import Machine
 from tests.cli.sidecar import ROOT
 from tests.cli.vm.test_ssh import SSHD
+from tests.lesser_kernel import lacking
 from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
@@ -200,6 +201,20 @@ def test_a_backend_whose_programs_are_missing_is_an_error_with_what_to_install(m
     assert found["level"] == "error"
     assert "iptables" in found["what"] + found["why"]
     assert found["fix"]
+
+
+def test_a_kind_of_rule_that_the_kernel_lacks_is_told_with_what_to_type(machine: Machine) -> None:
+    def backend() -> str:
+        return json.dumps(told(machine, "rules.backend"))
+
+    machine.configure("[capture]\ninbound_mode = 'tproxy'\n")
+    found = json.loads(lacking(["tproxy"], backend))
+    assert (found["level"], found["what"].partition(":")[0]) == ("ok", "the kernel takes them by iptables")
+    assert "nft was passed over: the kernel's nftables has no tproxy" in found["what"]
+    machine.configure("[capture]\ninbound_mode = 'tproxy'\nbackend = 'nft'\n")
+    found = json.loads(lacking(["tproxy"], backend))
+    assert (found["level"], found["what"]) == ("error", "backend nft cannot be used here")
+    assert found["fix"].startswith("modprobe nft_tproxy; or do without capture.inbound_mode; or ")
 
 
 def test_another_program_with_the_sidecars_group_is_an_error(machine: Machine) -> None:

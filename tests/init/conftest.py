@@ -5,7 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from meshnet_init.apply import every_backend
+from meshnet_init.choose import every_backend
 from tests.init.kept import Kept
 from tests.init.kernel import FAMILIES, Lab, backend_named
 from tests.init.sides import Sides

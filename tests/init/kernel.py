@@ -11,8 +11,9 @@ import msgspec
 from meshnet.model.address import Address
 from meshnet.model.settings import CaptureSection, Settings
 from meshnet.net.original import original_destination
-from meshnet_init.apply import apply_plan, every_backend
+from meshnet_init.apply import apply_plan
 from meshnet_init.backends import Backend
+from meshnet_init.choose import every_backend
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
 from tests.world import Host, World

@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from meshnet.errors import CommandError
-from meshnet_init.apply import apply, apply_plan, choose, every_backend
+from meshnet_init.apply import apply, apply_plan
 from meshnet_init.backends import differences
 from meshnet_init.backends.iptables_binaries import by_binaries
+from meshnet_init.choose import choose, every_backend
 from meshnet_init.host import host_facts
 from meshnet_init.plan import Host, make_plan
 from meshnet_init.remove import Removed, remove
@@ -63,7 +64,7 @@ def test_the_three_promised_backends_are_there() -> None:
 def test_what_is_written_is_read_back(lab: Lab, name: str) -> None:
     plan = Plan(rules=tuple(rule for rule in PLANS[name].rules if rule.gid is None), ipv6=PLANS[name].ipv6)
     with lab.app.entered():
-        if name == "truthful" and lab.backend.unavailable(holds=True):
+        if name == "truthful" and lab.backend.unavailable(plan):
             assert lab.backend.name == "nft"  # a kernel may be without nft_queue; it has xt_NFQUEUE
             with pytest.raises(CommandError, match="the kernel refused the nftables rules"):
                 lab.backend.apply(plan)
@@ -115,8 +116,9 @@ def test_install_and_removal_leave_no_trace(lab: Lab) -> None:
 def test_asking_whether_it_can_be_used_leaves_no_trace(lab: Lab) -> None:
     before = lab.rules_text()
     with lab.app.entered():
-        assert lab.backend.unavailable() == ""
-        lab.backend.unavailable(holds=True)
+        for plan in PLANS.values():
+            if lack := lab.backend.unavailable(plan):
+                assert ("queue" in lack.why, lab.backend.name) == (True, "nft")
 
     assert lab.rules_text() == before
 
@@ -315,7 +317,7 @@ def test_the_text_says_the_same_as_what_the_backend_writes(lab: Lab, settings: d
 def test_auto_takes_the_first_that_works(world: World) -> None:
     host = world.host("app")
     with host.entered():
-        assert choose("auto").name == "nft"
+        assert choose("auto", planned()).backend.name == "nft"
         applied = apply(capture(), "iptables")
         assert (applied.backend, applied.changed) == ("iptables", True)
         assert apply(capture(backend="nft")).replaced == ("iptables",)
@@ -336,13 +338,13 @@ def test_auto_takes_legacy_where_others_have_rules_there_istio15519(world: World
 def test_to_try_a_backend_makes_no_table_here(world: World) -> None:
     host = world.host("app")
     with host.entered():
-        assert choose("legacy").name == "legacy"
+        assert choose("legacy", planned()).backend.name == "legacy"
     assert "nat" not in host.run("cat", "/proc/net/ip_tables_names", check=False).stdout.split()
 
 
 def test_an_unknown_backend_is_told_with_those_there_are() -> None:
     with pytest.raises(CommandError) as caught:
-        choose("ipfw")
+        choose("ipfw", planned())
     assert caught.value.code == 2
     assert "nft" in caught.value.fix
 
@@ -472,7 +474,11 @@ def without_rights(lab: Lab) -> int:
     if libc.capset(header, none):
         return 98
     codes = set()
-    for attempt in (lab.backend.unavailable, lab.backend.installed, lambda: lab.backend.apply(planned())):
+    for attempt in (
+        lambda: lab.backend.unavailable(planned()),
+        lab.backend.installed,
+        lambda: lab.backend.apply(planned()),
+    ):
         try:
             attempt()
         except CommandError as error:

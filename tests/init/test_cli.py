@@ -6,7 +6,8 @@ import sys
 import msgspec
 import pytest
 
-from meshnet_init.apply import every_backend, installed_rules
+from meshnet_init.apply import installed_rules
+from meshnet_init.choose import every_backend
 from meshnet_init.host import host_facts
 from meshnet_init.rule import Rule
 from tests.init.kernel import APP_PORT, INBOUND, connect, listening

@@ -1,4 +1,4 @@
-"""Kernels that lack what a backend needs: what they say is said by a filter of system calls."""
+"""Kernels that lack what a backend needs: they are refused a system call by a filter, or asked for what they lack."""
 
 import errno
 import os
@@ -8,8 +8,12 @@ from collections.abc import Callable
 import pytest
 
 from meshnet.errors import CommandError
-from meshnet_init.apply import choose, every_backend
-from tests.init.kernel import Lab
+from meshnet_init.choose import choose, choose_for, every_backend
+from meshnet_init.host import host_facts
+from meshnet_init.plan import make_plan
+from meshnet_init.rule import Plan
+from tests.init.kernel import Lab, capture
+from tests.lesser_kernel import lacking
 from tests.seccomp import Refusal, refuse
 from tests.world import World
 
@@ -57,12 +61,12 @@ def in_child(work: Callable[[], object]) -> str:
 )
 def test_auto_takes_what_the_kernel_has_istio28897(world: World, missing: tuple[str, ...], chosen: str) -> None:
     with world.host("app").entered():
-        assert in_child(lambda: (without(*missing), choose("auto").name)[1]) == chosen
+        assert in_child(lambda: (without(*missing), choose("auto", plan_of()).backend.name)[1]) == chosen
 
 
 def test_a_kernel_with_neither_is_told_with_what_to_load_istio44118(world: World) -> None:
     with world.host("app").entered():
-        said = in_child(lambda: (without("nf_tables", "the legacy tables"), choose("auto").name)[1])
+        said = in_child(lambda: (without("nf_tables", "the legacy tables"), choose("auto", plan_of()).backend.name)[1])
     assert said.startswith("no way to put rules into this kernel; nft: ")
     assert "legacy: " in said
     assert "modprobe" in said
@@ -70,19 +74,102 @@ def test_a_kernel_with_neither_is_told_with_what_to_load_istio44118(world: World
 
 def test_a_backend_that_was_asked_for_by_name_is_not_replaced_by_another(lab: Lab) -> None:
     with lab.app.entered():
-        said = in_child(lambda: (without("nf_tables", "the legacy tables"), choose(lab.backend.name).name)[1])
+        said = in_child(
+            lambda: (without("nf_tables", "the legacy tables"), choose(lab.backend.name, plan_of()).backend.name)[1]
+        )
     # The binary says nothing of itself on a kernel without nf_tables: it is as if it were not there.
     assert said.startswith((f"backend {lab.backend.name} cannot be used here", "no iptables that writes nf_tables"))
     assert "--backend auto" in said or 'capture.backend = "auto"' in said
 
 
+def plan_of(**values: object) -> Plan:
+    return make_plan(capture(**values), host_facts())
+
+
+def chosen(**values: object) -> str:
+    """The backend for settings with these values and what is to be said of it, or why there is none, in words."""
+    try:
+        choice = choose_for(settings := capture(**values), make_plan(settings, host_facts()))
+    except CommandError as error:
+        return f"{error.what}: {error.why}. {error.fix}"
+    return ". ".join((choice.backend.name, *choice.notes))
+
+
 def test_what_holds_connections_is_put_in_by_a_backend_whose_kernel_can(world: World) -> None:
     with world.host("app").entered():
-        assert choose("auto", holds=True).unavailable(holds=True) == ""
+        plan = plan_of(truthful_connect=True)
+        assert not choose("auto", plan).backend.unavailable(plan)
         for backend in every_backend():
-            if backend.unavailable(holds=True):
+            if backend.unavailable(plan):
                 with pytest.raises(CommandError, match=f"backend {backend.name} cannot be used here") as refused:
-                    choose(backend.name, holds=True)
+                    choose(backend.name, plan)
                 assert "queue" in refused.value.why
             else:
-                assert choose(backend.name, holds=True).name == backend.name
+                assert choose(backend.name, plan).backend.name == backend.name
+
+
+# What is missing; what is set; whom auto takes then, and what it says of whom it has passed over.
+PASSED_OVER = [
+    (["tproxy"], {"inbound_mode": "tproxy"}, "iptables", ["nft", "no tproxy:", "(modprobe nft_tproxy)"]),
+    (["reject"], {"strict": True}, "iptables", ["nft", "no reject:", "(modprobe nft_reject_inet)"]),
+    (["fib"], {}, "iptables", ["nft", "no fib daddr type:", "(modprobe nft_fib_inet)"]),
+    (["reject", "REJECT"], {"inbound_mode": "tproxy"}, "nft", []),
+    (["tproxy", "TPROXY", "socket", "cgroup"], {"strict": True, "drop_invalid": True, "udp": "reject"}, "nft", []),
+]
+
+
+@pytest.mark.parametrize(("names", "values", "taken", "said"), PASSED_OVER, ids=lambda it: "+".join(map(str, it)))
+def test_auto_passes_over_whose_kernel_lacks_a_kind_of_rule_that_the_plan_has(
+    world: World, names: list[str], values: dict[str, object], taken: str, said: list[str]
+) -> None:
+    with world.host("app").entered():
+        found = lacking(names, lambda: chosen(**values))
+    assert found.startswith(taken), found
+    assert ("passed over" in found) == bool(said)
+    assert [part for part in said if part not in found] == [], found
+
+
+# What is missing, by its name in the backend; the module that has it; what is set; without what it would do.
+KINDS = [
+    ("TPROXY", "{}t_TPROXY", {"inbound_mode": "tproxy", "drop_invalid": True}, "capture.inbound_mode"),
+    ("REJECT", "{}t_REJECT", {"strict": True, "udp": "reject"}, "capture.strict, capture.udp"),
+    ("NFQUEUE", "{}t_NFQUEUE", {"truthful_connect": True, "exclude_uids": ["7"]}, "capture.truthful_connect"),
+    ("owner", "{}t_owner", {"exclude_uids": ["7"]}, ""),
+]
+
+
+@pytest.mark.parametrize("backend", ["iptables", "legacy"])
+@pytest.mark.parametrize(("name", "module", "values", "without_it"), KINDS, ids=[kind[0] for kind in KINDS])
+def test_a_kind_that_one_familys_tables_lack_is_named_with_what_to_type(
+    world: World, family: str, backend: str, name: str, module: str, values: dict[str, object], without_it: str
+) -> None:
+    with world.host("app").entered():
+        found = lacking([name], lambda: chosen(backend=backend, **values), family)
+    ours, others = ("ip", "ip6") if family == "ipv4" else ("ip6", "ip")
+    assert found.startswith(f"backend {backend} cannot be used here: {backend}: {ours}tables takes no -"), found
+    assert (f"modprobe {module.format(ours)}" in found, module.format(others) in found) == (True, False)
+    assert (f"do without {without_it};" in found) == bool(without_it), found
+    assert found.endswith("leave the choice to meshnet: --backend auto")
+
+
+def test_where_no_backend_has_it_each_says_what_it_lacks(world: World) -> None:
+    with world.host("app").entered():
+        found = lacking(["tproxy", "TPROXY"], lambda: chosen(inbound_mode="tproxy", strict=True))
+    assert found.startswith(
+        "no way to put rules into this kernel: nft: the kernel's nftables has no tproxy: No such file"
+    )
+    for part in ("; iptables: iptables takes no -j TPROXY: ", "; legacy: iptables takes no -j TPROXY: "):
+        assert part in found
+    assert "modprobe nft_tproxy; or modprobe ipt_TPROXY && modprobe ip6t_TPROXY; or do without capture.in" in found
+
+
+def test_whoever_puts_the_rules_in_hears_who_was_passed_over(world: World) -> None:
+    host = world.host("app")
+
+    def put_in() -> str:
+        done = host.run("meshnet", "init", "--inbound-mode", "tproxy", check=False)
+        return done.stdout + done.stderr
+
+    found = lacking(["tproxy"], put_in)
+    assert "warning: nft was passed over: the kernel's nftables has no tproxy: No such file or directory" in found
+    assert "(iptables)" in found

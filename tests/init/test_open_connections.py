@@ -9,7 +9,7 @@ import pytest
 
 from meshnet.errors import CommandError
 from meshnet.net.sockets import reset
-from meshnet_init.apply import every_backend
+from meshnet_init.choose import every_backend
 from meshnet_init.remove import Removed, remove
 from tests.init.kernel import (
     APP_PORT,

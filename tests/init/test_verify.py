@@ -167,7 +167,7 @@ def test_a_drain_set_is_not_capture(lab: Lab) -> None:
 
 
 def test_older_rules_of_another_backend_are_told(world: World, lab: Lab) -> None:
-    from meshnet_init.apply import every_backend
+    from meshnet_init.choose import every_backend
     from meshnet_init.host import host_facts
     from meshnet_init.plan import make_plan
 

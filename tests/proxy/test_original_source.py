@@ -12,7 +12,8 @@ from meshnet.errors import CommandError
 from meshnet.model.connection import Direction
 from meshnet.model.settings import Settings
 from meshnet.net.sockets import peer_address
-from meshnet_init.apply import apply_plan, choose
+from meshnet_init.apply import apply_plan
+from meshnet_init.choose import choose
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
 from meshnet_init.remove import remove
@@ -43,7 +44,8 @@ class Pair:
     def put_in(self) -> None:
         with self.api.entered():
             facts = replace(host_facts(), accepts_marks=self.accepts)
-            apply_plan(make_plan(self.sidecar.settings, facts), choose("auto"))
+            plan = make_plan(self.sidecar.settings, facts)
+            apply_plan(plan, choose("auto", plan).backend)
 
 
 @pytest.fixture(scope="module", params=MODES, ids=lambda mode: f"{mode[0]}-{'sysctl' if mode[1] else 'connmark'}")
@@ -174,7 +176,8 @@ def test_the_rules_are_not_taken_from_connections_in_clients_names(pair: Pair) -
     with listen(pair.api, 8081) as server, pair.outside.connect(pair.api.address, 8081) as client:
         app = accept(server)
         with pair.api.entered(), pytest.raises(CommandError, match="clients' names"):
-            apply_plan(make_plan(settings, host_facts()), choose("auto"))
+            plan = make_plan(settings, host_facts())
+            apply_plan(plan, choose("auto", plan).backend)
         converse(client, app)
     assert any("clients' names" in line for line in misfits_of(pair, settings))
 

@@ -6,12 +6,13 @@ import re
 import resource
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
-from meshnet.errors import CommandError
+from meshnet.errors import CommandError, ConfigError
 from meshnet.model.settings import Settings
 from meshnet_cli.finding import Finding, unseen
-from meshnet_init.host import may_change_rules
+from meshnet_init.host import host_facts, may_change_rules
 
 _OLDEST_KERNEL = (5, 4)  # the oldest that Debian and Ubuntu still look after; pidfd_open, inet nat chains
 _CONNTRACK = Path("/proc/sys/net/netfilter")
@@ -85,22 +86,27 @@ def foreign_rules() -> Finding:
 
 def guard(settings: Settings) -> Finding:
     """Whether capture.strict can outlast a flush of all rules."""
+    from meshnet_init.backends import Lack, need_right_to_change
     from meshnet_init.backends.scratch import tried_in_scratch
     from meshnet_init.keep.guard import unavailable
+    from meshnet_init.plan import make_plan
 
     code = "rules.guard"
     try:
-        why = tried_in_scratch(unavailable)
+        need_right_to_change()
+        lack, _ = tried_in_scratch(partial(unavailable, make_plan(settings, host_facts())), Lack)
     except CommandError as error:
         return unseen(code, error.what, error.why)
-    if not why:
+    except ConfigError as error:
+        return Finding(code=code, level="warning", what="no rules can be planned", why=error.problem)
+    if not lack:
         return Finding(code=code, level="ok", what="a keeper can hold them where no flush reaches them: capture.strict")
     return Finding(
         code=code,
         level="warning" if settings.capture.strict else "ok",
         what="capture.strict does not outlast a flush of all rules here",
-        why=f"{why}; connections pass until the keeper has put the rules in again",
-        fix="Linux 5.12 or newer, with nftables: modprobe nf_tables",
+        why=f"{lack.why}; connections pass until the keeper has put the rules in again",
+        fix=f"Linux 5.12 or newer, with nftables: {lack.fix}",
     )
 
 

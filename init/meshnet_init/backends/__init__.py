@@ -55,14 +55,24 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
         return drain_set(self.redirect_ports(), self.plan().rules, ipv6=self.ipv6)
 
 
+class Lack(msgspec.Struct, frozen=True):
+    """Why a backend cannot be used, empty when it can; and what to type."""
+
+    why: str = ""
+    fix: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.why)
+
+
 class Backend(Protocol):
     """Raises CommandError from every method: code 5 without the right to, else 1 with what the kernel said."""
 
     @property
     def name(self) -> str: ...
 
-    def unavailable(self, *, holds: bool = False) -> str:
-        """Why this backend cannot be used here; empty when it can. `holds`: for a plan that queues connections."""
+    def unavailable(self, plan: Plan) -> Lack:
+        """What the kernel lacks that `plan` asks for. Tried for real, by a rule of each kind; none is ever in force."""
 
     def installed(self) -> Installed | None:
         """What is in the kernel, or None when nothing of ours is."""

@@ -9,7 +9,7 @@ when one is refused those before it are put back. A crash between two leaves eac
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,18 +18,29 @@ import msgspec
 from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import Counted, Installed
+from meshnet_init.backends import Counted, Installed, Lack
 from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.nft import drop_empty_iptables
 from meshnet_init.backends.nft_tables import nft_chains
 from meshnet_init.foreign import standing_ahead
-from meshnet_init.render import TABLES, chains_of, insert_jump, iptables_table, jump, read_iptables_rule
+from meshnet_init.kind import Answer, lacking, samples
+from meshnet_init.render import (
+    TABLES,
+    chains_of,
+    insert_jump,
+    iptables_table,
+    iptables_words,
+    jump,
+    parts_of,
+    read_iptables_rule,
+)
 from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain, Plan, Rule, Table, drain_set
 
 Kind = Literal["nft", "legacy"]
 IpFamily = Literal["ipv4", "ipv6"]
 FAMILIES: tuple[IpFamily, ...] = ("ipv4", "ipv6")
 
+_PROBE = "MESHNET_PROBE"  # a chain that nothing leads to
 _INCOMPATIBLE = "is incompatible, use 'nft' tool"
 _SAVED_RULE = re.compile(r"\[(\d+):(\d+)\] -A (\S+) (.*)")
 
@@ -63,23 +74,12 @@ class IptablesBackend:
             _Table(family, table, kind, speaker) for family, speaker in speakers.items() for table in TABLES
         ]
 
-    def unavailable(self, *, holds: bool = False) -> str:
-        """Tries it for real: one commit that makes a chain with such a rule and takes both away again."""
-        probes = [("nat", "-p tcp -m owner ! --gid-owner 0 -m mark ! --mark 1/1 -j REDIRECT --to-ports 1")]
-        if holds:
-            probes.append(("mangle", "-p tcp -j NFQUEUE --queue-num 1 --queue-bypass"))
-        for name, rule in probes:
-            table = next(table for table in self._tables if table.family == "ipv4" and table.name == name)
-            probe = f"*{name}\n:MESHNET_PROBE - [0:0]\n-A MESHNET_PROBE {rule}\n"
-            try:
-                with self._session(True):
-                    table.restore(probe + "-F MESHNET_PROBE\n-X MESHNET_PROBE\nCOMMIT\n")
-            except CommandError as error:
-                if error.code in (5, 6):  # no right to, or somebody else writes: that says nothing about the backend
-                    raise
-                return error.why
-            table.drop_if_empty()
-        return ""
+    def unavailable(self, plan: Plan) -> Lack:
+        """In each table a chain that nothing leads to is made, and taken away again."""
+        plan = without_missing(plan)
+        with self._session(True):
+            lacks = [lack for table in self._tables if (lack := table.unavailable(plan))]
+        return Lack("; ".join(lack.why for lack in lacks), " && ".join(dict.fromkeys(lack.fix for lack in lacks)))
 
     def installed(self) -> Installed | None:
         with self._session(False):
@@ -261,6 +261,55 @@ class _Table:
 
     def restore(self, text: str) -> None:
         self._speaker.restore(text)
+
+    def unavailable(self, plan: Plan) -> Lack:
+        """What the kernel lacks for what `plan` has for this table."""
+        of_family = plan.of_family(self.family) if plan.ipv6 or self.family == "ipv4" else ()
+        rules = [rule for rule in of_family if PLACES[rule.chain].table == self.name]
+        lack = lacking(self._answers(samples(rules, parts_of))) if rules else None
+        if lack is None:
+            return Lack()
+        command = "iptables" if self.family == "ipv4" else "ip6tables"
+        # As the kernel asks for it: the modules have these names beside their own (xt_find_target of x_tables.c).
+        prefix = {
+            "-t": command.removesuffix("s"),
+            "-m": command.removesuffix("ables"),
+            "-j": command.removesuffix("ables"),
+        }
+        named = (part.split() for part in lack.parts)
+        return Lack(
+            f"{command} takes no {', '.join(lack.parts)}: {lack.said}",
+            f"modprobe {' '.join(f'{prefix[option]}_{name}' for option, name in named)}",
+        )
+
+    def _answers(self, rules: Sequence[Rule]) -> list[Answer]:
+        """Of the table, and of the rules if it was taken; those are told apart by halves."""
+        if not (said := self._refuses(rules)):
+            return [Answer(parts_of(rule)) for rule in rules]
+        if bare := self._refuses(()):
+            return [Answer({f"-t {self.name}"}, bare)]
+        return list(self._halved(rules, said))
+
+    def _halved(self, rules: Sequence[Rule], said: str) -> Iterator[Answer]:
+        if not said or len(rules) == 1:
+            yield from (Answer(parts_of(rule), said) for rule in rules)
+            return
+        middle = len(rules) // 2
+        for half in (rules[:middle], rules[middle:]):
+            yield from self._halved(half, self._refuses(half))
+
+    def _refuses(self, rules: Sequence[Rule]) -> str:
+        made = [f":{_PROBE} - [0:0]", *(f"-A {_PROBE} {' '.join(iptables_words(rule))}" for rule in rules)]
+        try:
+            self.restore(_State(table=self.name).commit(made))
+        except CommandError as error:
+            if error.code in (5, 6):  # no right to, or somebody else writes: that says nothing about the backend
+                raise
+            return error.why
+        # Not in the same commit: of what cancels itself out neither iptables nor libiptc tells the kernel.
+        self.restore(_State(table=self.name).commit([f":{_PROBE} - [0:0]", f"-X {_PROBE}"]))
+        self.drop_if_empty()
+        return ""
 
     def put_back(self, before: _State) -> None:
         """Undoes a `restore`."""

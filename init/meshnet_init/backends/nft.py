@@ -31,12 +31,13 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 )
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import Counted, Installed, not_permitted
+from meshnet_init.backends import Counted, Installed, Lack, not_permitted
 from meshnet_init.backends.cgroups import without_missing
-from meshnet_init.backends.nft_expressions import decode, encode
+from meshnet_init.backends.nft_expressions import decode, encode, module_of, parts_of
 from meshnet_init.backends.nft_tables import NF_ACCEPT, Message, dump, made_later, nft_chains
+from meshnet_init.kind import Answer, lacking, samples
 from meshnet_init.render import NFT_TABLE, chains_of
-from meshnet_init.rule import CHAIN_IN, CHAINS, NAT_CHAINS, PLACES, Hook, Plan, Rule, Table, drain_set
+from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Hook, Plan, Rule, Table
 
 _BATCH_BEGIN = 0x10
 _BATCH_END = 0x11
@@ -64,23 +65,37 @@ class NftBackend:
     def __init__(self, table: str = NFT_TABLE, owner: socket.socket | None = None) -> None:
         self._name, self._owner = table, owner
 
-    def unavailable(self, *, holds: bool = False) -> str:
-        """Tries it for real: a transaction that makes a table with such rules and deletes it again."""
-        scratch = f"{self._name}_probe"
-        plan = Plan(rules=(Rule(chain=CHAIN_IN, local=False), Rule(chain=CHAIN_IN, redirect=1), *drain_set(()).rules))
+    def unavailable(self, plan: Plan) -> Lack:
+        """A table is made and deleted again in one transaction, so that no rule of it is ever asked."""
+        lack = lacking(self._answers(samples(without_missing(plan).rules, parts_of)))
+        if lack is None:
+            return Lack()
+        modules = " ".join(sorted({module_of(part) for part in lack.parts}))
+        return Lack(f"the kernel's nftables has no {', '.join(lack.parts)}: {lack.said}", f"modprobe {modules}")
+
+    def _answers(self, rules: Sequence[Rule]) -> list[Answer]:
+        """Of the table, of the chains if that was taken, and of the rules if those were."""
+        plan, name = Plan(rules=tuple(rules)), f"{self._name}_probe"
         try:
-            _commit([*self._made(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)], self._owner)
-            if holds:
-                plan = Plan(rules=(Rule(chain="MESHNET_HOLD", queue=1),))
-                _commit([*self._made(scratch, plan), _table(NFT_MSG_DELTABLE, 0, scratch)], self._owner)
-        except OSError as error:
-            if error.errno == errno.EPERM:
-                raise not_permitted("change") from error
-            kind = "queue rules" if plan.rules[0].queue else "nat rules"
-            if self._owner is not None:
-                kind = "tables with an owner"
-            return f"the kernel does not take nftables {kind}: {error.strerror}"
-        return ""
+            refused = _refused([*self._made(name, plan), _table(NFT_MSG_DELTABLE, 0, name)], self._owner)
+        except OSError as error:  # a kernel without nfnetlink
+            refused = {1: error.errno or errno.EIO}
+        if errno.EPERM in refused.values():
+            raise not_permitted("change")
+        said = {number: os.strerror(code) for number, code in refused.items()}
+        table = Answer(["table" if self._owner is None else "table with an owner"], said.get(1, ""))
+        chains = [
+            Answer([f"chain {PLACES[chain].kind}"], said.get(number, ""))
+            for number, chain in enumerate(chains_of(plan), start=2)
+        ]
+        if any(answer.said for answer in (table, *chains)):
+            return [table] if table.said else [table, *chains]
+        first = 2 + len(chains)
+        return [
+            table,
+            *chains,
+            *(Answer(parts_of(rule), said.get(at, "")) for at, rule in enumerate(plan.rules, first)),
+        ]
 
     def installed(self) -> Installed | None:
         chains = {chain.name for chain in nft_chains(NFPROTO_INET, self._name)}
@@ -194,12 +209,18 @@ def _message(
 
 
 def _commit(messages: Sequence[Message], owner: socket.socket | None = None) -> None:
-    """Sends one transaction, by `owner` or a socket of its own. Raises OSError with the kernel's first complaint; then
-    nothing was changed.
+    """Sends one transaction. Raises OSError with the kernel's first complaint; then nothing was changed."""
+    for code in _refused(messages, owner).values():
+        raise OSError(code, os.strerror(code))
+
+
+def _refused(messages: Sequence[Message], owner: socket.socket | None = None) -> dict[int, int]:
+    """Sends one transaction, by `owner` or a socket of its own. What the kernel refuses of it, each with its error: by
+    their numbers, from 1 on, and 0 is all of it. Where there is anything nothing was changed.
     """
     # pyroute2's own batches wait for ever when the kernel refuses a batch as a whole: it then answers its begin only.
     data = b""
-    for number, message in enumerate([_edge(_BATCH_BEGIN), *messages, _edge(_BATCH_END)], start=1):
+    for number, message in enumerate([_edge(_BATCH_BEGIN), *messages, _edge(_BATCH_END)]):
         message["header"]["sequence_number"] = number
         message.encode()
         data += message.data
@@ -211,10 +232,12 @@ def _commit(messages: Sequence[Message], owner: socket.socket | None = None) -> 
         netlink.sendto(data, (0, 0))
         # The kernel has done all of it by now. It answers what it refuses, and nothing else, as no ACK was asked for.
         complaints = list(_answers(netlink))
+    found: dict[int, int] = {}
     for answer in complaints:
-        kind, code = struct.unpack_from("=4xH10xi", answer)  # struct nlmsghdr, struct nlmsgerr
+        kind, number, code = struct.unpack_from("=4xH2xI4xi", answer)  # struct nlmsghdr, struct nlmsgerr
         if kind == NLMSG_ERROR and code:
-            raise OSError(-code, os.strerror(-code))
+            found.setdefault(number, -code)
+    return found
 
 
 def netlink_socket() -> socket.socket:

@@ -93,6 +93,12 @@ _PORT_SIZE = 2
 _BY_PORT = frozenset({"NF_NAT_RANGE_PROTO_SPECIFIED"})
 
 
+_CORE = "nf_tables"
+# Whose module is not of the expression's name.
+_OF_THE_CORE = frozenset({"table", "chain", "meta", "payload", "bitwise", "cmp", "immediate", "counter"})
+_OF_EACH_FAMILY = frozenset({"fib", "reject"})
+
+
 class Match(NamedTuple):
     """`load` is a key of _LOADS; an empty mask masks nothing."""
 
@@ -119,6 +125,24 @@ def encode(rule: Rule, cgroup_id: Callable[[str], int] = cgroup_id) -> list[Expr
         expressions.append(_expression("cmp", SREG=_REGISTER, OP=match.compare.value, DATA=_data(match.value)))
     expressions.append(_expression("counter", BYTES=0, PACKETS=0))
     return [*expressions, *_action(rule)]
+
+
+def parts_of(rule: Rule) -> frozenset[str]:
+    """What it loads and does that a kernel with nf_tables may lack, each by the name of its expression first; all of it
+    where there is nothing of that sort.
+    """
+    loads = {match.load for match in _matches(rule, lambda _: 0)}
+    actions = {expression["attrs"][0][1] for expression in _action(rule)}
+    named = actions | {f"{_LOADS[load].name} {load.removeprefix('ct ')}" for load in loads}
+    return frozenset({part for part in named if module_of(part) != _CORE} or named)
+
+
+def module_of(part: str) -> str:
+    """The kernel's module that has one of `parts_of`, or `chain TYPE`, or `table`."""
+    name = part.partition(" ")[0]
+    if name in _OF_THE_CORE:
+        return "nft_chain_nat" if part == "chain nat" else _CORE
+    return f"nft_{name}_inet" if name in _OF_EACH_FAMILY else f"nft_{name}"
 
 
 def _action(rule: Rule) -> Iterator[Expression]:

@@ -94,7 +94,7 @@ class PythonIptables:
 
     def _error(self, question: dict[str, object], why: str) -> CommandError:
         writes = "restore" in question
-        if not may_change_rules():
+        if not may_change_rules() or "Permission denied" in why:
             return not_permitted("change" if writes else "read")
         return CommandError(
             f"python-iptables could not write the {self._family} rules; what was in force still is"

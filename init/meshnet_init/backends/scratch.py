@@ -1,32 +1,115 @@
 """A network namespace to try things in, so that nothing of it is ever seen by anybody."""
 
 import ctypes
-import threading
+import os
+import signal
+import struct
 from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
+
+import msgspec
 
 from meshnet.errors import CommandError
 
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
+_PR_SET_PDEATHSIG, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 47, 2  # linux/prctl.h
+_CAPABILITY_VERSION_3, _CAP_NET_ADMIN, _CAP_NET_RAW = 0x20080522, 12, 13  # linux/capability.h
+_NO_RIGHT = 5  # the code of a CommandError
+
+T = TypeVar("T")
 
 
-def tried_in_scratch(probe: Callable[[], str]) -> str:
-    """What `probe` returns in a namespace of its own; here, where none may be made: that takes CAP_SYS_ADMIN.
+class Tried(NamedTuple, Generic[T]):
+    """What a probe found; `here`: why it looked in this namespace, empty where it had one of its own."""
 
-    Raises CommandError, as `probe` does.
+    found: T
+    here: str = ""
+
+
+class _Answer(msgspec.Struct, kw_only=True):
+    """Of the child: what the probe returned, as JSON, or what it raised; or why there is no namespace for it."""
+
+    found: msgspec.Raw = msgspec.Raw(b"null")
+    error: tuple[str, str, str, int] | None = None
+    nowhere: str = ""
+
+
+def tried_in_scratch(probe: Callable[[], T], kind: type[T]) -> Tried[T]:
+    """What `probe` returns, which JSON can say, in a network namespace that ends with it.
+
+    Without CAP_SYS_ADMIN (a container, a service with few rights) it takes a user namespace as well. Where none may be
+    made either the probe runs in this network namespace, so it must never put into force what it tries. Raises
+    CommandError, as `probe` does.
     """
-    answers: list[str | CommandError] = []
+    answer = _in_child(probe)
+    if answer.nowhere:
+        return Tried(probe(), answer.nowhere)
+    if answer.error is not None:
+        what, why, fix, code = answer.error
+        raise CommandError(what, why=why, fix=fix, code=code)
+    return Tried(msgspec.json.decode(answer.found, type=kind))
 
-    def run() -> None:  # a namespace is a thread's, and goes with it: unshare(2)
-        ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET)
+
+def _in_child(probe: Callable[[], object]) -> _Answer:
+    """A process of many threads may make no user namespace: unshare(2). Its fork has one."""
+    reading, writing = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
         try:
-            answers.append(probe())
-        except CommandError as error:
-            answers.append(error)
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() == parent:
+                os.write(writing, msgspec.json.encode(_answer(probe)))
+        finally:
+            os._exit(0)
+    try:
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            said = pipe.read()
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        raise
+    finally:
+        os.waitpid(child, 0)
+    return msgspec.json.decode(said, type=_Answer) if said else _Answer(nowhere="who tried there has died")
 
-    thread = threading.Thread(target=run, name="scratch")
-    thread.start()
-    thread.join()
-    answer = answers[0]
-    if isinstance(answer, CommandError):
-        raise answer
-    return answer
+
+def _answer(probe: Callable[[], object]) -> _Answer:
+    try:
+        as_somebody_else = _enter()
+    except OSError as error:
+        return _Answer(nowhere=error.strerror or str(error))
+    try:
+        return _Answer(found=msgspec.Raw(msgspec.json.encode(probe())))
+    except CommandError as error:
+        if as_somebody_else and error.code == _NO_RIGHT:  # AppArmor, say: a user namespace, and nothing to do in it
+            return _Answer(nowhere=f"in a user namespace: {error.what}")
+        return _Answer(error=(error.what, error.why, error.fix, error.code))
+
+
+def _enter() -> bool:
+    """Moves this process into a new network namespace. Whether that took a user namespace. Raises OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    gid = os.getegid()
+    if libc.unshare(_CLONE_NEWNET) == 0:
+        return False
+    if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    # A rule may name no id that is not mapped. To map root's uid would take CAP_SETFCAP: user_namespaces(7).
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+    _hand_down_rights(libc)
+    return True
+
+
+def _hand_down_rights(libc: ctypes.CDLL) -> None:
+    """To programs that are started here: whose uid is not root's they would have none, capabilities(7)."""
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    held = ctypes.create_string_buffer(24)  # two of struct __user_cap_data_struct
+    libc.capget(header, held)
+    effective, permitted, _, *high = struct.unpack("=6I", held.raw)
+    libc.capset(header, struct.pack("=6I", effective, permitted, 1 << _CAP_NET_ADMIN | 1 << _CAP_NET_RAW, *high))
+    for capability in (_CAP_NET_ADMIN, _CAP_NET_RAW):
+        libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE, capability, 0, 0)

@@ -9,7 +9,7 @@ import socket
 
 from msgspec import structs
 
-from meshnet_init.backends import Installed, differences
+from meshnet_init.backends import Installed, Lack, differences
 from meshnet_init.backends.nft import NftBackend, netlink_socket
 from meshnet_init.render import KEEPER_TABLE
 from meshnet_init.rule import Plan
@@ -22,11 +22,8 @@ class Guard:
         self._owner: socket.socket | None = None
 
     def hold(self, plan: Plan) -> bool:
-        """Whether anything had to be written for it. Raises CommandError and OSError; then what was held still is.
-
-        Nothing is queued here: what the rules themselves have queued would be queued again.
-        """
-        plan = structs.replace(plan, rules=tuple(rule for rule in plan.rules if rule.chain != "MESHNET_HOLD"))
+        """Whether anything had to be written for it. Raises CommandError and OSError; then what was held still is."""
+        plan = _guarded(plan)
         owner = self._owner or netlink_socket()
         table = NftBackend(KEEPER_TABLE, owner)
         if self._owner is not None and not differences(table.expected(plan), table.installed()):
@@ -59,11 +56,16 @@ def held() -> Installed | None:
     return None if found is None else structs.replace(found, backend="keeper")
 
 
-def unavailable() -> str:
-    """Why no table can have an owner here; empty when one can. Raises CommandError without the right to try."""
+def unavailable(plan: Plan) -> Lack:
+    """Why no table with an owner can hold `plan` here. Raises CommandError without the right to try."""
     try:
         owner = netlink_socket()
     except OSError as error:
-        return f"the kernel has no nftables: {error.strerror}"
+        return Lack(f"the kernel has no nftables: {error.strerror}", "modprobe nf_tables")
     with owner:
-        return NftBackend(KEEPER_TABLE, owner).unavailable()
+        return NftBackend(KEEPER_TABLE, owner).unavailable(_guarded(plan))
+
+
+def _guarded(plan: Plan) -> Plan:
+    """Nothing is queued here: what the rules themselves have queued would be queued again."""
+    return structs.replace(plan, rules=tuple(rule for rule in plan.rules if rule.chain != "MESHNET_HOLD"))

@@ -25,9 +25,10 @@ from meshnet.model.capture import KeeperReport, Proof, Repair, StandDown, TakeUp
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 from meshnet.proxy.notify import Notifier
-from meshnet_init.apply import apply_plan, choose_for, drift, every_backend, in_kernel
+from meshnet_init.apply import apply_plan, drift, in_kernel
 from meshnet_init.backends import Backend, Installed
 from meshnet_init.canary import ask_the_proxy
+from meshnet_init.choose import choose_for, every_backend
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
 from meshnet_init.keep.door import Door
@@ -60,8 +61,8 @@ class Keeper:
         self._read_settings = read_settings
         self._ways_in = ways_in
         self._settings = read_settings()
-        self._backend = choose_for(self._settings)
         self._plan = make_plan(self._settings, host_facts())
+        self._backend = _chosen(self._settings, self._plan)
         self._line: SidecarLine | None = None
         self._guard = Guard()
         self._unguarded = ""
@@ -349,7 +350,7 @@ class Keeper:
             plan = make_plan(settings, host_facts())
             before = [*_in_force(in_kernel()), *([self._plan.rules] if self._ever_held else [])]
             need_way_in(plan.rules, before, self._ways_in())
-            self._backend = choose_for(settings)
+            self._backend = _chosen(settings, plan)
         except (ConfigError, CommandError) as error:
             self._refuse(error)
         else:
@@ -445,6 +446,13 @@ class Keeper:
             self._reread = True
         else:
             self._ending = True
+
+
+def _chosen(settings: Settings, plan: Plan) -> Backend:
+    choice = choose_for(settings, plan)
+    for note in choice.notes:
+        _log.info("%s", note)
+    return choice.backend
 
 
 def _in_force(found: Sequence[tuple[Backend, Installed]]) -> list[tuple[Rule, ...]]:

@@ -1,0 +1,158 @@
+"""Where a backend is tried: in a namespace of its own, as far as the rights go, and else without harm, and said so."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from meshnet.errors import CommandError
+from meshnet_init.backends import Lack, not_permitted
+from meshnet_init.backends.scratch import tried_in_scratch
+from meshnet_init.choose import choose
+from meshnet_init.host import host_facts
+from meshnet_init.plan import make_plan
+from tests.init.kernel import Lab, capture, listening
+from tests.init.test_missing import in_child
+from tests.lesser_kernel import lacking
+from tests.seccomp import Refusal, refuse
+from tests.world import World
+
+pytestmark = pytest.mark.netns
+
+# An init container's, by the manifests of `meshnet inject`: tests/pod runs those themselves.
+INIT_CONTAINER = ("setpriv", "--bounding-set=-all,+net_admin", "--inh-caps=-all", "--no-new-privs", "--")
+WITH_LEGACY = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", "--inh-caps=-all", "--no-new-privs", "--")
+EVERYTHING = {"strict": True, "inbound_mode": "tproxy", "udp": "reject", "drop_invalid": True, "exclude_uids": ["7"]}
+
+CHOOSE = """
+import json, sys
+from meshnet_init.choose import choose_for
+from meshnet_init.host import host_facts
+from meshnet_init.plan import make_plan
+from tests.init.kernel import capture
+settings = capture(**json.loads(sys.argv[1]))
+choice = choose_for(settings, make_plan(settings, host_facts()))
+print(json.dumps([choice.backend.name, *choice.notes]))
+"""
+
+
+def no_namespaces() -> None:
+    """A container's runtime forbids them, by CAP_SYS_ADMIN and by seccomp."""
+    refuse(*(Refusal("unshare", {0: flags}, errno.EPERM) for flags in (0x40000000, 0x50000000)))  # CLONE_NEW*
+
+
+def chosen_as(lab: Lab, rights: tuple[str, ...], **values: object) -> list[str]:
+    """Which backend a process with these rights chooses, and what it says of it."""
+    line = (*rights, sys.executable, "-c", CHOOSE, json.dumps({"backend": lab.backend.name, **values}))
+    return [str(word) for word in json.loads(lab.app.run(*line, PYTHONPATH=":".join(sys.path)).stdout)]
+
+
+def test_an_init_container_tries_every_kind_in_a_namespace_of_its_own(lab: Lab) -> None:
+    rights = WITH_LEGACY if lab.backend.name == "legacy" else INIT_CONTAINER
+    before = lab.rules_text()
+    assert chosen_as(lab, rights, **EVERYTHING) == [lab.backend.name]
+    assert lab.rules_text() == before
+    assert "nat" not in lab.app.run("cat", "/proc/net/ip_tables_names", check=False).stdout.split()
+
+
+def test_an_init_container_is_told_which_kind_its_kernel_lacks(world: World) -> None:
+    host = world.host("app")
+
+    def put_in() -> str:
+        return host.run(*INIT_CONTAINER, "meshnet", "init", "--strict", "true", check=False).stderr
+
+    found = lacking(["reject"], put_in)
+    assert "nft was passed over: the kernel's nftables has no reject: No such file or directory" in found
+    assert "in this network namespace" not in found
+
+
+def test_where_no_namespace_may_be_made_it_is_said_and_nothing_is_captured_by_the_trial(lab: Lab) -> None:
+    plan = make_plan(capture(**EVERYTHING), host_facts())
+    before = lab.rules_text()
+
+    def tried() -> str:
+        no_namespaces()
+        arrived = 0
+        for _ in range(5):
+            notes = choose(lab.backend.name, plan).notes
+            with lab.app.connect(lab.peer.address, 80):
+                arrived += 1
+        return f"{arrived} arrived. {notes}"
+
+    with listening(lab.peer, "ipv4", 80), lab.app.entered():
+        said = in_child(tried)
+    assert said.startswith("5 arrived"), said
+    assert f"{lab.backend.name} was tried in this network namespace" in said
+    assert "Operation not permitted" in said
+    assert lab.rules_text() == before
+
+
+def test_where_programs_would_have_no_rights_in_it_they_are_tried_here_and_it_is_said(lab: Lab) -> None:
+    """The keeper's unit: it may make a user namespace, and not hand rights down in it (capset)."""
+    plan = make_plan(capture(**EVERYTHING), host_facts())
+
+    def tried() -> str:
+        refuse(
+            Refusal("unshare", {0: 0x40000000}, errno.EPERM), Refusal("capset", {}, errno.EPERM)
+        )  # CLONE_NEWNET alone
+        return str(choose(lab.backend.name, plan).notes)
+
+    before = lab.rules_text()
+    with lab.app.entered():
+        said = in_child(tried)
+    if lab.backend.name == "nft":  # which is no program
+        assert said == "()"
+    else:
+        assert f"{lab.backend.name} was tried in this network namespace" in said
+        assert "in a user namespace: not allowed to change the kernel's rules" in said
+    assert lab.rules_text() == before
+
+
+def test_what_a_probe_finds_or_raises_is_the_callers(world: World) -> None:
+    def fails() -> Lack:
+        raise CommandError("what", why="why", fix="fix", code=6)
+
+    with world.host("app").entered():
+        assert tried_in_scratch(lambda: Lack("so", "do"), Lack) == (Lack("so", "do"), "")
+        assert tried_in_scratch(lambda: os.readlink("/proc/self/ns/net"), str).found != os.readlink("/proc/self/ns/net")
+        with pytest.raises(CommandError) as raised:
+            tried_in_scratch(fails, Lack)
+    error = raised.value
+    assert (error.what, error.why, error.fix, error.code) == ("what", "why", "fix", 6)
+
+
+def test_a_user_namespace_without_rights_in_it_is_none(world: World) -> None:
+    """AppArmor lets anybody make one on Ubuntu, and do nothing there."""
+    home = os.readlink("/proc/self/ns/user")
+
+    def probe() -> str:
+        if os.readlink("/proc/self/ns/user") != home:
+            raise not_permitted("change")
+        return "here"
+
+    with world.host("app").entered():
+        said = in_child(as_without_sys_admin(lambda: str(tuple(tried_in_scratch(probe, str)))))
+    assert said == "('here', \"in a user namespace: not allowed to change the kernel's rules\")"
+
+
+def test_who_dies_in_it_is_no_answer(world: World) -> None:
+    home = os.getpid()
+
+    def probe() -> str:
+        if os.getpid() != home:
+            os._exit(3)
+        return "here"
+
+    with world.host("app").entered():
+        assert tried_in_scratch(probe, str) == ("here", "who tried there has died")
+
+
+def as_without_sys_admin(work: Callable[[], str]) -> Callable[[], str]:
+    def limited() -> str:
+        refuse(Refusal("unshare", {0: 0x40000000}, errno.EPERM))  # CLONE_NEWNET alone
+        return work()
+
+    return limited
