@@ -118,6 +118,7 @@ _SOME_IDS = Parsed("ids", _ids)
 _SOME_INTERFACES = Parsed("interfaces", _to_exclude(_interfaces))
 _INTERFACES = Parsed("interfaces", _all_or_interfaces)
 _CGROUPS = Parsed("cgroups", _cgroups)
+_BACKEND = click.Choice(("auto", "nft", "iptables", "legacy"))
 _UDP = click.Choice(("allow", "count", "reject"))
 
 # Each flag is a setting: section, key, type, help.
@@ -155,7 +156,7 @@ FLAGS: tuple[tuple[str, str, Any, str], ...] = (
     ("capture", "quic", _UDP, "UDP 443, which passes beside the proxy: allow, count or reject."),
     ("capture", "udp", _UDP, "All other UDP."),
     ("capture", "exclude_udp_ports", _SOME_PORTS, "UDP ports that are never refused."),
-    ("capture", "backend", click.Choice(("auto", "nft", "iptables", "legacy")), "What writes the rules."),
+    ("capture", "backend", _BACKEND, "What writes the rules; auto: the first that can do each kind."),
 )
 
 
