@@ -124,6 +124,7 @@ def _outlier(spec: TrafficPolicySpec, fields: Fields) -> Outlier:
             "interval": fields.duration,
             "ejection_time": fields.duration,
             "max_ejection_time": fields.duration,
+            "jitter": fields.share,
             "max_ejected_share": fields.share,
         },
     )

@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from meshnet.decide import Dice
 from meshnet.model.service import Outlier
 
 PANIC = 10.0
@@ -46,12 +47,13 @@ class Outcomes:
     def is_ejected(self, now: float) -> bool:
         return now < self.ejected_until
 
-    def eject(self, settings: Outlier, now: float) -> float:
+    def eject(self, settings: Outlier, now: float, dice: Dice) -> float:
         """For how many seconds. What was counted is forgotten: it is judged anew when it comes back."""
         # Calm for as long as it was out last, and it begins from the shortest again.
         if now - self.ejected_until > min(settings.ejection_time * 2.0**self._ejections, settings.max_ejection_time):
             self._ejections = 0
         seconds = min(settings.ejection_time * 2.0**self._ejections, settings.max_ejection_time)
+        seconds *= 1 + settings.jitter * dice.random()
         self._ejections += 1
         self.ejected_until = now + seconds
         self._counts = [(0, 0)] * _BUCKETS

@@ -78,6 +78,7 @@ class OutlierSpec(Model, frozen=True, kw_only=True):
     interval: str | None = None
     ejection_time: str | None = None
     max_ejection_time: str | None = None
+    jitter: float | None = None
     max_ejected_share: float | None = None
 
 

@@ -101,7 +101,8 @@ class LocalitySettings(Model, frozen=True, kw_only=True, gc=False):
 class Outlier(Model, frozen=True, kw_only=True, gc=False):
     """Ejecting endpoints that fail more often than others, however that is spread; a `failure_share` of 0 does not.
 
-    Times in seconds: what is counted, how often it is looked at, the first and the longest of an ejection.
+    Times in seconds: what is counted, how often it is looked at, the first and the longest of an ejection; `jitter` is
+    the share by which one may be longer.
     """
 
     failure_share: float = 0.5
@@ -111,6 +112,7 @@ class Outlier(Model, frozen=True, kw_only=True, gc=False):
     interval: float = 10.0
     ejection_time: float = 30.0
     max_ejection_time: float = 300.0
+    jitter: float = 0.5
     max_ejected_share: float = 0.5
 
 

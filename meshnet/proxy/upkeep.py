@@ -119,7 +119,7 @@ class Upkeep:
             settings, now = service.traffic.outlier, time.monotonic()
             count = sum(endpoint.weight > 0 for endpoint in service.endpoints)
             for each in to_eject(outcomes, count, settings, now):
-                seconds = outcomes[each.endpoint].eject(settings, now)
+                seconds = outcomes[each.endpoint].eject(settings, now, state.dice)
                 state.warming[each.endpoint] = now + seconds
                 state.metrics.ejections += 1
                 share = f"{each.failures} of {each.connects} connects failed within {settings.window:g} s"

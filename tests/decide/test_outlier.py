@@ -5,6 +5,16 @@ from meshnet.decide.outlier import Outcomes, to_eject
 from meshnet.model.service import Outlier
 
 SETTINGS = Outlier()
+
+
+class Thrown:
+    """Dice that show the same each time."""
+
+    def __init__(self, shown: float) -> None:
+        self.random = lambda: shown
+
+
+DICE = Thrown(0.0)
 SHARES = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=1, max_size=12)
 
 
@@ -27,9 +37,9 @@ def test_who_fails_half_of_the_time_is_ejected_and_nobody_else() -> None:
 def test_the_worst_come_first_and_only_half_of_all() -> None:
     outcomes = {"a": seen(5, 15), "b": seen(0, 20), "c": seen(8, 12), "d": seen(20, 0)}
     assert ejected(outcomes) == ["b", "a"]
-    outcomes["b"].eject(SETTINGS, 100.0)
+    outcomes["b"].eject(SETTINGS, 100.0, DICE)
     assert ejected(outcomes) == ["a"]
-    outcomes["a"].eject(SETTINGS, 100.0)
+    outcomes["a"].eject(SETTINGS, 100.0, DICE)
     assert ejected(outcomes) == []
 
 
@@ -65,15 +75,23 @@ def test_what_is_older_than_the_window_is_forgotten() -> None:
 def test_each_ejection_in_a_row_is_twice_as_long_and_calm_makes_it_short_again() -> None:
     outcomes, now, lengths = Outcomes(), 0.0, []
     for _ in range(6):
-        lengths.append(outcomes.eject(SETTINGS, now))
+        lengths.append(outcomes.eject(SETTINGS, now, DICE))
         assert outcomes.is_ejected(now + lengths[-1] - 1)
         now += lengths[-1]
         assert not outcomes.is_ejected(now)
     assert lengths == [30, 60, 120, 240, 300, 300]
-    assert outcomes.eject(SETTINGS, now + 301) == 30
+    assert outcomes.eject(SETTINGS, now + 301, DICE) == 30
 
 
 def test_who_comes_back_is_judged_anew() -> None:
     outcomes = seen(0, 20)
-    outcomes.eject(SETTINGS, 100.0)
+    outcomes.eject(SETTINGS, 100.0, DICE)
     assert outcomes.seen(SETTINGS.window, 100.0) == (0, 0)
+
+
+def test_an_ejection_is_longer_by_a_share_that_dice_decide() -> None:
+    """Or those that were ejected together would come back, and be asked by everybody, together."""
+    settings = Outlier(jitter=0.5)
+    assert [Outcomes().eject(settings, 0.0, Thrown(shown)) for shown in (0.0, 0.5, 1.0)] == [30.0, 37.5, 45.0]
+    outcomes = Outcomes()
+    assert [outcomes.eject(settings, 45.0 * at, Thrown(1.0)) for at in range(2)] == [45.0, 90.0]
