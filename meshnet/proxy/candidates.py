@@ -1,5 +1,6 @@
 """Which of a service's endpoints may be tried now, and what is known of them: what the balancer asks."""
 
+import enum
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -8,6 +9,23 @@ from meshnet.decide.warmth import warmth
 from meshnet.model.address import Address
 from meshnet.model.service import Endpoint, ServicePort
 from meshnet.proxy.state import ProxyState
+
+
+class Out(enum.Enum):
+    """Why an endpoint is not to be tried."""
+
+    WEIGHT = enum.auto()
+    CHECKS = enum.auto()
+    BREAKER = enum.auto()
+    EJECTED = enum.auto()
+    LIMIT = enum.auto()
+    TRIED = enum.auto()
+
+
+DOUBTFUL = (Out.CHECKS, Out.EJECTED)
+"""Those are tried all the same where there are no others."""
+
+_WELL = (None, Out.LIMIT, Out.TRIED)
 
 
 class Candidates:
@@ -23,26 +41,31 @@ class Candidates:
         """Whether those that are ejected, or fail their checks, are taken all the same."""
         self.warming = bool(state.warming)
 
+    def out(self, endpoint: Endpoint, *, panics: bool = False) -> Out | None:
+        """None if it may be tried. What is wrong with the endpoint itself comes first."""
+        if not endpoint.weight:
+            return Out.WEIGHT
+        if self.failing and endpoint.address in self.failing and not panics:
+            return Out.CHECKS
+        known = self._known.get(endpoint.address)
+        if known is not None:
+            if not known.breaker.allows(self.now):
+                return Out.BREAKER
+            if known.outcomes.ejected_until > self.now and not panics:
+                return Out.EJECTED
+            if not below_endpoint_limit(self._traffic.limits, known.connections):
+                return Out.LIMIT
+        return Out.TRIED if self.tried and endpoint.address in self.tried else None
+
     def __call__(self, endpoint: Endpoint, /) -> int | None:
-        """None: its checks fail, its breaker is open, it is ejected, at its own limit, or was tried before."""
-        if self.failing and endpoint.address in self.failing and not self.panics:
+        if self.out(endpoint, panics=self.panics) is not None:
             return None
         known = self._known.get(endpoint.address)
-        if known is None:
-            return 0
-        connections, now = known.connections, self.now
-        if not known.breaker.allows(now) or not below_endpoint_limit(self._traffic.limits, connections):
-            return None
-        if known.outcomes.ejected_until > now and not self.panics:
-            return None
-        return None if self.tried and endpoint.address in self.tried else connections
+        return 0 if known is None else known.connections
 
     def is_well(self, endpoint: Endpoint) -> bool:
         """Whether it has a share, passes its checks, and failures do not keep it from being tried."""
-        known = self._known.get(endpoint.address)
-        if not endpoint.weight or endpoint.address in self.failing:
-            return False
-        return known is None or (known.breaker.allows(self.now) and not known.outcomes.is_ejected(self.now))
+        return self.out(endpoint) in _WELL
 
     def well_were_tried(self, endpoints: Iterable[Endpoint]) -> bool:
         """Whether one that is well is out for this connection only."""
@@ -64,22 +87,22 @@ class Candidates:
     def passed_over(self, endpoints: Iterable[Endpoint], most: int) -> Iterator[str]:
         """Of those that were not tried, at most so many, each with why not."""
         untried = (each for each in endpoints if each.address not in self.tried)
-        told = ((each, why) for each in untried if (why := self.why_not(each)))
-        return (f"{each.name}: {why}" for each, why in islice(told, most))
+        told = ((each, out) for each in untried if (out := self.out(each)) is not None)
+        return (f"{each.name}: {self.in_words(each, out)}" for each, out in islice(told, most))
 
-    def why_not(self, endpoint: Endpoint) -> str:
-        """In words; empty if it may be tried."""
-        known = self._known.get(endpoint.address)
-        if not endpoint.weight:
-            return "its weight is 0"
-        if endpoint.address in self.failing:
-            return f"its checks fail: {self._state.checks.view(self._service, endpoint)[1]}"
-        if known is None:
-            return ""
-        if not known.breaker.allows(self.now):
-            return f"its breaker is open for {known.breaker.open_for(self.now):.1f} s more"
-        if (left := known.outcomes.ejected_until - self.now) > 0:
-            return f"it is ejected for {left:.1f} s more"
-        if not below_endpoint_limit(self._traffic.limits, known.connections):
-            return f"it has {known.connections} connections, its limit"
-        return "it was tried" if endpoint.address in self.tried else ""
+    def in_words(self, endpoint: Endpoint, out: Out) -> str:
+        """Why it is out."""
+        match out:
+            case Out.WEIGHT:
+                return "its weight is 0"
+            case Out.CHECKS:
+                return f"its checks fail: {self._state.checks.view(self._service, endpoint)[1]}"
+            case Out.BREAKER:
+                return f"its breaker is open for {self._known[endpoint.address].breaker.open_for(self.now):.1f} s more"
+            case Out.EJECTED:
+                left = self._known[endpoint.address].outcomes.ejected_until - self.now
+                return f"it is ejected for {left:.1f} s more"
+            case Out.LIMIT:
+                return f"it has {self._known[endpoint.address].connections} connections, its limit"
+            case Out.TRIED:
+                return "it was tried"

@@ -11,7 +11,7 @@ from meshnet.model.admin import Candidate, RouteView
 from meshnet.model.canary import is_canary
 from meshnet.model.connection import Direction, Security
 from meshnet.model.service import NOWHERE, Endpoint, ServicePort
-from meshnet.proxy.candidates import Candidates
+from meshnet.proxy.candidates import DOUBTFUL, Candidates, Out
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
 
@@ -85,18 +85,16 @@ def explain_route(target: Address, state: ProxyState) -> RouteView:
             return _to_service(target, service, (pinned,) if pinned else service.endpoints, state)
 
 
-_DOUBTFUL = ("it is ejected", "its checks fail")  # see Candidates.why_not
-
-
 def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint, ...], state: ProxyState) -> RouteView:
     candidates = Candidates(service, state, set(), time.monotonic())
     if endpoints is not service.endpoints:
         candidates.failing = ()  # it was named
-    found = [_candidate(endpoint, candidates, state) for endpoint in endpoints]
+    outs = [candidates.out(endpoint) for endpoint in endpoints]
+    found = [_candidate(endpoint, out, candidates, state) for endpoint, out in zip(endpoints, outs, strict=True)]
     found.sort(key=lambda each: (each.score is None, _NEAR.index(each.near or "any"), each.score or 0.0))
     willing = sum(each.score is not None for each in found)
     detail = "" if willing else "there is none that may be tried now"
-    if not willing and any(each.why_not.startswith(_DOUBTFUL) for each in found):
+    if not willing and any(out in DOUBTFUL for out in outs):
         detail = "all are out: those that are ejected or fail checks would be used all the same"
     return RouteView(
         target=str(target),
@@ -109,9 +107,9 @@ def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint
     )
 
 
-def _candidate(endpoint: Endpoint, candidates: Candidates, state: ProxyState) -> Candidate:
+def _candidate(endpoint: Endpoint, out: Out | None, candidates: Candidates, state: ProxyState) -> Candidate:
     known = state.endpoints.get(endpoint.address)
-    connections, why_not = known.connections if known else 0, candidates.why_not(endpoint)
+    connections = known.connections if known else 0
     warmth = candidates.warmth(endpoint)
     placed = state.here != NOWHERE and endpoint.locality != NOWHERE
     return Candidate(
@@ -122,6 +120,6 @@ def _candidate(endpoint: Endpoint, candidates: Candidates, state: ProxyState) ->
         warmth=round(warmth, 3),
         connections=connections,
         connect_ms=(round(known.connect_time.seconds * 1000, 3) or None) if known else None,
-        score=None if why_not else round((connections + 1) / (endpoint.weight * warmth), 6),
-        why_not=why_not,
+        score=None if out else round((connections + 1) / (endpoint.weight * warmth), 6),
+        why_not=candidates.in_words(endpoint, out) if out else "",
     )
