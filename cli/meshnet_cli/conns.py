@@ -1,18 +1,24 @@
 """`meshnet conns`: the connections of this host's sidecar, open now and recently failed."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import click
-import msgspec
 
-from meshnet.model.admin import ConnectionEvent, ConnectionList, FollowConnections, ListConnections
+from meshnet.model.admin import (
+    ConnectionEvent,
+    ConnectionList,
+    ConnectionListMetadata,
+    FollowConnections,
+    ListConnections,
+)
 from meshnet.model.connection import Connection
 from meshnet_cli import filters, groups
-from meshnet_cli.client import admin_options, ask, stream
+from meshnet_cli.client import admin_options, stream
 from meshnet_cli.columns import COLORS, COLUMNS, STREAM_WIDTHS, TABLE, WIDE, note, print_connections
 from meshnet_cli.filter_flags import FilterCommand, chosen_filter, filter_options
 from meshnet_cli.filters import Filter
+from meshnet_cli.listing import listing
 from meshnet_cli.output import (
     DURATION,
     Parsed,
@@ -48,7 +54,7 @@ EVENT_WIDTH = len("+ close")
     "  meshnet conns -o json | jq '.items[].reason.code'",
 )
 @filter_options
-@click.option("--since", type=DURATION, help="Opened or ended in this time.")
+@click.option("--since", type=DURATION, help="Opened or ended in this time, well or badly.")
 @click.option("--recent", type=DURATION, default="60s", show_default=True, help="How far back failed ones are shown.")
 @click.option("--all", "everything", is_flag=True, help="Also every ended one that the sidecar still remembers.")
 @sort_option(*dict.fromkeys((*SORT_KEYS, *groups.SORT_KEYS)))
@@ -98,10 +104,10 @@ def command(
 
         if since is not None or everything or by or to_kill or follow or sort not in (None, *uncaptured.SORT_KEYS):
             raise click.UsageError("--uncaptured goes with filters, --sort tx|rx, --top, --columns, --exit-code and -o")
-        found = uncaptured.print_uncaptured(
+        any_past = uncaptured.print_uncaptured(
             socket_path, wanted, columns, output, sort=sort, top=top, timeout=timeout, header=not no_header
         )
-        if exit_code and found:
+        if exit_code and any_past:
             click.get_current_context().exit(1)
         return
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
@@ -126,13 +132,13 @@ def command(
         raise click.UsageError("--yes goes with --kill only")
 
     everything = everything and not to_kill
+    well = everything or (since is not None and not to_kill and not _only_open_or_failed(wanted))
     reach = max(recent, since or 0.0)
-    answer = ask(socket_path, ListConnections(recent=reach, all=everything), ConnectionList, timeout=timeout)
-    if silent := answer.metadata.silent_workers:
+    question = ListConnections(recent=reach, all=well)
+    found = listing(socket_path, question, timeout=timeout, wanted=wanted, since=since)
+    if silent := found.metadata.silent_workers:
         warn(f"workers that did not answer: {silent}; what they have is missing here (see meshnet status)")
-    if since is not None:
-        wanted = Filter((*wanted.wanted, (filters.since(since, answer.metadata.generated_at),)), wanted.unwanted)
-    matching = [connection for connection in answer.items if wanted(connection)]
+    matching = found.items
     if by:
         _print_groups(matching, by, sort, top, output, header=not no_header)
     elif to_kill:
@@ -140,7 +146,9 @@ def command(
         kill.kill(socket_path, still_open, names, output, timeout=timeout, yes=yes, header=not no_header)
     else:
         when = "" if everything else f" in the last {reach:g}s"
-        _print(answer, matching, _sorted(matching, sort)[:top], names, output, when, header=not no_header)
+        earliest = None if everything else filters.moment(found.metadata.generated_at, -reach)
+        notes = [_totals(matching, found.known, when), *_forgotten(found.metadata, earliest, well=well)]
+        _print(found.metadata, _sorted(matching, sort)[:top], names, output, notes, header=not no_header)
     if exit_code and matching:
         click.get_current_context().exit(1)
 
@@ -172,22 +180,33 @@ def _print_groups(
 
 
 def _print(
-    answer: ConnectionList,
-    matching: Sequence[Connection],
+    metadata: ConnectionListMetadata,
     shown: Sequence[Connection],
     names: Sequence[str],
     output: str,
-    when: str,
+    notes: Sequence[str],
     *,
     header: bool,
 ) -> None:
     def table() -> None:
         print_connections(shown, names, header=header)
         if header:
-            click.echo(_totals(matching, len(answer.items), when))
+            click.echo("\n".join(notes))
 
-    whole = msgspec.structs.replace(answer, items=tuple(shown))
+    whole = ConnectionList(metadata=metadata, items=tuple(shown))
     print_as(output, whole, shown, name=lambda connection: connection.id, table=table)
+
+
+def _forgotten(metadata: ConnectionListMetadata, earliest: float | None, *, well: bool) -> Iterator[str]:
+    """What there is no memory of, of what was asked for: since `earliest` (None: since ever), with `well` all of it."""
+    back, failed_back = metadata.reaches_back if well else "", metadata.failed_reach_back
+    for what, moment in (("All that ended", back), ("What failed", failed_back)):
+        if moment and (earliest is None or filters.moment(moment) > earliest):
+            yield f"{what} before {moment} is forgotten (admin.memory_mib)."
+
+
+def _only_open_or_failed(wanted: Filter) -> bool:
+    return any(set(group) <= {filters.is_open, filters.is_failed} for group in wanted.wanted)
 
 
 def _totals(matching: Sequence[Connection], known: int, when: str) -> str:

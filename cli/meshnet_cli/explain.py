@@ -76,10 +76,12 @@ def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: fl
         connection = ask(socket_path, ExplainConnection(id=id), Connection, timeout=timeout)
     except CommandError as error:
         if error.code == EXIT_FAILED:
-            error.why = error.why or "it never was here, or more than admin.recent connections have ended since"
+            error.why = (
+                error.why or "it never was here, or it ended so long ago that it is forgotten (admin.memory_mib)"
+            )
         error.fix = error.fix or "meshnet conns --all -o name lists every connection the sidecar remembers"
         raise
-    known = ask(socket_path, ListConnections(all=True), ConnectionList, timeout=timeout).items
+    known = ask(socket_path, ListConnections(id=id), ConnectionList, timeout=timeout).items
     explanation = _explained(connection, _others(connection, known), _route(connection, socket_path, timeout))
 
     def table() -> None:

@@ -124,8 +124,7 @@ def min_bytes(count: int) -> Predicate:
 
 def since(seconds: float, now: str) -> Predicate:
     """Opened or ended in the last `seconds` before `now` (RFC 3339)."""
-    moment = _timestamp(now)
-    earliest = (moment or 0.0) - seconds
+    earliest = moment(now, -seconds)
 
     def recent(connection: Connection) -> bool:
         last = _timestamp(connection.closed_at) or _timestamp(connection.opened_at)
@@ -183,6 +182,11 @@ def _address(text: str) -> Address | None:
         return parse_address(text)
     except ValueError:
         return None
+
+
+def moment(text: str, seconds: float = 0.0) -> float:
+    """So many seconds after that one (RFC 3339), in seconds since the epoch."""
+    return (_timestamp(text) or 0.0) + seconds
 
 
 def _timestamp(text: str) -> float | None:

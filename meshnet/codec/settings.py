@@ -169,7 +169,7 @@ def _value_problems(settings: Settings) -> list[Problem]:
         ipaddress.ip_address("::" if admin.health_address == "*" else admin.health_address)
     except ValueError:
         fields.wrong(("admin", "health_address"), f"{quoted(admin.health_address)} is neither an IP address nor *")
-    fields.number(("admin", "recent"), admin.recent, 0)
+    fields.number(("admin", "memory_mib"), admin.memory_mib, 0, 4096)
     fields.wait(("pool", "idle_timeout"), settings.pool.idle_timeout)
     fields.number(("pool", "max_idle"), settings.pool.max_idle, 0)
     fields.number(("capture", "gid"), capture.gid, 1, 2**32 - 2)

@@ -17,10 +17,16 @@ Level = Literal["debug", "info", "warning", "error"]
 
 
 class ListConnections(Shape, frozen=True, tag="conns"):
-    """Open ones, those that ended badly in the last `recent` seconds; `all`: also every ended one still kept."""
+    """Open ones, those that ended badly in the last `recent` seconds; `all`: instead every ended one that is kept.
+
+    They are answered in parts, the newest first: the metadata's `before` of one part asks for the one before it. `id`:
+    those with this id instead, all of them at once.
+    """
 
     recent: float = 60.0
     all: bool = False
+    before: tuple[int, ...] = ()
+    id: str = ""
 
 
 class FollowConnections(Shape, frozen=True, tag="follow"):
@@ -124,12 +130,22 @@ Request = Question | FollowConnections
 
 
 class ConnectionListMetadata(Shape, frozen=True):
+    """`open`, `failed` and `plaintext` are of this part. `before`: there are more that have ended; see ListConnections.
+
+    `forgotten`: how many have ended that the sidecar does not remember any more; every one that ended after
+    `reaches_back` is there, and those that failed after `failed_reach_back`; empty: since it began.
+    """
+
     node: str
     generated_at: str
     open: int
     failed: int
     plaintext: int
     silent_workers: int = 0  # that did not answer: what they have is missing
+    before: tuple[int, ...] = ()
+    forgotten: int = 0
+    reaches_back: str = ""
+    failed_reach_back: str = ""
 
 
 class ConnectionList(Shape, frozen=True):

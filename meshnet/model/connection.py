@@ -70,6 +70,8 @@ class Connection(Shape, frozen=True):
 
     `policy` names what denied or allowed it. Times are RFC 3339 UTC. `leg_port` is this proxy's own port of the leg to
     the endpoint, or of the tunnel to its host; None before there is one, and of what a relay did by itself in no time.
+    `held`: its client's connect() waited for the endpoint. `ordered`: a standing order covered it. `passed_over`:
+    endpoints, each with why, when there was none left to try.
     """
 
     id: str
@@ -92,5 +94,8 @@ class Connection(Shape, frozen=True):
     queue_ms: float | None = None
     idle_ms: float | None = None
     leg_port: int | None = None
+    held: bool = False
+    ordered: bool = False
+    passed_over: tuple[str, ...] = ()
     reason: ReasonView | None = None  # None while it is open
     trace: tuple[str, ...] = ()  # one line a step, for `explain`

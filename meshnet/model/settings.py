@@ -29,7 +29,7 @@ class AdminSection(Section, frozen=True):
     socket: str = "/run/meshnet/admin.sock"
     health_address: str = "0.0.0.0"  # *: all of both families
     health_port: int = 15120
-    recent: int = 1000  # connections kept for `conns --all` and `explain`: so many that ended well, so many that failed
+    memory_mib: int = 32  # for connections that have ended, as `conns --all` and `explain` tell them; workers share it
 
 
 class MeshSection(Section, frozen=True):

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from itertools import islice
 
 import msgspec
 import trio
@@ -40,8 +41,12 @@ from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.explain import explain_route, trace
 from meshnet.proxy.levels import LogLevels
 from meshnet.proxy.ping import ping, with_capture
+from meshnet.proxy.record import rfc3339
+from meshnet.proxy.registry import Listing, choose
 from meshnet.proxy.sidecar import Sidecar
 from meshnet.proxy.slices import slices
+
+_AT_ONCE = 256  # connections; a few milliseconds
 
 
 class OwnAnswers:
@@ -58,10 +63,10 @@ class OwnAnswers:
 
     async def answer(self, question: Question) -> Shape:
         match question:
-            case ListConnections(recent=recent, all=everything):
-                return await self._connections(recent, everything)
+            case ListConnections():
+                return await self._connections(question)
             case ExplainConnection(id=connection_id):
-                return self._explain(connection_id)
+                return await self._explain(connection_id)
             case ExplainRoute(target=target):
                 return self._explain_route(target)
             case GetStatus():
@@ -105,12 +110,17 @@ class OwnAnswers:
     async def scrape(self) -> bytes:
         return await self._state.metrics.scrape()
 
-    async def _connections(self, recent: float, everything: bool) -> ConnectionList:
+    async def _connections(self, question: ListConnections) -> ConnectionList:
         """Seen and encoded in slices: ten thousand at once take a quarter of a second."""
+        registry = self._state.registry
+        if question.id:
+            listing = Listing(iter(await registry.find(question.id)), None)
+        else:
+            before = (question.before[0], question.before[1]) if len(question.before) == 2 else None
+            listing = registry.listing(recent=question.recent, everything=question.all, before=before)
         still_open = failed = plaintext = 0
         pieces: list[bytes] = []
-        for records in slices(list(self._state.registry.listing(recent=recent, everything=everything))):
-            items = [record.view() for record in records]
+        while items := list(islice(listing.connections, _AT_ONCE)):
             for item in items:
                 is_open = item.reason is None
                 still_open += is_open
@@ -118,8 +128,16 @@ class OwnAnswers:
                 plaintext += is_open and item.tls.mode is Security.PLAIN
             pieces.append(msgspec.json.encode(items)[1:-1])
             await trio.lowlevel.checkpoint()
+        past = registry.past
+        told = msgspec.structs.replace(
+            metadata(still_open, failed, plaintext),
+            before=listing.before or (),
+            forgotten=past.well.forgotten + past.failed.forgotten,
+            reaches_back=_moment(max(past.well.since, past.failed.since)),
+            failed_reach_back=_moment(past.failed.since),
+        )
         return ConnectionList(
-            metadata=_metadata(still_open, failed, plaintext),
+            metadata=told,
             items=msgspec.Raw(b"[%b]" % b",".join(pieces)),  # type: ignore[arg-type] # they are encoded already
         )
 
@@ -142,15 +160,25 @@ class OwnAnswers:
             await trio.lowlevel.checkpoint()
         return count
 
-    def _explain(self, connection_id: str) -> Connection | Refused:
-        record = self._state.registry.find(connection_id)
-        if record is None:
-            kept = self._state.settings.admin.recent
-            return Refused(
-                error=f"no connection {connection_id} here",
-                fix=f"meshnet conns --all lists the open ones and the last {kept}",
-            )
-        return record.view(trace=trace(record))
+    async def _explain(self, connection_id: str) -> Connection | Refused:
+        found = choose(await self._state.registry.find(connection_id))
+        if found is not None:
+            return msgspec.structs.replace(found, trace=trace(found))
+        past = self._state.registry.past
+        return unknown(connection_id, _moment(max(past.well.since, past.failed.since)))
+
+
+def unknown(connection_id: str, reaches_back: str, silent_workers: int = 0) -> Refused:
+    silent = f", but {silent_workers} workers do not answer" if silent_workers else ""
+    back = f"; those that ended before {reaches_back} are forgotten" if reaches_back else ""
+    return Refused(
+        error=f"no connection {connection_id} here{silent}{back}",
+        fix="meshnet conns --all lists every one that is open or remembered",
+    )
+
+
+def _moment(wall: float) -> str:
+    return rfc3339(wall) if wall else ""
 
 
 def draining(connections: int) -> Accepted:
@@ -170,25 +198,12 @@ def killed(connections: int) -> Accepted:
     return Accepted(message=f"reset {connections} connections", connections=connections)
 
 
-def connection_list(items: tuple[Connection, ...], silent_workers: int = 0) -> ConnectionList:
-    still_open = [item for item in items if item.reason is None]
-    return ConnectionList(
-        metadata=_metadata(
-            len(still_open),
-            len([item for item in items if item.reason is not None and item.reason.code != "ok"]),
-            len([item for item in still_open if item.tls.mode is Security.PLAIN]),
-            silent_workers,
-        ),
-        items=items,
-    )
-
-
-def _metadata(still_open: int, failed: int, plaintext: int, silent_workers: int = 0) -> ConnectionListMetadata:
+def metadata(still_open: int, failed: int, plaintext: int) -> ConnectionListMetadata:
+    """Of a list of now that has so many."""
     return ConnectionListMetadata(
         node=status.node_name(),
         generated_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         open=still_open,
         failed=failed,
         plaintext=plaintext,
-        silent_workers=silent_workers,
     )

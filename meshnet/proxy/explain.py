@@ -6,71 +6,69 @@ from meshnet.decide.locality import distance
 from meshnet.decide.route import Passthrough, Refuse, ToService, route
 from meshnet.decide.truth import refused
 from meshnet.errors import Reason
-from meshnet.model.address import Address
+from meshnet.model.address import Address, parse_address
 from meshnet.model.admin import Candidate, RouteView
 from meshnet.model.canary import is_canary
-from meshnet.model.connection import Direction, Security
+from meshnet.model.connection import Connection, Direction, Security
 from meshnet.model.service import NOWHERE, Endpoint, ServicePort
 from meshnet.proxy.candidates import DOUBTFUL, Candidates, Out
-from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
 
 _LISTED = 100  # candidates
 _NEAR = ("zone", "region", "any")
 
 
-def trace(record: Record) -> tuple[str, ...]:
+def trace(it: Connection) -> tuple[str, ...]:
     """One line a step, in the order they were taken."""
-    steps = [f"capture: {record.direction} from {record.source} to {record.original or 'an unknown destination'}"]
-    if record.direction is Direction.INBOUND:
-        who = record.source_identity or "a client without identity"
-        steps.append(f"identity: {who}, {'through a tunnel' if record.security is Security.MTLS else 'in plain text'}")
-    if record.service:
-        steps.append(f"service: {record.service}")
-    elif record.original is not None and record.direction is Direction.OUTBOUND and is_canary(record.original):
+    target = it.original_destination
+    steps = [f"capture: {it.direction} from {it.source.address} to {target or 'an unknown destination'}"]
+    if it.direction is Direction.INBOUND:
+        who = it.source.identity or "a client without identity"
+        steps.append(f"identity: {who}, {'through a tunnel' if it.tls.mode is Security.MTLS else 'in plain text'}")
+    if it.destination.service:
+        steps.append(f"service: {it.destination.service}")
+    elif target and it.direction is Direction.OUTBOUND and is_canary(parse_address(target)):
         steps.append("service: none; a canary of `meshnet rules verify` or `up`, answered here and carried nowhere")
-    elif record.original is not None:
-        steps.append("service: none has this address; passed through" if record.endpoint else "service: none")
-    if record.policy:
-        steps.append(f"policy: {record.policy}")
-    if record.queued is not None:
-        steps.append(f"limits: waited {record.queued * 1000:.0f} ms for a free connection")
-    if record.by_order:
+    elif target:
+        steps.append("service: none has this address; passed through" if it.endpoint else "service: none")
+    if it.policy:
+        steps.append(f"policy: {it.policy}")
+    if it.queue_ms is not None:
+        steps.append(f"limits: waited {it.queue_ms:.0f} ms for a free connection")
+    if it.ordered:
         steps.append("order: decided before, for all connections from there to here; the relay dialled by itself")
-    for number, attempt in enumerate(record.attempts, 1):
+    for number, attempt in enumerate(it.attempts, 1):
         detail = f": {attempt.detail}" if attempt.detail else ""
         steps.append(f"attempt {number}: {attempt.endpoint} {attempt.result} after {attempt.ms:g} ms{detail}")
-    steps += [f"passed over: {each}" for each in record.passed_over]
-    if record.security is Security.MTLS:
+    steps += [f"passed over: {each}" for each in it.passed_over]
+    if it.tls.mode is Security.MTLS:
         shake = (
-            f"{'resumed' if record.resumed else 'full'} handshake in {record.handshake_ms:.1f} ms"
-            if record.handshake_ms is not None
+            f"{'resumed' if it.tls.resumed else 'full'} handshake in {it.tls.handshake_ms:.1f} ms"
+            if it.tls.handshake_ms is not None
             else "on a tunnel that stood already"
         )
-        who = f"{record.source_identity} to {record.destination_identity}"
-        steps.append(f"mtls: {who}, {record.tls_version} {record.cipher}, {shake}")
-    if record.held:
-        steps.append(f"connect: the application's own was held{_told_by_connect(record)}")
-    if record.connected is not None:
-        steps.append(
-            f"data: {record.tally.sent} bytes sent, {record.tally.received} received, moved by {record.relay or '-'}"
-        )
-    if record.reason is None:
-        steps.append(f"now: {record.state}")
+        who = f"{it.source.identity} to {it.destination.identity}"
+        steps.append(f"mtls: {who}, {it.tls.version} {it.tls.cipher}, {shake}")
+    if it.held:
+        steps.append(f"connect: the application's own was held{_told_by_connect(it)}")
+    if it.connect_ms is not None:
+        steps.append(f"data: {it.bytes_sent} bytes sent, {it.bytes_received} received, moved by {it.relay or '-'}")
+    if it.reason is None:
+        steps.append(f"now: {it.state}")
     else:
-        detail = f": {record.detail}" if record.detail else ""
-        steps.append(f"end: {record.reason} by {record.ended_by} in phase {record.phase}{detail}")
+        detail = f": {it.reason.message}" if it.reason.message else ""
+        steps.append(f"end: {it.reason.code} by {it.reason.ended_by} in phase {it.reason.phase}{detail}")
     return tuple(steps)
 
 
-def _told_by_connect(record: Record) -> str:
-    if record.connected is not None:
+def _told_by_connect(it: Connection) -> str:
+    if it.connect_ms is not None:
         return " until then"
-    if record.reason is None:
+    if it.reason is None:
         return ", and still is"
-    if record.reason is Reason.PEER_RST:
+    if it.reason.code is Reason.PEER_RST:
         return " until it gave up"
-    return f", and failed with {'ECONNREFUSED' if refused(record.reason) else 'EHOSTUNREACH'}"
+    return f", and failed with {'ECONNREFUSED' if refused(it.reason.code) else 'EHOSTUNREACH'}"
 
 
 def explain_route(target: Address, state: ProxyState) -> RouteView:

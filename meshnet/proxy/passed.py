@@ -116,15 +116,14 @@ class Passed:
         self.facts = facts
         self._outcome = outcome
 
-    def record(self, registry: "Registry") -> Record:
-        record = self.told.record(registry, self.facts, self.id)
-        record.opened_at = self.opened_at
-        self.told.note_end(record, self.facts, self._outcome)
-        return record
+    @property
+    def ended_at(self) -> float:
+        """Seconds since the epoch."""
+        return self.opened_at + self.facts.ended - self.facts.opened
 
     @property
-    def ended(self) -> float:
-        return self.facts.ended
+    def ended_by(self) -> EndedBy:
+        return self._outcome.ended_by
 
     @property
     def direction(self) -> Direction:
@@ -150,10 +149,11 @@ class Passed:
             bytes_sent=sent,
             bytes_received=received,
             opened_at=rfc3339(self.opened_at),
-            closed_at=rfc3339(self.opened_at + ended - opened),
+            closed_at=rfc3339(self.ended_at),
             duration_ms=milliseconds(ended - opened),
             connect_ms=connect_ms,
             idle_ms=milliseconds(ended - moved_at) if moved_at else None,
+            ordered=True,
             reason=_ended(self._outcome.ended_by),
         )
 

@@ -58,6 +58,8 @@ class Record:
     """Mutable while the connection lives. Times are monotonic seconds; `opened_at` is seconds since the epoch."""
 
     __slots__ = (
+        "_final",
+        "_is_over",
         "_registry",
         "abort_by",
         "abort_detail",
@@ -112,6 +114,8 @@ class Record:
     ) -> None:
         """`opened`: when it was, of one that an order began."""
         self._registry = registry
+        self._is_over = False  # and nothing of it changes any more
+        self._final: Connection | None = None  # the view, then
         self.opened_at = time.time()
         self.opened = time.monotonic()
         self.by_order = opened is not None
@@ -221,10 +225,11 @@ class Record:
                 self.phase = Phase.HALF_CLOSED
 
     def let_go(self) -> None:
-        """Of what only a living connection needs: a thousand of those that have ended are kept."""
+        """Of what only a living connection needs."""
         if self.link is not None:
             self.leg_port = self.link.leg_port
         self.client = self.link = None
+        self._is_over = True
 
     @property
     def failed(self) -> bool:
@@ -247,8 +252,19 @@ class Record:
             return State.HALF_IN
         return State.HALF_OUT if self.tally.endpoint_done else State.OPEN
 
-    def view(self, *, trace: tuple[str, ...] = ()) -> Connection:
+    @property
+    def ended_at(self) -> float:
+        """Seconds since the epoch; of one that is open, when it was opened."""
+        return self.opened_at + (self.ended or self.opened) - self.opened
+
+    def view(self) -> Connection:
         """The struct that tables, JSON and the access log are made of."""
+        view = self._final or self._view()
+        if self._is_over:
+            self._final = view  # the log wants it, and so does the memory of what has ended
+        return view
+
+    def _view(self) -> Connection:
         now = time.monotonic()
         until = self.ended or now
         tally = self.tally
@@ -281,16 +297,18 @@ class Record:
             bytes_sent=tally.sent,
             bytes_received=tally.received,
             opened_at=rfc3339(self.opened_at),
-            closed_at=rfc3339(self.opened_at + self.ended - self.opened) if self.ended else "",
+            closed_at=rfc3339(self.ended_at) if self.ended else "",
             duration_ms=milliseconds(until - self.opened),
             connect_ms=None if self.connected is None else milliseconds(self.connected - self.opened),
             queue_ms=None if self.queued is None else milliseconds(self.queued),
             idle_ms=milliseconds(until - tally.moved_at) if tally.moved_at else None,
+            held=self.held,
+            ordered=self.by_order,
+            passed_over=self.passed_over,
             leg_port=(self.link.leg_port if self.link is not None else self.leg_port) or None,
             reason=None
             if self.reason is None
             else ReasonView(code=self.reason, message=self.detail, ended_by=self.ended_by, phase=self.phase),
-            trace=trace,
         )
 
     def key(self) -> ConnectionKey:

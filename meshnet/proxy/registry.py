@@ -1,21 +1,21 @@
 """Every connection that is open, the ones that ended lately, and who wants to hear of them."""
 
-import heapq
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.admin import ConnectionEvent
-from meshnet.model.connection import Direction, State
+from meshnet.model.connection import Connection, Direction, State
+from meshnet.proxy.packed import Packed
 from meshnet.proxy.passed import Passed
-from meshnet.proxy.record import Record
+from meshnet.proxy.past import Cursor, Past
+from meshnet.proxy.record import Record, rfc3339
 
 _FOLLOWER_BUFFER = 1024  # events a slow reader may lag behind before it is told that it lost some
 
@@ -51,20 +51,25 @@ class Follower:
         self._lost += count
 
 
+class Listing(NamedTuple):
+    """Some connections, and where to go on from; None: these were the last."""
+
+    connections: Iterator[Connection]
+    before: Cursor | None
+
+
 class Registry:
     """`log` gets each ended connection. Ids given here end with `id_suffix`, by which workers' ids differ.
 
-    `keep` of those that ended well are remembered, and as many that failed: however busy a host is, what went wrong can
-    be asked for later.
+    Those that have ended are remembered in about `memory` bytes.
     """
 
     def __init__(
-        self, *, keep: int, observer: Observer, log: Callable[[Record | Passed], None] | None, id_suffix: str = ""
+        self, *, memory: int, observer: Observer, log: Callable[[Record | Passed], None] | None, id_suffix: str = ""
     ) -> None:
         self.id_suffix = id_suffix
         self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
-        self._well: deque[Record | Passed] = deque(maxlen=keep)
-        self._failed: deque[Record] = deque(maxlen=keep)
+        self.past = Past(memory)
         self.opened_total = 0
         self.failed_total = 0
         self._observer = observer
@@ -103,11 +108,8 @@ class Registry:
         if record.hidden:
             self.opened_total -= 1
             return
-        if record.failed:
-            self._failed.append(record)
-            self.failed_total += 1
-        else:
-            self._well.append(record)
+        self.failed_total += record.failed
+        self.past.keep(record)
         self._observer.ended(record)
         if self._log is not None:
             self._log(record)
@@ -117,30 +119,41 @@ class Registry:
     def passed(self, passed: Passed) -> None:
         """As `began` and `ended` of a connection that ended well."""
         self.opened_total += 1
-        self._well.append(passed)
+        self.past.keep(passed)
         self._observer.passed(passed)
         if self._log is not None:
             self._log(passed)
         if self._followers:
             self._tell("close", passed)
 
-    def find(self, connection_id: str) -> Record | None:
-        """The one that got the id from us, else the newest: a peer cannot put another in the place of ours."""
+    async def find(self, connection_id: str) -> list[Connection]:
+        """Those with that id, the newest first. More than one: peers choose ids."""
         self.catch_up()
-        newest_first = chain(reversed(self.open.values()), _by_end(self._failed, self._well, newest_first=True))
-        every = [record for record in newest_first if record.id == connection_id]
-        found = next((record for record in every if record.direction is Direction.OUTBOUND), next(iter(every), None))
-        return found.record(self) if isinstance(found, Passed) else found
+        is_open = (record.view() for record in reversed(self.open.values()) if record.id == connection_id)
+        newest, _ = self.past.newest(well=True)
+        found = [*is_open, *reversed([each for each in newest if each.id == connection_id])]
+        older = await trio.to_thread.run_sync(_look_through, self.past.full(), connection_id)
+        return [*found, *older]
 
-    def listing(self, *, recent: float, everything: bool) -> Iterator[Record | Passed]:
-        """Open ones, and of the ended those that failed within `recent` seconds, or all that are kept."""
+    def listing(self, *, recent: float, everything: bool, before: Cursor | None = None) -> Listing:
+        """Open ones, and of the ended those that failed within `recent` seconds, or all that are kept: in parts.
+
+        The first part has the open ones last; what it says of where to go on from is `before` for the next.
+        """
         self.catch_up()
-        now = time.monotonic()
-        if everything:
-            yield from _by_end(self._failed, self._well)
+        earliest = "" if everything else rfc3339(time.time() - recent)
+        if before is None:
+            ended, cursor = self.past.newest(well=everything)
+            is_open: Iterable[Connection] = (record.view() for record in list(self.open.values()))
         else:
-            yield from (record for record in self._failed if record.ended is None or now - record.ended <= recent)
-        yield from self.open.values()
+            page = self.past.page(before)
+            if page is None:
+                return Listing(iter(()), None)
+            ended, cursor, is_open = page.packed.views(), page.cursor, ()
+        following = self.past.page(cursor)
+        is_last = following is None or rfc3339(following.last) < earliest
+        found = (each for each in ended if each.closed_at >= earliest)
+        return Listing(chain(found, is_open), None if is_last else cursor)
 
     def follow(self) -> Follower:
         """What is open comes first, as far as it fits; to look at all of ten thousand would hold up the loop."""
@@ -166,7 +179,11 @@ class Registry:
             follower.tell(message)
 
 
-def _by_end(*kept: deque[Record] | deque[Record | Passed], newest_first: bool = False) -> Iterator[Record | Passed]:
-    """Those of all, in the order in which they have ended, as they are in each."""
-    sides = (reversed(each) if newest_first else each for each in kept)
-    return heapq.merge(*sides, key=lambda each: each.ended or 0.0, reverse=newest_first)
+def choose(found: Sequence[Connection]) -> Connection | None:
+    """Of those with one id, the newest first: one that got it here. A peer cannot put another in the place of ours."""
+    return max(found, key=lambda it: (it.direction is Direction.OUTBOUND, it.opened_at), default=None)
+
+
+def _look_through(past: Sequence[Packed], connection_id: str) -> list[Connection]:
+    found = [view for packed in past for view in packed.find(connection_id)]
+    return sorted(found, key=lambda it: it.opened_at, reverse=True)

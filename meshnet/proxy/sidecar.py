@@ -94,7 +94,12 @@ async def a_sidecar(
                 Snapshot(version=0),
                 identity=identity,
                 metrics=metrics,
-                registry=Registry(keep=settings.admin.recent, observer=metrics, log=log, id_suffix=id_suffix),
+                registry=Registry(
+                    memory=(settings.admin.memory_mib << 20) // settings.proxy.workers,
+                    observer=metrics,
+                    log=log,
+                    id_suffix=id_suffix,
+                ),
                 relays=relays,
                 pool=pool,
                 addresses=stack.enter_context(LocalAddresses()),

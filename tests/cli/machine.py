@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from meshnet.errors import CommandError
-from meshnet.model.admin import ConnectionList, GetStatus, ListConnections, Status
+from meshnet.model.admin import GetStatus, ListConnections, Status
 from meshnet.model.connection import Connection
 from meshnet_cli.client import ask
+from meshnet_cli.listing import listing
 from tests.cli.sidecar import ROOT
 from tests.world import Host, Process, World, wait_for
 
@@ -73,7 +74,7 @@ class Machine:
 
     def connections(self) -> tuple[Connection, ...]:
         """Its records, but for the canaries."""
-        items = ask(str(self.admin), ListConnections(all=True), ConnectionList).items
+        items = listing(str(self.admin), ListConnections(all=True), timeout=5.0).items
         return tuple(item for item in items if not item.original_destination.endswith(":15122"))
 
     def rules(self) -> str:

@@ -33,13 +33,14 @@ API = "spiffe://prod/ns/default/sa/api"
 class Sidecar:
     """Reads one request a connection, writes `answers`, and hangs up; with `hold` it waits for the client to do so.
 
-    Who asks for a list of connections gets `connections` instead, once there is one.
+    Who asks for a list of connections gets `connections` instead, once there is one, or one of `parts` after the other.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.answers: list[bytes] = []
         self.connections: ConnectionList | None = None
+        self.parts: list[bytes] = []  # of a list of connections, each an answer
         self.hold = False
         self.requests: SimpleQueue[Request] = SimpleQueue()
         self.later: SimpleQueue[bytes | None] = SimpleQueue()  # while holding: more lines, None to hang up
@@ -85,6 +86,8 @@ class Sidecar:
         answers = self.answers
         if isinstance(asked, ListConnections) and self.connections is not None:
             answers = [msgspec.json.encode(self.connections)]
+        if isinstance(asked, ListConnections) and self.parts:
+            answers = [self.parts.pop(0)]
         try:
             for line in answers:
                 client.sendall(line + b"\n")

@@ -205,13 +205,75 @@ def test_how_far_back_to_look_is_what_the_sidecar_is_asked(meshnet: Meshnet, sid
     meshnet("conns")
     meshnet("conns", "--recent", "5m")
     meshnet("conns", "--since", "10m")
+    meshnet("conns", "--since", "10m", "--failed", "--to", "db")
+    meshnet("conns", "--since", "10m", "--failed", "--state", "closed")
     meshnet("conns", "--all")
-    assert [sidecar.asked() for _ in range(4)] == [
+    assert [sidecar.asked() for _ in range(6)] == [
         ListConnections(recent=60.0),
         ListConnections(recent=300.0),
+        ListConnections(recent=600.0, all=True),
         ListConnections(recent=600.0),
+        ListConnections(recent=600.0, all=True),
         ListConnections(recent=60.0, all=True),
     ]
+
+
+def closed(name: str, minute: int) -> Connection:
+    moment = f"2026-01-02T03:{minute:02}:00Z"
+    reason = ReasonView(code=Reason.OK)
+    return msgspec.structs.replace(OPEN, id=name, state=State.CLOSED, closed_at=moment, reason=reason)
+
+
+def part(*connections: Connection, before: tuple[int, ...] = (), back: str = "", failed_back: str = "") -> bytes:
+    answer = listing(*connections)
+    metadata = msgspec.structs.replace(answer.metadata, before=before, reaches_back=back, failed_reach_back=failed_back)
+    return msgspec.json.encode(msgspec.structs.replace(answer, metadata=metadata))
+
+
+def test_what_comes_in_parts_is_asked_for_to_the_end_and_shown_as_it_ended(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    sidecar.parts = [
+        part(closed("d", 4), OPEN, PLAIN, before=(7, 7)),
+        part(closed("b", 2), before=(6, 7)),
+        part(before=(6, 6)),
+        part(closed("a", 1), closed("c", 3)),
+    ]
+    result = meshnet("conns", "--all", "-o", "name")
+    assert result.stdout.split() == ["a", "b", "c", "d", OPEN.id, PLAIN.id]
+    asked = [sidecar.asked() for _ in range(4)]
+    assert asked == [ListConnections(all=True, before=before) for before in ((), (7, 7), (6, 7), (6, 6))]
+
+
+def test_since_asks_for_no_part_that_ended_before(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    """The first part has those that failed of late too, and they may all be old. It is 03:06."""
+    sidecar.parts = [
+        part(msgspec.structs.replace(REFUSED, closed_at="2026-01-02T02:00:00Z"), before=(7, 7)),
+        part(closed("a", 4), closed("b", 5), before=(6, 7)),
+        part(closed("c", 2), before=(6, 6)),
+    ]
+    assert meshnet("conns", "--since", "3m", "-o", "name").stdout.split() == ["a", "b"]
+    assert not sidecar.parts
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--all", ["All that ended", "What failed"]),
+        ("--since 1h", ["All that ended", "What failed"]),
+        ("--since 10m", ["All that ended"]),
+        ("--since 2m", []),
+        ("--since 10m --failed", []),
+        ("--recent 1h", ["What failed"]),
+        ("", []),
+    ],
+)
+def test_what_is_forgotten_of_what_was_asked_for_is_told(
+    meshnet: Meshnet, sidecar: Sidecar, flags: str, told: list[str]
+) -> None:
+    back, failed_back = "2026-01-02T03:01:00.000Z", "2026-01-02T02:30:00.000Z"
+    sidecar.parts = [part(OPEN, back=back, failed_back=failed_back)]
+    lines = meshnet("conns", *flags.split()).stdout.splitlines()
+    moments = {"All that ended": back, "What failed": failed_back}
+    assert lines[3:] == [f"{each} before {moments[each]} is forgotten (admin.memory_mib)." for each in told]
 
 
 def test_exit_code_says_whether_any_row_matches(meshnet: Meshnet, sidecar: Sidecar) -> None:

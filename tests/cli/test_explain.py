@@ -109,7 +109,7 @@ def test_an_unknown_id_fails_with_a_hint_even_if_the_sidecar_has_none(meshnet: M
     assert result.exit_code == 1
     assert result.stderr == (
         "error: no connection 'nope'\n"
-        "why: it never was here, or more than admin.recent connections have ended since\n"
+        "why: it never was here, or it ended so long ago that it is forgotten (admin.memory_mib)\n"
         "fix: meshnet conns --all -o name lists every connection the sidecar remembers\n"
     )
 

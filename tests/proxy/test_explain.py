@@ -32,7 +32,7 @@ def test_a_connection_through_the_mesh_is_told_from_capture_to_end() -> None:
         record.connected, record.phase, record.relay = record.opened + 1, Phase.DATA, "python"
         record.tally.sent, record.tally.received = 5, 7
         record.finish(Outcome(Reason.OK, EndedBy.SERVER))
-    assert trace(record) == (
+    assert trace(record.view()) == (
         "capture: outbound from 10.0.0.1:1234 to 10.96.0.10:80",
         "service: api:80",
         "limits: waited 250 ms for a free connection",
@@ -55,24 +55,24 @@ def test_a_connection_through_the_mesh_is_told_from_capture_to_end() -> None:
 def test_of_a_held_connect_it_is_told_how_it_failed(reason: Reason, told: str) -> None:
     with outbound() as record:
         record.held = True
-        assert trace(record)[-2] == "connect: the application's own was held, and still is"
+        assert trace(record.view())[-2] == "connect: the application's own was held, and still is"
         raise ConnectionFailed(reason)
-    assert trace(record)[-2] == f"connect: the application's own was held{told}"
+    assert trace(record.view())[-2] == f"connect: the application's own was held{told}"
 
 
 def test_a_tunnel_that_stood_already_and_a_resumed_handshake_are_told_apart() -> None:
     record = outbound()
     record.security = Security.MTLS
-    assert trace(record)[-2].endswith("on a tunnel that stood already")
+    assert trace(record.view())[-2].endswith("on a tunnel that stood already")
     record.handshake_ms, record.resumed = 1.0, True
-    assert trace(record)[-2].endswith("resumed handshake in 1.0 ms")
+    assert trace(record.view())[-2].endswith("resumed handshake in 1.0 ms")
 
 
 def test_an_inbound_call_is_told_with_who_called_and_what_policy_said() -> None:
     with registry().life(Direction.INBOUND, SOURCE, None) as record:
         record.original, record.service, record.phase = Address("10.0.0.2", 80), "api:80", Phase.AUTHZ
         raise ConnectionFailed(Reason.AUTHZ_DENIED, "not you", ended_by=EndedBy.POLICY, policy="nobody")
-    assert trace(record) == (
+    assert trace(record.view()) == (
         "capture: inbound from 10.0.0.1:1234 to 10.0.0.2:80",
         "identity: a client without identity, in plain text",
         "service: api:80",
@@ -84,7 +84,7 @@ def test_an_inbound_call_is_told_with_who_called_and_what_policy_said() -> None:
 def test_a_pass_through_and_a_connection_that_is_still_open_are_told_as_such() -> None:
     record = outbound()
     record.endpoint, record.phase = "10.96.0.10:80", Phase.DATA
-    assert trace(record) == (
+    assert trace(record.view()) == (
         "capture: outbound from 10.0.0.1:1234 to 10.96.0.10:80",
         "service: none has this address; passed through",
         "now: open",
@@ -95,7 +95,7 @@ def test_the_canary_of_rules_verify_is_told_as_one() -> None:
     with outbound() as record:
         record.original = Address("192.0.2.2", 15122)
         record.end(Reason.OK, EndedBy.PROXY, "capture canary")
-    assert trace(record) == (
+    assert trace(record.view()) == (
         "capture: outbound from 10.0.0.1:1234 to 192.0.2.2:15122",
         "service: none; a canary of `meshnet rules verify` or `up`, answered here and carried nowhere",
         "end: ok by proxy in phase accept: capture canary",
@@ -105,4 +105,4 @@ def test_the_canary_of_rules_verify_is_told_as_one() -> None:
 def test_a_connection_that_was_never_redirected_has_no_destination() -> None:
     with registry().life(Direction.OUTBOUND, SOURCE, None) as record:
         raise ConnectionFailed(Reason.NOT_REDIRECTED)
-    assert trace(record)[0].endswith("to an unknown destination")
+    assert trace(record.view())[0].endswith("to an unknown destination")

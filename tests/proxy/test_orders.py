@@ -55,7 +55,7 @@ def limit(hosts: Hosts, limits: LimitsSpec) -> None:
 
 def told(connection: Connection) -> dict[str, object]:
     """What does not differ from one connection of a flow to the next."""
-    own = {"id", "openedAt", "closedAt", "durationMs", "connectMs", "idleMs", "attempts", "legPort"}
+    own = {"id", "openedAt", "closedAt", "durationMs", "connectMs", "idleMs", "attempts", "legPort", "ordered"}
     fields = {name: value for name, value in msgspec.to_builtins(connection).items() if name not in own}
     fields["source"] = {**fields["source"], "address": connection.source.address.rpartition(":")[0]}
     return fields | {"tried": [(attempt.endpoint, attempt.result) for attempt in connection.attempts]}
@@ -68,6 +68,7 @@ def test_what_an_order_did_is_told_as_what_was_decided(hosts: Hosts) -> None:
             converse(hosts.web.connect(PLAIN, 6000), accept(server))
     decided, *ordered = out.ended(4)
     assert by_order(hosts.web) - before == 3
+    assert [each.ordered for each in (decided, *ordered)] == [False, True, True, True]
     for connection in ordered:
         assert told(connection) == told(decided)
         assert connection.duration_ms >= (connection.connect_ms or 0) > 0

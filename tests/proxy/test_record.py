@@ -25,7 +25,7 @@ class Nobody:
 
 
 def registry() -> Registry:
-    return Registry(keep=10, observer=Nobody(), log=None)
+    return Registry(memory=1 << 20, observer=Nobody(), log=None)
 
 
 def record() -> Record:
@@ -51,7 +51,7 @@ def test_what_workers_put_behind_their_ids_is_different_for_each_and_short() -> 
 
 
 def test_an_id_from_here_ends_as_the_registry_says_and_a_peers_is_left_alone() -> None:
-    worker = Registry(keep=10, observer=Nobody(), log=None, id_suffix="2")
+    worker = Registry(memory=1 << 20, observer=Nobody(), log=None, id_suffix="2")
     ours = worker.life(Direction.OUTBOUND, SOURCE, None).id
     assert (len(ours), ours[8:]) == (9, "2")
     assert worker.life(Direction.INBOUND, SOURCE, None, "k7f2").id == "k7f2"

@@ -39,6 +39,26 @@ def logged(hosts: Hosts, host: Host) -> list[Connection]:
     return [msgspec.json.decode(line, type=Connection) for line in lines]
 
 
+def test_what_ended_long_ago_is_listed_and_explained_as_it_was(hosts: Hosts) -> None:
+    """Most of them came and went under an order; all but the last few are packed by then."""
+    web = hosts.sidecar(hosts.web)
+    hosts.write(hosts.mesh.service("pair", [7000], [hosts.twin], addresses=[PAIR]))
+    out, count = Records(web), 300
+    with echo(hosts.twin, 7000):
+        for _ in range(count):
+            assert ask(hosts.web, PAIR, 7000) == b"question"
+        assert is_reset(hosts.web, PAIR, 7001)
+        found = out.ended(count + 1)
+        told = {each.id: each for each in logged(hosts, hosts.web)}
+        assert [each for each in found if each != told.get(each.id)] == []
+        assert set(web.meshnet("conns", "--since", "1h", "-o", "name").split()) >= {each.id for each in found}
+        ordered = [each for each in found if each.ordered]
+        assert len(ordered) > count // 2
+        said = web.meshnet("explain", ordered[0].id)
+    assert "order: decided before" in said
+    assert f"attempt 1: {ordered[0].endpoint} ok after {ordered[0].attempts[0].ms:g} ms" in said
+
+
 def test_a_storm_of_every_kind_of_connection_leaves_one_record_each(hosts: Hosts) -> None:
     nobody = AccessPolicy(
         api_version=API_VERSION,

@@ -5,9 +5,9 @@ import trio
 
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.connection import Direction
+from meshnet.model.connection import Direction, State
 from meshnet.proxy.record import Record
-from meshnet.proxy.registry import Follower, Registry
+from meshnet.proxy.registry import Follower, Registry, choose
 
 SOURCE = Address("10.0.0.1", 1234)
 
@@ -32,7 +32,7 @@ def logged() -> list[Record]:
 
 @pytest.fixture
 def registry(observed: Observed, logged: list[Record]) -> Registry:
-    return Registry(keep=3, observer=observed, log=logged.append)
+    return Registry(memory=1 << 20, observer=observed, log=logged.append)
 
 
 def begin(registry: Registry, connection_id: str, direction: Direction = Direction.OUTBOUND) -> Record:
@@ -45,36 +45,46 @@ def end(record: Record, reason: Reason = Reason.OK) -> None:
 
 
 def ids(registry: Registry, *, everything: bool = True, recent: float = 60.0) -> list[str]:
-    return [record.id for record in registry.listing(recent=recent, everything=everything)]
+    return [it.id for it in registry.listing(recent=recent, everything=everything).connections]
 
 
-def test_the_last_ended_ones_are_kept_and_older_ones_are_forgotten(registry: Registry) -> None:
-    for name in "abcde":
-        end(begin(registry, name))
-    assert ids(registry) == ["c", "d", "e"]
-    assert registry.find("b") is None
-    assert registry.opened_total == 5
-
-
-def test_what_failed_is_remembered_however_much_goes_well(registry: Registry) -> None:
-    end(begin(registry, "a"))
-    end(begin(registry, "failed"), Reason.PEER_RST)
-    for name in "bcde":
-        end(begin(registry, name))
-    assert ids(registry) == ["failed", "c", "d", "e"]
-    assert ids(registry, everything=False) == ["failed"]
-    assert registry.find("failed") is not None
-    for name in ("f1", "f2", "f3"):
-        end(begin(registry, name), Reason.CONNECT_REFUSED)
-    assert ids(registry) == ["c", "d", "e", "f1", "f2", "f3"]
-
-
-def test_open_ones_are_never_forgotten(registry: Registry) -> None:
+def test_ended_ones_are_listed_as_they_ended_and_then_the_open_ones(registry: Registry) -> None:
     stays = begin(registry, "stays")
-    for name in "abcde":
-        end(begin(registry, name))
-    assert ids(registry) == ["c", "d", "e", "stays"]
-    assert registry.find("stays") is stays
+    for number, (name, reason) in enumerate({"a": Reason.OK, "failed": Reason.PEER_RST, "b": Reason.OK}.items()):
+        record = begin(registry, name)
+        record.opened_at += number  # or all have ended in one millisecond
+        end(record, reason)
+    assert ids(registry) == ["a", "failed", "b", "stays"]
+    assert ids(registry, everything=False) == ["failed", "stays"]
+    assert (registry.opened_total, registry.failed_total, list(registry.open.values())) == (4, 1, [stays])
+
+
+async def test_everything_is_listed_once_part_by_part_the_newest_first(registry: Registry) -> None:
+    names = [str(number) for number in range(20_000)]
+    for name in names:
+        end(begin(registry, name), Reason.OK if int(name) % 3 else Reason.PEER_RST)
+    begin(registry, "open")
+    assert sorted(parts(registry, everything=True)) == sorted([*names, "open"])
+    failed = [name for name in names if not int(name) % 3]
+    assert sorted(parts(registry, everything=False)) == sorted([*failed, "open"])
+    assert parts(registry, everything=False, recent=-1.0) == ["open"]
+    assert [it.id for it in await registry.find("9")] == ["9"]
+
+
+def parts(registry: Registry, *, everything: bool, recent: float = 60.0) -> list[str]:
+    """The ids of all parts. While one is looked at more connections end."""
+    listing, found, last = registry.listing(recent=recent, everything=everything), list[str](), ""
+    while True:
+        part = list(listing.connections)
+        found += [it.id for it in part if not it.id.startswith("later")]
+        if listing.before is None:
+            return found
+        newest = max(it.closed_at for it in part if it.closed_at)
+        assert not last or newest <= last
+        last = newest
+        for number in range(100):
+            end(begin(registry, f"later {number}"), Reason.PEER_RST)
+        listing = registry.listing(recent=recent, everything=everything, before=listing.before)
 
 
 def test_the_usual_list_has_the_open_ones_and_what_failed_of_late(registry: Registry) -> None:
@@ -86,24 +96,28 @@ def test_the_usual_list_has_the_open_ones_and_what_failed_of_late(registry: Regi
     assert registry.failed_total == 1
 
 
-def test_the_newest_of_those_with_one_id_is_found(registry: Registry) -> None:
-    first, second = begin(registry, "same"), begin(registry, "same")
-    assert ids(registry) == ["same", "same"]
-    assert registry.find("same") is second
-    end(second)
-    assert registry.find("same") is first
+async def test_those_with_one_id_are_found_open_ones_and_the_newest_first(registry: Registry) -> None:
+    old, ended, *_ = (begin(registry, "same") for _ in range(4))
+    end(old)
+    for number in range(100):  # so that it lies deeper than the others
+        end(begin(registry, str(number)))
+    end(ended, Reason.PEER_RST)
+    found = await registry.find("same")
+    assert [it.state for it in found] == [State.CONNECTING, State.CONNECTING, State.REFUSED, State.CLOSED]
+    assert await registry.find("none") == []
 
 
-def test_a_peer_that_gives_one_of_its_own_our_id_does_not_hide_ours(registry: Registry) -> None:
+async def test_a_peer_that_gives_one_of_its_own_our_id_does_not_hide_ours(registry: Registry) -> None:
     ours = begin(registry, "same")
     first, second = (begin(registry, "same", Direction.INBOUND) for _ in range(2))
-    assert registry.find("same") is ours
+    chosen = choose(await registry.find("same"))
+    assert chosen is not None
+    assert chosen.direction is Direction.OUTBOUND
     end(ours)
-    assert registry.find("same") is ours
+    assert choose(await registry.find("same")) == ours.view()
+    assert len(await registry.find("same")) == 3
+    end(first)
     end(second)
-    for name in "abc":
-        end(begin(registry, name))
-    assert registry.find("same") is first
 
 
 def test_each_end_is_told_once_to_the_log_and_to_the_observer(

@@ -66,7 +66,7 @@ async def a_state(snapshot: Snapshot, relay: str = "python") -> AsyncIterator[Pr
                 snapshot,
                 identity=Identity(settings.identity, relays.tls),
                 metrics=metrics,
-                registry=Registry(keep=10, observer=metrics, log=None),
+                registry=Registry(memory=1 << 20, observer=metrics, log=None),
                 relays=relays,
                 pool=Pool(lambda: None, relays.tls, mark=0, idle_timeout=1.0, max_idle=1),
                 addresses=addresses,

@@ -22,7 +22,7 @@ import meshnet_cli
 import meshnet_init
 from meshnet.control.authority import BUNDLE, CERTIFICATE, KEY, Authority, save_issued
 from meshnet.errors import CommandError
-from meshnet.model.admin import ConnectionList, EndpointList, GetStatus, ListConnections, ListEndpoints, Status
+from meshnet.model.admin import EndpointList, GetStatus, ListConnections, ListEndpoints, Status
 from meshnet.model.connection import Connection
 from meshnet.model.identity import spiffe_id
 from meshnet.model.resource import API_VERSION, AnyResource, EndpointSpec, Metadata, PortSpec, Service, ServiceSpec
@@ -30,6 +30,7 @@ from meshnet.model.service import TunnelKind
 from meshnet.model.settings import Settings
 from meshnet_cli.client import ask
 from meshnet_cli.demo.world import Host, Process, ProgramFailed, World, wait_for
+from meshnet_cli.listing import listing
 
 READY_TIMEOUT = 20.0
 
@@ -166,8 +167,8 @@ class Sidecar:
         return ask(self.settings.admin.socket, GetStatus(), Status)
 
     def connections(self, *, ended: bool = True) -> tuple[Connection, ...]:
-        """Its records, newest kept ones included; without `ended` only those open or failed of late."""
-        return ask(self.settings.admin.socket, ListConnections(all=ended), ConnectionList).items
+        """Its records, those that have ended included; without `ended` only those open or failed of late."""
+        return listing(self.settings.admin.socket, ListConnections(all=ended), timeout=5.0).items
 
     def endpoints(self, service: str = "") -> EndpointList:
         return ask(self.settings.admin.socket, ListEndpoints(service=service), EndpointList)

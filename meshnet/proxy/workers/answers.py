@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import msgspec
 import trio
+from msgspec import structs
 
 from meshnet import __version__
 from meshnet.model.admin import (
@@ -45,13 +46,15 @@ from meshnet.model.connection import Connection, Shape
 from meshnet.model.ping import PingResult
 from meshnet.model.settings import Settings
 from meshnet.net import sockets
-from meshnet.proxy.answers import connection_list, draining, killed, uncaptured
+from meshnet.proxy.answers import draining, killed, metadata, uncaptured, unknown
 from meshnet.proxy.capture import CaptureProof
 from meshnet.proxy.levels import LogLevels
 from meshnet.proxy.metrics import exposition
 from meshnet.proxy.ping import with_capture
+from meshnet.proxy.record import rfc3339
+from meshnet.proxy.registry import choose
 from meshnet.proxy.status import node_name
-from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
+from meshnet.proxy.workers.merge import merge_endpoints, merge_lists, merge_status, parts_of
 from meshnet.proxy.workers.sums import Totals, add_up
 from meshnet.proxy.workers.worker import Worker
 
@@ -88,9 +91,7 @@ class JointAnswers:
     async def answer(self, question: Question) -> Shape:
         match question:
             case ListConnections():
-                lists = await self._ask(question, ConnectionList)
-                items = merge_connections(listed.items for listed in lists.values())
-                return connection_list(items, silent_workers=len(self._workers) - len(lists))
+                return await self._connections(question)
             case ExplainConnection(id=connection_id):
                 return await self._explain(connection_id)
             case ExplainRoute():
@@ -138,26 +139,56 @@ class JointAnswers:
     async def scrape(self) -> bytes:
         return await trio.to_thread.run_sync(exposition, await self._families())
 
-    async def _lines(self, question: Question) -> dict[Worker, bytes]:
+    async def _lines(self, questions: Mapping[Worker, Question]) -> dict[Worker, bytes]:
         """What those say who answer, and have not died until all have."""
-        pids = {worker: worker.pid for worker in self._workers}
+        pids = {worker: worker.pid for worker in questions}
         lines: dict[Worker, bytes | None] = {}
 
-        async def ask(worker: Worker) -> None:
+        async def ask(worker: Worker, question: Question) -> None:
             lines[worker] = await worker.ask(question)
 
         async with trio.open_nursery() as nursery:
-            for worker in self._workers:
-                nursery.start_soon(ask, worker)
+            for worker, question in questions.items():
+                nursery.start_soon(ask, worker, question)
         return {
             worker: line for worker, pid in pids.items() if (line := lines[worker]) is not None and worker.pid == pid
         }
 
     async def _ask(self, question: Question, kind: type[T]) -> dict[Worker, T]:
-        return {worker: msgspec.json.decode(line, type=kind) for worker, line in (await self._lines(question)).items()}
+        lines = await self._lines(self._all(question))
+        return {worker: msgspec.json.decode(line, type=kind) for worker, line in lines.items()}
+
+    def _all(self, question: Question) -> dict[Worker, Question]:
+        return dict.fromkeys(self._workers, question)
+
+    async def _connections(self, question: ListConnections) -> ConnectionList | Refused:
+        questions = self._all(question)
+        if question.before:
+            parts = parts_of(question.before, len(self._workers))
+            if parts is None:
+                return Refused(error="no such part of the list", fix="ask for it from its beginning")
+            before = zip(self._workers, parts, strict=True)
+            questions = {worker: structs.replace(question, before=part) for worker, part in before if part}
+        lines = await self._lines(questions)
+        lists = {worker: msgspec.json.decode(line, type=ConnectionList) for worker, line in lines.items()}
+        empty = ConnectionList(metadata=metadata(0, 0, 0)) if not lists else None
+        listed = merge_lists([lists.get(worker, empty) for worker in self._workers])
+        silent, lost = len(questions) - len(lists), self._lost()
+        told = structs.replace(
+            listed.metadata,
+            silent_workers=silent,
+            reaches_back=max(listed.metadata.reaches_back, lost),
+            failed_reach_back=max(listed.metadata.failed_reach_back, lost),
+        )
+        return structs.replace(listed, metadata=told)
+
+    def _lost(self) -> str:
+        """When the last worker began that took the place of one that died, and with it of all that this remembered."""
+        began = [worker.began for worker in self._workers if worker.deaths]
+        return rfc3339(max(began)) if began else ""
 
     async def _explain(self, connection_id: str) -> Connection | Refused:
-        lines = await self._lines(ExplainConnection(id=connection_id))
+        lines = await self._lines(self._all(ExplainConnection(id=connection_id)))
         found = []
         for line in lines.values():
             try:
@@ -166,15 +197,11 @@ class JointAnswers:
                 pass  # a Refused: it is another worker's
         if (chosen := choose(found)) is not None:
             return chosen
-        silent = len(self._workers) - len(lines)
-        return Refused(
-            error=f"no connection {connection_id} here" + (f", but {silent} workers do not answer" if silent else ""),
-            fix=f"meshnet conns --all lists the open ones and the last {self._settings.admin.recent} of each worker",
-        )
+        return unknown(connection_id, self._lost(), len(self._workers) - len(lines))
 
     async def _explain_route(self, question: ExplainRoute) -> Shape:
         """As the first worker that answers sees it; each has breakers and connections of its own."""
-        for line in (await self._lines(question)).values():
+        for line in (await self._lines(self._all(question))).values():
             try:
                 return msgspec.json.decode(line, type=RouteView)
             except msgspec.ValidationError:

@@ -1,37 +1,66 @@
 """The answers of several workers as the one that their parent gives. Pure."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 from msgspec import structs
 
 from meshnet.model.admin import (
     CertificateStatus,
     ConfigStatus,
+    ConnectionList,
+    ConnectionListMetadata,
     EndpointView,
     RelayStatus,
     Status,
     TunnelStatus,
     WorkerStatus,
 )
-from meshnet.model.connection import Connection, Direction
 
+_NO_MORE = (0, 0)  # see meshnet.proxy.past.Cursor
 _BREAKERS = ("closed", "half-open", "open")  # the worst last
 _CHECKS = ("", "passing", "panic", "failing")  # the same
 
 
-def merge_connections(lists: Iterable[Sequence[Connection]]) -> tuple[Connection, ...]:
-    """In the order of one process: those that have ended, as they did, then the open ones, as they began."""
-    return tuple(
-        sorted(
-            (connection for listed in lists for connection in listed),
-            key=lambda it: (it.reason is None, it.opened_at if it.reason is None else it.closed_at),
-        )
+def merge_lists(lists: Sequence[ConnectionList | None]) -> ConnectionList:
+    """Parts that the workers have given, in their order; None: that one did not, or had no more.
+
+    The items in the order of one process: those that have ended, as they did, then the open ones, as they began. Some
+    part there is.
+    """
+    given = [each for each in lists if each is not None]
+    metadata = [each.metadata for each in given]
+    items = sorted(
+        (item for each in given for item in each.items),
+        key=lambda it: (it.reason is None, it.opened_at if it.reason is None else it.closed_at),
+    )
+    before = [each.metadata.before or _NO_MORE if each else _NO_MORE for each in lists]
+    return ConnectionList(
+        metadata=ConnectionListMetadata(
+            node=metadata[0].node,
+            generated_at=max(each.generated_at for each in metadata),
+            open=sum(each.open for each in metadata),
+            failed=sum(each.failed for each in metadata),
+            plaintext=sum(each.plaintext for each in metadata),
+            before=tuple(chain.from_iterable(before)) if any(map(any, before)) else (),
+            forgotten=sum(each.forgotten for each in metadata),
+            reaches_back=max(each.reaches_back for each in metadata),
+            failed_reach_back=max(each.failed_reach_back for each in metadata),
+        ),
+        items=tuple(items),
     )
 
 
-def choose(found: Sequence[Connection]) -> Connection | None:
-    """Of those with one id: the one that got it here, else the newest; see Registry.find."""
-    return max(found, key=lambda it: (it.direction is Direction.OUTBOUND, it.opened_at), default=None)
+def parts_of(before: Sequence[int], workers: int) -> list[tuple[int, ...]] | None:
+    """What each worker is to be asked for, of a `before` that `merge_lists` has given; empty: nothing more.
+
+    None if it is of another number of workers.
+    """
+    size = len(_NO_MORE)
+    if len(before) != size * workers:
+        return None
+    parts = [tuple(before[at : at + size]) for at in range(0, len(before), size)]
+    return [part if any(part) else () for part in parts]
 
 
 def merge_endpoints(lists: Iterable[Sequence[EndpointView]]) -> tuple[EndpointView, ...]:

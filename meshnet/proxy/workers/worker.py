@@ -3,6 +3,7 @@
 import logging
 import socket
 import subprocess
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 
@@ -41,6 +42,7 @@ class Worker:
         self.number = number
         self.pid = 0
         self.deaths = 0
+        self.began = 0.0  # the process, in seconds since the epoch
         self.alive = trio.Event()
         self.ended = trio.Event()
         self._brief = Brief(
@@ -135,6 +137,7 @@ class Worker:
             except OSError:
                 pass  # it has died already
             self.pid, self._line, self._until_killed = process.pid, line, trio.CancelScope()
+            self.began = time.time()
             if self._drained.is_set():  # meanwhile; it has not begun to accept
                 process.kill()
             self.alive.set()

@@ -151,7 +151,7 @@ async def _state(directory: Path) -> AsyncIterator[ProxyState]:
                 Snapshot(version=0),
                 identity=Identity(settings.identity, relays.tls),
                 metrics=metrics,
-                registry=Registry(keep=1, observer=metrics, log=None),
+                registry=Registry(memory=1 << 20, observer=metrics, log=None),
                 relays=relays,
                 pool=Pool(lambda: None, relays.tls, mark=0, idle_timeout=1.0, max_idle=1),
                 addresses=stack.enter_context(LocalAddresses()),

@@ -6,6 +6,8 @@ from meshnet.errors import Reason
 from meshnet.model.admin import (
     CertificateStatus,
     ConfigStatus,
+    ConnectionList,
+    ConnectionListMetadata,
     EndpointView,
     RelayStatus,
     Status,
@@ -13,7 +15,8 @@ from meshnet.model.admin import (
     WorkerStatus,
 )
 from meshnet.model.connection import Connection, Direction, Peer, ReasonView, State
-from meshnet.proxy.workers.merge import choose, merge_connections, merge_endpoints, merge_status
+from meshnet.proxy.registry import choose
+from meshnet.proxy.workers.merge import merge_endpoints, merge_lists, merge_status, parts_of
 
 replace = msgspec.structs.replace
 
@@ -33,9 +36,38 @@ def connection(name: str, opened: int, closed: int = 0, direction: Direction = D
 
 
 def test_ended_ones_come_first_as_they_ended_and_open_ones_as_they_began() -> None:
-    one = [connection("a", 1, 9), connection("c", 4, 11), connection("e", 3)]
-    other = [connection("b", 2, 10), connection("d", 1), connection("f", 5)]
-    assert [each.id for each in merge_connections([one, other])] == ["a", "b", "c", "d", "e", "f"]
+    one = listed(connection("a", 1, 9), connection("c", 4, 11), connection("e", 3))
+    other = listed(connection("b", 2, 10), connection("d", 1), connection("f", 5))
+    assert [each.id for each in merge_lists([one, None, other]).items] == ["a", "b", "c", "d", "e", "f"]
+
+
+def listed(*items: Connection, before: tuple[int, ...] = (), back: str = "", forgotten: int = 0) -> ConnectionList:
+    metadata = ConnectionListMetadata(
+        node="vm1",
+        generated_at="2026-01-02T03:05:00.000Z",
+        open=1,
+        failed=2,
+        plaintext=3,
+        before=before,
+        forgotten=forgotten,
+        reaches_back=back,
+    )
+    return ConnectionList(metadata=metadata, items=items)
+
+
+def test_the_next_part_is_asked_of_those_workers_that_have_more() -> None:
+    lists = [listed(before=(3, 1)), listed(), None, listed(before=(0, 7))]
+    before = merge_lists(lists).metadata.before
+    assert parts_of(before, 4) == [(3, 1), (), (), (0, 7)]
+    assert parts_of(before, 3) is None
+    assert merge_lists([listed(), None]).metadata.before == ()
+
+
+def test_of_several_memories_it_is_told_how_far_back_all_reach_and_how_much_none_has() -> None:
+    early, late = "2026-01-02T03:00:00.000Z", "2026-01-02T03:01:00.000Z"
+    told = merge_lists([listed(back=late, forgotten=4), listed(back=early, forgotten=5), listed()]).metadata
+    assert (told.reaches_back, told.failed_reach_back, told.forgotten) == (late, "", 9)
+    assert (told.open, told.failed, told.plaintext) == (3, 6, 9)
 
 
 def test_of_one_id_the_one_that_got_it_here_is_chosen_else_the_newest() -> None:

@@ -8,10 +8,19 @@ from contextlib import ExitStack
 import msgspec
 import pytest
 
-from meshnet.model.admin import ConnectionList, FamilyList, GetMetrics, ListConnections, ListUncaptured
+from meshnet.model.admin import (
+    ConnectionList,
+    ExplainConnection,
+    FamilyList,
+    GetMetrics,
+    ListConnections,
+    ListUncaptured,
+)
+from meshnet.model.connection import Connection
 from meshnet.model.resource import API_VERSION, BreakerSpec, LimitsSpec, Metadata, TrafficPolicy, TrafficPolicySpec
 from meshnet.model.uncaptured import UncapturedList
 from meshnet_cli.client import ask
+from meshnet_cli.listing import listing
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.metrics import get, samples, value
 from tests.proxy.programs import Records, accept, converse, is_reset, listen, nobody_came, reset
@@ -39,6 +48,26 @@ def test_each_worker_serves_and_one_list_has_the_connections_of_both(hosts: Host
         (endpoint,) = sidecar.endpoints("api").items
         assert (endpoint.connections, endpoint.breaker, endpoint.workers) == (len(pairs), "closed", 2)
         assert all(pair.talks() for pair in pairs)
+
+
+def test_one_list_has_what_ended_long_ago_at_either(hosts: Hosts) -> None:
+    """Enough for each to have more than one part of it."""
+    sidecar = hosts.sidecar(hosts.web)
+    path, count = sidecar.settings.admin.socket, 0
+    with listen(hosts.api, 8080) as server:
+        everything, parts = ListConnections(all=True), 1
+        while parts == 1:
+            assert count < 40_000
+            for _ in range(500):
+                converse(hosts.web.connect(API, 8080), accept(server))
+            count += 500
+            parts = 2 if ask(path, everything, ConnectionList).metadata.before else 1
+        out = listing(path, everything, timeout=5.0).items
+        assert len([each for each in out if each.destination.service == "api:8080"]) >= count
+        assert [each.closed_at for each in out if each.closed_at] == sorted(
+            each.closed_at for each in out if each.closed_at
+        )
+        assert ask(path, ExplainConnection(id=out[0].id), Connection).closed_at == out[0].closed_at
 
 
 def test_sockets_of_both_are_the_sidecar_s_own(hosts: Hosts) -> None:
