@@ -18,7 +18,7 @@ from meshnet_cli.output import (
     sort_option,
     table_options,
 )
-from meshnet_cli.rates import ServiceRates, Stat, stat
+from meshnet_cli.rates import ServiceRates, Stat, Times, stat
 from meshnet_cli.table import table_lines
 
 COLUMNS: Mapping[str, Callable[[ServiceRates], str]] = {
@@ -29,13 +29,20 @@ COLUMNS: Mapping[str, Callable[[ServiceRates], str]] = {
     "FAILED/S": lambda it: rate(it.failed_per_second),
     "TX/S": lambda it: size(round(it.sent_per_second)),
     "RX/S": lambda it: size(round(it.received_per_second)),
-    "OPENED": lambda it: str(it.opened),
+    "P50": lambda it: _p50(it.connect),
+    "P99": lambda it: _p99(it.connect),
     "FAILED": lambda it: str(it.failed),
+    "OPENED": lambda it: str(it.opened),
     "TX": lambda it: size(it.bytes_sent),
     "RX": lambda it: size(it.bytes_received),
+    "LASTED_P50": lambda it: _p50(it.duration),
+    "LASTED_P99": lambda it: _p99(it.duration),
+    "QUEUE_P99": lambda it: _p99(it.queue),
+    "RETRIES": lambda it: str(it.retries),
+    "DENIED": lambda it: str(it.retries_denied),
 }
 WIDE = tuple(COLUMNS)
-TABLE = (*WIDE[: WIDE.index("RX/S") + 1], "FAILED")
+TABLE = WIDE[: WIDE.index("FAILED") + 1]
 
 SORT_KEYS: Mapping[str, Callable[[ServiceRates], float]] = {
     "open": lambda it: it.open,
@@ -76,7 +83,10 @@ def command(
     """How much each service is called, and how much of that fails.
 
     Rates are of --interval; OPEN is now, and FAILED, like all that -o wide adds, since the sidecar started. DIR is out
-    for what this host calls, in for what it serves. TX and RX are as the client sends and receives.
+    for what this host calls, in for what it serves. TX and RX are as the client sends and receives. P50 and P99 are of
+    the time from accept until both legs were up, of the connections that ended in the interval, or if none did, since
+    the sidecar started; LASTED is until their end, QUEUE what those waited for the limits that had to. DENIED are
+    retries for which the budget had no room.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     found = next(stats(socket_path, interval, timeout))
@@ -118,6 +128,14 @@ def stat_lines(found: Stat, names: Sequence[str], *, header: bool) -> list[str]:
 def rate(value: float) -> str:
     """A second: `0`, `0.5`, `12`, `1.2K`."""
     return f"{value:.1f}".removesuffix(".0") if value < 9.95 else size(round(value))
+
+
+def _p50(times: Times | None) -> str:
+    return milliseconds(times.p50_ms if times else None)
+
+
+def _p99(times: Times | None) -> str:
+    return milliseconds(times.p99_ms if times else None)
 
 
 def _reasons(it: ServiceRates) -> str:

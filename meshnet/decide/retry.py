@@ -26,7 +26,10 @@ class Wait:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
+    """`denied`: another endpoint would have been tried, had there been a retry left in the budget."""
+
     reason: Reason
+    denied: bool = False
 
 
 class RetryBudget:
@@ -94,7 +97,7 @@ class Dial:
         if not candidates_left:
             return self._pause(now, last, dice)
         if self._tried and not budget.take(now):
-            return GiveUp(last or Reason.CONNECT_TIMEOUT)
+            return GiveUp(last or Reason.CONNECT_TIMEOUT, denied=True)
         if not self._tried:
             budget.dialled(now)
         self._tried += 1

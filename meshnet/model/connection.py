@@ -70,6 +70,7 @@ class Connection(Shape, frozen=True):
 
     `policy` names what denied or allowed it. Times are RFC 3339 UTC. `leg_port` is this proxy's own port of the leg to
     the endpoint, or of the tunnel to its host; None before there is one, and of what a relay did by itself in no time.
+    `retries`: attempts behind the first; `retry_denied`: one more was wanted, and the service's budget was used up.
     `held`: its client's connect() waited for the endpoint. `ordered`: a standing order covered it. `passed_over`:
     endpoints, each with why, when there was none left to try.
     """
@@ -94,6 +95,8 @@ class Connection(Shape, frozen=True):
     queue_ms: float | None = None
     idle_ms: float | None = None
     leg_port: int | None = None
+    retries: int = 0
+    retry_denied: bool = False
     held: bool = False
     ordered: bool = False
     passed_over: tuple[str, ...] = ()

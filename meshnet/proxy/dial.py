@@ -50,6 +50,7 @@ async def dial_service(
         endpoint = None if plan.over(now, why) else _pick(balancer, service, endpoints, candidates, record, state)
         step = plan.next(now, endpoint is not None, why, budget, state.dice)
         if isinstance(step, GiveUp):
+            record.retry_denied = step.denied
             record.passed_over = tuple(candidates.passed_over(endpoints, _TOLD))
             raise last or _nothing_to_try(service, endpoints, state, now)
         if isinstance(step, Wait):

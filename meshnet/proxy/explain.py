@@ -40,6 +40,8 @@ def trace(it: Connection) -> tuple[str, ...]:
     for number, attempt in enumerate(it.attempts, 1):
         detail = f": {attempt.detail}" if attempt.detail else ""
         steps.append(f"attempt {number}: {attempt.endpoint} {attempt.result} after {attempt.ms:g} ms{detail}")
+    if it.retry_denied:
+        steps.append("retry: denied, for the service's budget of them is used up")
     steps += [f"passed over: {each}" for each in it.passed_over]
     if it.tls.mode is Security.MTLS:
         shake = (

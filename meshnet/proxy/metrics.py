@@ -1,14 +1,13 @@
 """Every metric, declared in one place. The hot path adds integers; Prometheus's families are built at the scrape."""
 
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 from prometheus_client import generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from meshnet import __version__
@@ -18,6 +17,7 @@ from meshnet.errors import Reason
 from meshnet.model.admin import Family, Sample
 from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import short_name
+from meshnet.proxy.histogram import CONNECTS, DURATIONS, LAGS, Histogram, family
 from meshnet.proxy.passed import Passed
 from meshnet.proxy.record import Record
 from meshnet.proxy.slices import slices
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from meshnet.proxy.state import ProxyState
 
 _MAX_SERIES = 2000  # per sidecar; what comes later is counted in series named "other"
-_DURATIONS = (0.01, 0.1, 1.0, 10.0, 60.0, 600.0, 3600.0)
-_CONNECTS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_LAGS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+_MAX_SERVICES = 500  # of which times are told apart, on either side: each is a score of series
 _REPORTERS = {Direction.OUTBOUND: "source", Direction.INBOUND: "destination"}
 _BREAKER_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
@@ -49,35 +47,40 @@ _LABELS = (
 Key = tuple[str, str, str, str, str]
 """reporter, source identity, service, destination identity, security"""
 
+_SERVICE_LABELS = ("reporter", "destination_service")
+_TIMES = (
+    ("meshnet_tcp_connection_duration_seconds", "How long connections lasted.", "durations"),
+    ("meshnet_tcp_connect_seconds", "From accept until both legs were up.", "connects"),
+    ("meshnet_tcp_queue_seconds", "How long they waited for the limits, those that had to.", "queues"),
+)
+
 _OTHER: Key = ("other", "other", "other", "other", "other")
+
+
+class ServiceCounts:
+    """What is counted of all connections of one service, on one side, whoever calls."""
+
+    __slots__ = ("connects", "durations", "queues", "retries", "retries_denied")
+
+    def __init__(self) -> None:
+        self.connects = Histogram(CONNECTS)
+        self.durations = Histogram(DURATIONS)
+        self.queues = Histogram(CONNECTS)
+        self.retries = self.retries_denied = 0
 
 
 class Cell:
     """The counts of one combination of labels."""
 
-    __slots__ = ("closed", "failed", "opened", "received", "sent")
+    __slots__ = ("closed", "failed", "opened", "received", "sent", "service")
 
-    def __init__(self) -> None:
+    def __init__(self, service: ServiceCounts) -> None:
+        self.service = service
         self.opened = self.closed = self.sent = self.received = 0
         self.failed: dict[Reason, int] = {}
 
 
-class Histogram:
-    def __init__(self, bounds: tuple[float, ...]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def add(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def family(self, name: str, text: str) -> HistogramMetricFamily:
-        total, buckets = 0, []
-        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((str(bound), float(total)))
-        return HistogramMetricFamily(name, text, buckets=buckets, sum_value=self._sum)
+_NONE = ServiceCounts()
 
 
 class Metrics:
@@ -86,9 +89,8 @@ class Metrics:
     def __init__(self) -> None:
         self.state: ProxyState | None = None
         self._cells: dict[Key, Cell] = {}
-        self._durations = Histogram(_DURATIONS)
-        self._connects = Histogram(_CONNECTS)
-        self._handshakes = Histogram(_CONNECTS)
+        self._services: dict[tuple[str, str], ServiceCounts] = {}  # by the labels of _SERVICE_LABELS
+        self._handshakes = Histogram(CONNECTS)
         self._resumed = 0
         self._dropped_series = 0
         self._ordered = 0
@@ -96,7 +98,7 @@ class Metrics:
         self.config_refused = 0
         self.ejections = 0
         self.renewals = 0
-        self.lag = Histogram(_LAGS)
+        self.lag = Histogram(LAGS)
         self.more: Callable[[], Iterable[Family]] = tuple
         """Of what does not belong to the connections of this process."""
 
@@ -106,10 +108,15 @@ class Metrics:
         cell.closed += 1
         if record.failed and record.reason is not None:
             cell.failed[record.reason] = cell.failed.get(record.reason, 0) + 1
+        service = cell.service
         if record.ended is not None:
-            self._durations.add(record.ended - record.opened)
+            service.durations.add(record.ended - record.opened)
         if record.connected is not None:
-            self._connects.add(record.connected - record.opened)
+            service.connects.add(record.connected - record.opened)
+        if record.queued is not None:
+            service.queues.add(record.queued)
+        service.retries += record.retries
+        service.retries_denied += record.retry_denied
         self._ordered += record.by_order
         if record.call is not None:  # judged here, not by a peer
             verdict = (
@@ -131,8 +138,8 @@ class Metrics:
         cell.closed += 1
         cell.sent += facts.sent
         cell.received += facts.received
-        self._durations.add(facts.ended - facts.opened)
-        self._connects.add(facts.connected - facts.opened)
+        cell.service.durations.add(facts.ended - facts.opened)
+        cell.service.connects.add(facts.connected - facts.opened)
         if told.call is not None:
             verdict = ("allow", told.policy)
             self._authorized[verdict] = self._authorized.get(verdict, 0) + 1
@@ -170,9 +177,9 @@ class Metrics:
     def _families(self, opened: dict[Key, int], open_now: dict[Key, int]) -> Iterator[Metric]:
         """In a thread: what it goes through never changes, or is copied at once."""
         yield from self._connections(opened, open_now)
-        yield self._durations.family("meshnet_tcp_connection_duration_seconds", "How long connections lasted.")
-        yield self._connects.family("meshnet_tcp_connect_seconds", "From accept until both legs were up.")
-        yield self._handshakes.family("meshnet_tls_handshake_seconds", "TLS handshakes of tunnels this side opened.")
+        yield from self._by_service()
+        text = "TLS handshakes of tunnels this side opened."
+        yield family("meshnet_tls_handshake_seconds", text, (), [((), self._handshakes)])
         yield _counter("meshnet_tls_resumed", "Handshakes that resumed a session.", self._resumed)
         authorized = CounterMetricFamily("meshnet_authz", "Calls judged by access policy.", labels=["action", "policy"])
         for verdict, count in list(self._authorized.items()):
@@ -187,7 +194,8 @@ class Metrics:
         yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
         yield _counter("meshnet_ejections", "Endpoints that were ejected as outliers.", self.ejections)
         yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)
-        yield self.lag.family("meshnet_event_loop_lag_seconds", "How late the event loop was, looked at now and then.")
+        text = "How late the event loop was, looked at now and then."
+        yield family("meshnet_event_loop_lag_seconds", text, (), [((), self.lag)])
         build = GaugeMetricFamily("meshnet_build_info", "The version that runs.", labels=["version"])
         build.add_metric([__version__], 1)
         yield build
@@ -206,7 +214,7 @@ class Metrics:
         received = CounterMetricFamily("meshnet_tcp_received_bytes", "Bytes from endpoint to client.", labels=labels)
         is_open = GaugeMetricFamily("meshnet_tcp_connections_open", "Connections open now.", labels=labels)
         for key in {**self._cells, **open_now}:
-            values, cell, now_open = _label_values(key), self._cells.get(key) or Cell(), open_now.get(key, 0)
+            values, cell, now_open = _label_values(key), self._cells.get(key) or Cell(_NONE), open_now.get(key, 0)
             opened.add_metric(values, opened_before.get(key, 0) + now_open)
             closed.add_metric(values, cell.closed)
             sent.add_metric(values, cell.sent)
@@ -215,6 +223,17 @@ class Metrics:
             for reason, count in list(cell.failed.items()):
                 failed.add_metric([*values, str(reason)], count)
         yield from (opened, closed, failed, sent, received, is_open)
+
+    def _by_service(self) -> Iterator[Metric]:
+        services = list(self._services.items())
+        for name, text, what in _TIMES:
+            yield family(name, text, _SERVICE_LABELS, ((key, getattr(counts, what)) for key, counts in services))
+        text = "Further attempts to connect, and those that the budget denied."
+        retries = CounterMetricFamily("meshnet_retries", text, labels=[*_SERVICE_LABELS, "result"])
+        for key, counts in services:
+            retries.add_metric([*key, "made"], counts.retries)
+            retries.add_metric([*key, "denied"], counts.retries_denied)
+        yield retries
 
     def _flush(self, record: Record) -> Cell:
         """Adds what moved since the last look, so that a long connection shows before it ends."""
@@ -227,7 +246,14 @@ class Metrics:
         return cell
 
     def _cell(self, key: Key) -> Cell:
-        return self._cells.get(key) or self._cells.setdefault(key, Cell())
+        return self._cells.get(key) or self._cells.setdefault(key, Cell(self._service(key)))
+
+    def _service(self, key: Key) -> ServiceCounts:
+        labels = (key[0], key[2] or "unknown")
+        if labels not in self._services and len(self._services) >= _MAX_SERVICES:
+            self._dropped_series += 1
+            labels = ("other", "other")
+        return self._services.get(labels) or self._services.setdefault(labels, ServiceCounts())
 
     def _key(self, record: Record) -> Key:
         return self._within_bounds(

@@ -94,6 +94,7 @@ class Record:
         "reason",
         "relay",
         "resumed",
+        "retry_denied",
         "security",
         "service",
         "source",
@@ -147,6 +148,7 @@ class Record:
         self.connected: float | None = None
         self.ended: float | None = None
         self.phase = Phase.ACCEPT
+        self.retry_denied = False  # another attempt was to be made, and the budget was used up
         self.held = False  # its client's connect() waited for the endpoint
         self.hidden = False  # nobody's traffic: it leaves no trace when it has ended
         self.reason: Reason | None = None
@@ -232,6 +234,10 @@ class Record:
         self._is_over = True
 
     @property
+    def retries(self) -> int:
+        return max(0, len(self.attempts) - 1)
+
+    @property
     def failed(self) -> bool:
         return self.reason is not None and self.reason is not Reason.OK
 
@@ -302,6 +308,8 @@ class Record:
             connect_ms=None if self.connected is None else milliseconds(self.connected - self.opened),
             queue_ms=None if self.queued is None else milliseconds(self.queued),
             idle_ms=milliseconds(until - tally.moved_at) if tally.moved_at else None,
+            retries=self.retries,
+            retry_denied=self.retry_denied,
             held=self.held,
             ordered=self.by_order,
             passed_over=self.passed_over,

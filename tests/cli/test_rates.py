@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshnet.model.admin import Family, Sample
-from meshnet_cli.rates import ConnectTimes, quantile, stat
+from meshnet_cli.rates import Times, quantile, stat
 
 INF = float("inf")
 
@@ -23,7 +23,7 @@ def look(*values: tuple[str, float, dict[str, str]], connects: dict[str, float] 
         for name, n, labels in values
     ]
     buckets = tuple(
-        Sample(name="meshnet_tcp_connect_seconds_bucket", labels={"le": bound}, value=count)
+        Sample(name="meshnet_tcp_connect_seconds_bucket", labels=usual | {"le": bound}, value=count)
         for bound, count in (connects or {}).items()
     )
     return [*families, Family(name="meshnet_tcp_connect_seconds", type="histogram", help="", samples=buckets)]
@@ -66,9 +66,12 @@ def test_connect_times_are_of_the_interval_or_else_since_the_start() -> None:
     first = {"0.001": 90.0, "0.01": 100.0, "+Inf": 100.0}
     second = {"0.001": 90.0, "0.01": 110.0, "+Inf": 110.0}
     assert stat(look(), look(), 1.0).connect is None
-    assert stat(look(connects=first), look(connects=second), 1.0).connect == ConnectTimes(
+    assert stat(look(connects=first), look(connects=second), 1.0).connect == Times(
         within="interval", connections=10, p50_ms=5.5, p99_ms=9.91
     )
+    (api,) = stat(look(connects=first), look(connects=second), 1.0).items
+    assert api.connect == Times(within="interval", connections=10, p50_ms=5.5, p99_ms=9.91)
+    assert (api.duration, api.queue) == (None, None)
     told = stat(look(connects=first), look(connects=first), 1.0).connect
     assert told is not None
     assert (told.within, told.connections, told.p50_ms) == ("start", 100, 0.556)

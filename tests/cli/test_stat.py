@@ -25,12 +25,18 @@ METRICS = FamilyList(
         counted("meshnet_tcp_connections_open", 2, "db:5432"),
         counted("meshnet_tcp_connections_failed_total", 3, "db:5432", response_flags="connect.refused"),
         counted("meshnet_tcp_sent_bytes_total", 1_200_000, "api:8080"),
+        counted("meshnet_retries_total", 12, "api:8080", result="made"),
+        counted("meshnet_retries_total", 3, "api:8080", result="denied"),
         Family(
             name="meshnet_tcp_connect_seconds",
             type="histogram",
             help="",
             samples=tuple(
-                Sample(name="meshnet_tcp_connect_seconds_bucket", labels={"le": bound}, value=count)
+                Sample(
+                    name="meshnet_tcp_connect_seconds_bucket",
+                    labels={"reporter": "source", "destination_service": "api:8080", "le": bound},
+                    value=count,
+                )
                 for bound, count in (("0.001", 50.0), ("0.0025", 100.0), ("+Inf", 100.0))
             ),
         ),
@@ -47,16 +53,16 @@ def test_the_table_has_a_row_for_each_service_and_the_totals(meshnet: Meshnet, s
     result = meshnet("stat", "--interval", "20ms")
     assert [sidecar.asked(), sidecar.asked()] == [GetMetrics(), GetMetrics()]
     assert result.output == (
-        "SERVICE   DIR  OPEN  OPENED/S  FAILED/S  TX/S  RX/S  FAILED\n"
-        "api:8080  out  0     0         0         0     0     0\n"
-        "db:5432   out  2     0         0         0     0     3\n"
+        "SERVICE   DIR  OPEN  OPENED/S  FAILED/S  TX/S  RX/S  P50    P99    FAILED\n"
+        "api:8080  out  0     0         0         0     0     1.0ms  2.5ms  0\n"
+        "db:5432   out  2     0         0         0     0     -      -      3\n"
         "2 open, 0 opened/s, 0 failed/s, connect p50 1.0ms p99 2.5ms since it started.\n"
     )
 
 
 def test_wide_adds_totals_and_one_service_is_found_without_its_port(meshnet: Meshnet) -> None:
     result = meshnet("stat", "api", "--interval", "20ms", "-o", "wide", "--no-header")
-    assert result.output == "api:8080  out  0  0  0  0  0  40  0  1.2M  0\n"
+    assert result.output == ("api:8080  out  0  0  0  0  0  1.0ms  2.5ms  0  40  1.2M  0  -  -  -  12  3\n")
 
 
 def test_json_and_name_have_the_same(meshnet: Meshnet) -> None:

@@ -106,7 +106,7 @@ def test_an_empty_budget_forbids_retries_but_no_first_attempt() -> None:
     budget = empty_budget(0.0)
     dial = Dial(ConnectSettings(), 0.0)
     assert ask(dial, 0.0, budget=budget) == Try()
-    assert ask(dial, 0.1, REFUSED, budget=budget) == GiveUp(REFUSED)
+    assert ask(dial, 0.1, REFUSED, budget=budget) == GiveUp(REFUSED, denied=True)
 
 
 def test_a_quiet_service_gets_three_retries_a_second() -> None:

@@ -8,7 +8,7 @@ from prometheus_client.samples import Sample
 from meshnet.codec.mesh import read_mesh
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
-from meshnet.model.connection import Direction
+from meshnet.model.connection import Attempt, Direction
 from meshnet.proxy.state import ProxyState
 from tests.proxy.test_state import a_state, mesh
 
@@ -52,3 +52,29 @@ async def test_of_very_many_endpoints_those_whose_breakers_are_not_closed_are_al
         assert len(found) == MOST + 1
         assert found[-1].labels["endpoint"] == f"{addresses[-1]}:80"
         assert found[-1].value > 0
+
+
+async def test_times_of_services_beyond_the_bound_are_counted_together() -> None:
+    async with a_state(mesh(1)) as state:
+        for number in range(600):
+            with state.registry.life(Direction.OUTBOUND, Address("10.9.0.1", 1), None) as record:
+                record.service, record.connected = f"service-{number}:80", record.opened
+                record.end(Reason.OK, EndedBy.CLIENT, "")
+        found = await samples(state, "meshnet_tcp_connect_seconds_count")
+        assert len(found) == 501
+        assert sum(sample.value for sample in found) == 600
+
+
+async def test_time_in_the_queue_and_retries_are_counted_by_service() -> None:
+    async with a_state(mesh(1)) as state:
+        for denied in (False, True):
+            with state.registry.life(Direction.OUTBOUND, Address("10.9.0.1", 1), None) as record:
+                record.service, record.queued, record.retry_denied = "api:80", 0.02, denied
+                record.attempts += [Attempt(endpoint=f"10.0.0.{at}:80", result="connect.refused", ms=1) for at in "123"]
+                record.end(Reason.CONNECT_REFUSED, EndedBy.PROXY, "")
+            view = record.view()
+            assert (view.queue_ms, view.retries, view.retry_denied) == (20.0, 2, denied)
+        retries = {each.labels["result"]: each.value for each in await samples(state, "meshnet_retries_total")}
+        assert retries == {"made": 4, "denied": 1}
+        [count] = await samples(state, "meshnet_tcp_queue_seconds_count")
+        assert (count.value, count.labels["destination_service"]) == (2, "api:80")

@@ -27,6 +27,10 @@ def test_what_happened_between_two_looks(hosts: Hosts) -> None:
     assert (one.direction, one.opened_per_second, one.failed_per_second) == ("outbound", 2.0, 0.5)
     assert one.failed_per_second_by_reason == {"connect.refused": 0.5}
     assert (one.sent_per_second, one.received_per_second) == (7.5, 4.5)
+    assert one.connect is not None
+    assert one.duration is not None
+    assert (one.connect.within, one.connect.connections, one.duration.connections) == ("interval", 3, 4)
+    assert 0 < one.connect.p50_ms <= one.connect.p99_ms
     assert told.connect is not None
     assert (told.connect.within, told.connect.connections) == ("interval", 3)
     said = json.loads(hosts.sidecar(hosts.web).meshnet("stat", "api", "--interval", "50ms", "-o", "json"))
