@@ -2,10 +2,13 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.produced import has_to_be_told
 
 pytest_plugins = ["tests.world"]
 
@@ -30,3 +33,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def real_root() -> bool:
     """Whether users and groups beside 0 exist here; they do not in the user namespace of somebody without root."""
     return os.getuid() == 0 and int(Path("/proc/self/gid_map").read_text().split()[2]) > 1
+
+
+@pytest.fixture(autouse=True)
+def produces_what_it_says(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The mark `produces` is no claim: the test's records are looked at."""
+    reasons = [reason for mark in request.node.iter_markers("produces") for reason in mark.args]
+    with has_to_be_told(reasons):
+        yield

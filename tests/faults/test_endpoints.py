@@ -37,6 +37,7 @@ def test_a_plain_endpoint_that_drops_syns_is_given_up_in_time_and_another_is_tri
 
 
 @once
+@pytest.mark.produces("connect.timeout")
 def test_a_plain_endpoint_that_drops_syns_and_is_the_only_one_is_an_rst(hosts: Hosts, name: Name) -> None:
     hosts.write(
         hosts.mesh.service(name.name, [name.port], [hosts.outside], addresses=[name.address], meshed=False),
@@ -119,6 +120,7 @@ def test_an_application_that_accepts_and_never_answers_costs_nothing_but_its_con
 
 
 @pytest.mark.parametrize("meshed", [True, False])
+@pytest.mark.produces("peer.rst")
 def test_an_application_that_resets_in_the_middle_is_an_rst_and_what_came_before_is_right(
     hosts: Hosts, name: Name, meshed: bool
 ) -> None:

@@ -30,6 +30,7 @@ def test_a_stream_outlives_a_cable_that_was_out_for_a_moment(hosts: Hosts, name:
         assert (reason(record), record.bytes_received) == ("ok by server in data", stream.received)
 
 
+@pytest.mark.produces("keepalive.dead")
 def test_of_a_host_that_is_gone_client_and_application_hear_by_way_of_the_tunnel(hosts: Hosts, name: Name) -> None:
     """The one leg that is dead is the tunnel; its own keepalive finds that, and each other leg is reset."""
     api = hosts.apis[0]

@@ -141,6 +141,7 @@ def connect_from(host: Host, port: int, name: Name) -> socket.socket:
 
 @once
 @pytest.mark.parametrize("meshed", [True, False])
+@pytest.mark.produces("limit.host")
 def test_without_ports_another_endpoint_is_tried_and_none_is_blamed(hosts: Hosts, name: Name, meshed: bool) -> None:
     api, twin = hosts.apis
     alone = hosts.new_name()

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 from meshnet.model.connection import Connection
 from meshnet.net.sockets import reset
+from tests.produced import note
 from tests.world import Host, Sidecar, stand_still, wait_for
 
 TIMEOUT = 5.0
@@ -182,6 +183,7 @@ class Records:
     def now(self) -> list[Connection]:
         """In the order in which they began, as far as the millisecond tells."""
         found = [each for each in self._sidecar.connections() if each.id not in self._before]
+        note(found)
         return sorted(found, key=lambda each: each.opened_at)
 
     def ended(self, count: int) -> list[Connection]:
@@ -214,6 +216,7 @@ class Records:
 def reason(connection: Connection) -> str:
     """Why it ended: `code by who in phase`."""
     assert connection.reason is not None
+    note([connection])
     return f"{connection.reason.code} by {connection.reason.ended_by} in {connection.reason.phase}"
 
 

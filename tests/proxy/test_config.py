@@ -49,6 +49,7 @@ def test_a_policy_that_denies_somebody_else_leaves_the_connection_open(hosts: Ho
         converse(client, app)
 
 
+@pytest.mark.produces("authz.revoked")
 def test_a_policy_that_denies_the_caller_ends_its_open_connections_with_the_policy_s_name(hosts: Hosts) -> None:
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.api))
     with listen(hosts.api, 8080) as server:
@@ -62,6 +63,7 @@ def test_a_policy_that_denies_the_caller_ends_its_open_connections_with_the_poli
     assert reason(out.one()) == "authz.revoked by peer-proxy in data"
 
 
+@pytest.mark.produces("authz.denied")
 def test_a_caller_that_is_denied_hears_which_policy_it_was(hosts: Hosts) -> None:
     hosts.write(policy("not-web", hosts.mesh.identity("web")))
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.api))

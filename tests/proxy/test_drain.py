@@ -35,6 +35,7 @@ def process_of(hosts: Hosts) -> Process:
     return process
 
 
+@pytest.mark.produces("drain")
 def test_each_connection_that_is_cut_off_gets_its_record_and_its_rst(restarted: Hosts) -> None:
     hosts = restarted
     sidecar = hosts.sidecar(hosts.web)

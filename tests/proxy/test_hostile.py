@@ -34,6 +34,7 @@ def test_a_client_that_connects_and_resets_at_once_does_no_harm(hosts: Hosts, po
     assert "Traceback" not in hosts.log(hosts.api)
 
 
+@pytest.mark.produces("tls.handshake")
 def test_plain_text_at_the_tunnel_port_is_a_failed_handshake(hosts: Hosts) -> None:
     into = Records(hosts.sidecar(hosts.api))
     with hosts.outside.connect(hosts.api.address, TUNNEL_PORT) as client:
@@ -156,6 +157,7 @@ def test_a_peer_that_breaks_the_protocol_between_leases_loses_its_tunnel(hosts: 
     serves(hosts)
 
 
+@pytest.mark.produces("tunnel.protocol")
 def test_a_peer_that_breaks_the_protocol_in_a_lease_resets_the_application(hosts: Hosts, peer: Peer) -> None:
     into = Records(hosts.sidecar(hosts.api))
     with listen(hosts.api, 8080) as server:
@@ -167,6 +169,7 @@ def test_a_peer_that_breaks_the_protocol_in_a_lease_resets_the_application(hosts
     assert reason(into.one()) == "tunnel.protocol by peer-proxy in data"
 
 
+@pytest.mark.produces("tunnel.lost")
 def test_a_tunnel_that_is_torn_in_a_lease_resets_the_application(hosts: Hosts, peer: Peer) -> None:
     into = Records(hosts.sidecar(hosts.api))
     with listen(hosts.api, 8080) as server:

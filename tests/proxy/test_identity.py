@@ -73,12 +73,14 @@ def test_an_endpoint_that_is_not_who_the_mesh_says_is_not_spoken_to(hosts: Hosts
     assert refused(hosts) == "tls.peer_identity by proxy in tls"
 
 
+@pytest.mark.produces("tls.expired")
 def test_an_endpoint_whose_certificate_has_expired_is_not_spoken_to(hosts: Hosts, identity_of_api: None) -> None:
     give(hosts, hosts.api, hosts.mesh.authority.issue(hosts.mesh.identity("api"), now=now(minutes=-2), ttl=SHORT))
     assert hosts.sidecar(hosts.api).status().certificate.problem == "it has expired"
     assert refused(hosts) == "tls.expired by proxy in tls"
 
 
+@pytest.mark.produces("tls.not_yet_valid")
 def test_an_endpoint_whose_certificate_is_not_valid_yet_is_not_spoken_to(hosts: Hosts, identity_of_api: None) -> None:
     give(hosts, hosts.api, hosts.mesh.authority.issue(hosts.mesh.identity("api"), now=now(days=1)))
     assert refused(hosts) == "tls.not_yet_valid by proxy in tls"
@@ -100,6 +102,7 @@ def test_an_endpoint_without_a_sidecar_that_works_is_not_spoken_to(hosts: Hosts,
     assert reason(out.one()) == f"{code} by proxy in tls"
 
 
+@pytest.mark.produces("tls.no_identity")
 def test_a_sidecar_without_a_certificate_speaks_to_no_meshed_endpoint(hosts: Hosts) -> None:
     bare = hosts.world.host("bare")
     sidecar = hosts.mesh.sidecar(bare, start=False)
@@ -155,6 +158,7 @@ def test_a_client_whose_certificate_is_no_good_is_refused(hosts: Hosts, fault: s
     assert reason(refused_by_api(hosts, context)).startswith(f"{code} by proxy in ")
 
 
+@pytest.mark.produces("tls.peer_identity")
 def test_a_client_of_another_trust_domain_is_refused_even_if_its_authority_is_trusted(
     hosts: Hosts, identity_of_api: None
 ) -> None:

@@ -30,6 +30,7 @@ def kill(sidecar: Sidecar, *connections: Connection) -> int:
     return ask(sidecar.settings.admin.socket, KillConnections(connections=keys), Accepted).connections
 
 
+@pytest.mark.produces("admin.killed")
 def test_it_is_reset_at_both_ends_and_both_records_say_who_did_it(hosts: Hosts) -> None:
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.api))
     labels = {"response_flags": "admin.killed", "reporter": "source"}

@@ -131,6 +131,7 @@ def test_what_a_host_says_to_itself_is_not_touched(hosts: Hosts) -> None:
     assert (out.now(), into.now()) == ([], [])
 
 
+@pytest.mark.produces("no_endpoint")
 def test_a_service_without_endpoints_is_reset_with_its_own_reason(hosts: Hosts) -> None:
     hosts.write(hosts.mesh.service("api", [8080], [], addresses=[API]))
     out = Records(hosts.sidecar(hosts.web))

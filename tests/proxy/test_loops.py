@@ -15,6 +15,7 @@ OUTBOUND, INBOUND, TUNNEL, HEALTH = 15101, 15106, 15108, 15120
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+@pytest.mark.produces("loop")
 def test_a_program_that_dials_the_outbound_port_is_reset(hosts: Hosts, address: str) -> None:
     out = Records(hosts.sidecar(hosts.web))
     assert is_reset(hosts.web, address, OUTBOUND)
@@ -35,6 +36,7 @@ def test_who_dials_the_inbound_port_is_reset(hosts: Hosts, caller: str, family: 
     assert reason(into.one()) == "loop by proxy in accept"
 
 
+@pytest.mark.produces("not_redirected")
 def test_where_nothing_is_redirected_a_direct_connection_is_told_so(hosts: Hosts) -> None:
     # A host of its own: with rules, conntrack would know an original destination, our own.
     bare = hosts.world.hosts.get("bare") or hosts.world.host("bare")
@@ -56,6 +58,7 @@ def test_a_tunnel_does_not_lead_to_the_sidecar_s_own_ports(hosts: Hosts, peer: P
 
 
 @pytest.mark.parametrize("target", ["twin", "10.96.0.10", "fd77::99", "8.8.8.8"])
+@pytest.mark.produces("not_local")
 def test_a_tunnel_does_not_lead_to_other_hosts(hosts: Hosts, peer: Peer, target: str) -> None:
     into = Records(hosts.sidecar(hosts.api))
     with listen(hosts.twin, 8080) as elsewhere:

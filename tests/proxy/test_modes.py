@@ -43,6 +43,7 @@ def test_plain_text_is_taken_and_recorded_as_such(hosts: Hosts, mode: Mode, fami
 
 
 @FAMILIES
+@pytest.mark.produces("authn.plaintext")
 def test_a_strict_port_refuses_plain_text_before_the_application_hears_of_it(hosts: Hosts, family: str) -> None:
     set_mode(hosts, Mode.STRICT)
     into = Records(hosts.sidecar(hosts.api))
@@ -60,6 +61,7 @@ def test_a_strict_port_takes_tunnels(hosts: Hosts) -> None:
         converse(hosts.web.connect(API, 8080), accept(server))
 
 
+@pytest.mark.produces("authn.disabled")
 def test_a_port_with_the_mesh_disabled_refuses_tunnels(hosts: Hosts, peer: Peer) -> None:
     set_mode(hosts, Mode.DISABLE)
     into = Records(hosts.sidecar(hosts.api))

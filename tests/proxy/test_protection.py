@@ -45,6 +45,7 @@ def test_a_connection_over_the_limit_waits_for_its_turn_and_says_how_long(hosts:
     assert reason(waited) == "ok by client in data"
 
 
+@pytest.mark.produces("limit.queue_timeout")
 def test_a_connection_that_waited_too_long_is_reset(hosts: Hosts) -> None:
     treat(hosts, limits=LimitsSpec(max_connections=1, queue_timeout="100ms"))
     out = Records(hosts.sidecar(hosts.web))
@@ -57,6 +58,7 @@ def test_a_connection_that_waited_too_long_is_reset(hosts: Hosts) -> None:
     assert refused.state is State.REFUSED
 
 
+@pytest.mark.produces("limit.connections")
 def test_a_connection_for_which_the_queue_has_no_place_is_reset_at_once(hosts: Hosts) -> None:
     treat(hosts, limits=LimitsSpec(max_connections=1, max_pending=1))
     out = Records(hosts.sidecar(hosts.web))
@@ -86,6 +88,7 @@ def test_who_gave_up_in_the_queue_does_not_reach_the_application(hosts: Hosts) -
         assert nobody_came(server)
 
 
+@pytest.mark.produces("breaker.open", "connect.refused")
 def test_an_endpoint_that_fails_again_and_again_is_left_alone_and_then_asked_once(hosts: Hosts) -> None:
     treat(hosts, breaker=BreakerSpec(failures=3, open_time="300ms", jitter=0.0), connect=ConnectSpec(attempts=1))
     state = {"service": "api:8080", "endpoint": f"{hosts.api.address}:8080"}

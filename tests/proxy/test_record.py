@@ -13,6 +13,7 @@ from meshnet.model.connection import Direction, State
 from meshnet.proxy.record import Record, new_id, number_in_letters
 from meshnet.proxy.registry import Registry
 from meshnet.relay import Outcome
+from tests.produced import note
 
 SOURCE = Address("10.0.0.1", 1234)
 DAY = 86400.0
@@ -88,10 +89,12 @@ def test_a_failure_ends_the_record_and_goes_no_further(reason: Reason, phase: Ph
     assert life.state is state
 
 
+@pytest.mark.produces("internal")
 def test_a_bug_ends_one_record_as_internal_and_goes_no_further(caplog: pytest.LogCaptureFixture) -> None:
     with record() as life:
         raise ZeroDivisionError("a bug")
     assert (life.reason, life.detail) == (Reason.INTERNAL, "ZeroDivisionError: a bug")
+    note([life.view()])
     assert life.id in caplog.text
 
 

@@ -39,6 +39,7 @@ def logged(hosts: Hosts, host: Host) -> list[Connection]:
     return [msgspec.json.decode(line, type=Connection) for line in lines]
 
 
+@pytest.mark.produces("ok")
 def test_what_ended_long_ago_is_listed_and_explained_as_it_was(hosts: Hosts) -> None:
     """Most of them came and went under an order; all but the last few are packed by then."""
     web = hosts.sidecar(hosts.web)

@@ -61,6 +61,7 @@ def test_who_was_denied_is_still_denied(hosts: Hosts, broken: Path) -> None:
         assert nobody_came(server)
 
 
+@pytest.mark.produces("config.none")
 def test_without_a_last_good_state_nothing_is_dialled(hosts: Hosts, broken: Path) -> None:
     sidecar = hosts.sidecar(hosts.web)
     Path(sidecar.settings.mesh.last_good).unlink()

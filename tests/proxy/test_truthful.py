@@ -200,6 +200,7 @@ def test_one_after_many_that_were_accepted_is_refused_all_the_same(held: Held) -
 
 
 @pytest.mark.parametrize("family", ["ipv4", "ipv6"])
+@pytest.mark.produces("connect.unreachable")
 def test_where_no_way_leads_connect_says_so(held: Held, family: Literal["ipv4", "ipv6"]) -> None:
     out = Records(held.sidecar)
     assert failure(held.web, NO_WAY[family], 80) == "EHOSTUNREACH"

@@ -83,6 +83,7 @@ def test_when_all_others_are_out_it_is_used_all_the_same_and_that_is_said(hosts:
 
 
 @pytest.mark.parametrize("how", ["outlier", "breaker", "checks"])
+@pytest.mark.produces("endpoint.ejected")
 def test_on_eject_close_ends_what_is_open_to_it_and_keep_does_not(hosts: Hosts, name: Name, how: str) -> None:
     breaker = {"failures": 1, "openTime": "60s"} if how == "breaker" else NEVER_IN_A_ROW
     outlier = QUICK if how == "outlier" else {"failureShare": 0}

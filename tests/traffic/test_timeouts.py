@@ -35,6 +35,7 @@ def is_refused(app: socket.socket) -> bool:
     return False
 
 
+@pytest.mark.produces("idle")
 def test_idle_ends_what_is_quiet_and_leaves_what_speaks(hosts: Hosts, name: Name) -> None:
     hosts.write(hosts.service(name, hosts.apis[:1]), traffic(name, timeouts={"idle": "2s"}))
     out, into = Records(hosts.sidecar(hosts.web)), Records(hosts.sidecar(hosts.apis[0]))
@@ -53,6 +54,7 @@ def test_idle_ends_what_is_quiet_and_leaves_what_speaks(hosts: Hosts, name: Name
     assert sorted(reason(each).partition(" ")[0] for each in into.ended(2)) == ["idle", "ok"]
 
 
+@pytest.mark.produces("half_close_timeout")
 def test_half_closed_ends_what_one_side_has_forgotten(hosts: Hosts, name: Name) -> None:
     hosts.write(hosts.service(name, hosts.apis[:1]), traffic(name, timeouts={"halfClosed": "2s"}))
     out = Records(hosts.sidecar(hosts.web))
@@ -72,6 +74,7 @@ def test_half_closed_ends_what_one_side_has_forgotten(hosts: Hosts, name: Name) 
     assert reason(out.one()) == "half_close_timeout by policy in half-closed"
 
 
+@pytest.mark.produces("max_age")
 def test_max_age_ends_it_when_nothing_moves(hosts: Hosts, name: Name) -> None:
     hosts.write(hosts.service(name, hosts.apis[:1]), traffic(name, timeouts={"maxAge": "2s"}))
     out = Records(hosts.sidecar(hosts.web))
@@ -83,6 +86,7 @@ def test_max_age_ends_it_when_nothing_moves(hosts: Hosts, name: Name) -> None:
     assert record.duration_ms >= 1600
 
 
+@pytest.mark.produces("endpoint.removed")
 def test_an_endpoint_that_was_taken_out_gets_its_time_and_no_more(hosts: Hosts, name: Name) -> None:
     policy = traffic(name, timeouts={"removed": "2s"})
     hosts.write(hosts.service(name, hosts.apis), policy)
@@ -114,6 +118,7 @@ def test_the_only_endpoint_that_went_and_is_back_in_time_keeps_its_connections(h
         assert back.say("still here") == "still here"
 
 
+@pytest.mark.produces("rebalance")
 def test_rebalance_moves_idle_ones_from_who_has_too_many(hosts: Hosts, name: Name) -> None:
     first, service = hosts.apis[0], hosts.service(name, hosts.apis)
     hosts.write(service, traffic(name, rebalance={"above": 1.5, "perMinute": 60}))
