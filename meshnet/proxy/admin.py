@@ -68,6 +68,7 @@ class AdminServer:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             await _send(stream, Refused(error=f"not a request: {error}", fix="use the same version of meshnet"))
             return
+        _log.debug("asked by user %d: %s", _user(stream), request)
         match request:
             case FollowConnections():
                 await self._follow(stream)
@@ -117,10 +118,14 @@ async def admin_listener(path: str) -> AsyncIterator[trio.SocketListener]:
 
 
 def _may_change(stream: trio.SocketStream) -> bool:
+    return _user(stream) in (0, os.geteuid())
+
+
+def _user(stream: trio.SocketStream) -> int:
     """SO_PEERCRED (man unix): who the other side was when it connected, whatever it has become since."""
     credentials = stream.socket.getsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_PEERCRED, struct.calcsize("iII"))
     _, user, _ = struct.unpack("iII", credentials)
-    return user in (0, os.geteuid())
+    return int(user)
 
 
 async def _somebody_listens(path: str) -> bool:

@@ -1,5 +1,6 @@
 """One attempt to reach an endpoint or an address: through a tunnel, in plain TCP, or on this very host."""
 
+import logging
 import time
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from meshnet.proxy.record import Record
 from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay import PlainLeg, TunnelLeg
 from meshnet.tunnel.client import ClientTunnel, no_answer
+
+_log = logging.getLogger("meshnet.proxy")
 
 _TOO_SHORT = 0.005  # seconds, for an answer: what goes along with the question might arrive all the same
 _KEPT_TUNNELS_TRIED = 3  # that turn out to be dead, before the endpoint is blamed after all
@@ -197,8 +200,11 @@ def standing_request(
 
 def _note(record: Record, endpoint: str, started: float, failure: ConnectionFailed | None) -> None:
     milliseconds = round((time.monotonic() - started) * 1000, 3)
-    record.attempts.append(
+    attempt = (
         Attempt(endpoint=endpoint, result=str(failure.reason), ms=milliseconds, detail=failure.detail)
         if failure
         else Attempt(endpoint=endpoint, result="ok", ms=milliseconds)
     )
+    record.attempts.append(attempt)
+    # A peer may have said what stands in id and detail.
+    _log.debug("%r: %s %s after %s ms %r", record.id, endpoint, attempt.result, milliseconds, attempt.detail)

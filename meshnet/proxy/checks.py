@@ -159,6 +159,9 @@ class Checks:
             else:
                 self.counts["undecided"] += 1
                 checked.error = _told(failure)
+                _log.debug(
+                    "check of %s of %s: undecided, %s", checked.endpoint.name, checked.service.name, checked.error
+                )
         except Exception:
             self.counts["undecided"] += 1
             _log.exception("the check of %s of %s failed inside the proxy", checked.endpoint.name, checked.service.name)
@@ -173,6 +176,8 @@ class Checks:
         self.counts["failed" if failure else "passed"] += 1
         if checked.gone:
             return
+        told = _told(failure) if failure else "passed"
+        _log.debug("check of %s of %s: %s", checked.endpoint.name, checked.service.name, told)
         checked.tried = True
         checked.error = _told(failure) if failure else ""
         health, healths = checked.health, self._healths[checked.key]

@@ -101,6 +101,8 @@ class Names:
     def _learn(self, name: str, known: KnownName, lookup: Lookup) -> float:
         hosts, problem = known.hosts, known.problem
         pause = known.learned(lookup, self._dice)
+        found = ", ".join(lookup.hosts) or lookup.problem
+        _log.debug("asked for %s: %s, for %g s; again in %.1f s", name, found, lookup.ttl, pause)
         self.answered += not lookup.problem
         self.failed += bool(lookup.problem)
         if known.hosts != hosts:

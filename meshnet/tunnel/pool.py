@@ -226,6 +226,8 @@ class Pool:
             timeout=timeout,
         )
         self.on_handshake(tunnel.handshake_ms, tunnel.channel.resumed)
+        how = "resumed" if tunnel.channel.resumed else "full"
+        _log.debug("tunnel to %s, %s: %s handshake in %.1f ms", tunnel.key[0], tunnel.key[1], how, tunnel.handshake_ms)
         tunnel.on_answer = self._learn
         return tunnel
 
