@@ -29,6 +29,7 @@ _WHOLE = struct.Struct("<HI")  # of every other: this kind, and the length of it
 _WHOLE_KIND = 0xFFFF
 
 _ENDED_BY = tuple(EndedBy)
+_ENDS = tuple(Outcome(Reason.OK, who) for who in EndedBy)
 
 _pack = _CAME_AND_WENT.pack
 _encode = msgspec.msgpack.Encoder().encode
@@ -45,47 +46,40 @@ class Packed(NamedTuple):
     data: bytes
     kinds: Sequence[Kind]
 
-    def views(self) -> Iterator[Connection]:
+    def items(self) -> Iterator[Connection | Passed]:
         """In the order in which they were added."""
         data = self._unpacked()
-        return (self._view(data, at, end) for at, end in _rows(data))
+        return (self._item(data, at, end) for at, end in _rows(data))
+
+    def views(self) -> Iterator[Connection]:
+        return map(_view, self.items())
 
     def find(self, connection_id: str) -> list[Connection]:
         """Those with that id. Of a segment without it nothing is decoded."""
         data, wanted = self._unpacked(), connection_id.encode()
         if wanted not in data:
             return []
-        found = (self._view(data, at, end) for at, end in _rows(data) if wanted in data[at:end])
+        found = (_view(self._item(data, at, end)) for at, end in _rows(data) if wanted in data[at:end])
         return [view for view in found if view.id == connection_id]
 
     def _unpacked(self) -> bytes:
         return zlib.decompressobj(_RAW).decompress(self.data)
 
-    def _view(self, data: bytes, at: int, end: int) -> Connection:
+    def _item(self, data: bytes, at: int, end: int) -> Connection | Passed:
         if int.from_bytes(data[at : at + 2], "little") == _WHOLE_KIND:
             return _decode(data[at + _WHOLE.size : end])
         number, port, opened, connect, lasted, sent, received, idle, by, _ = _CAME_AND_WENT.unpack_from(data, at)
         told, cipher = self.kinds[number]
         began, over = 1.0, 1.0 + lasted / 1e6  # not at 0, which says that a moment has not been
-        facts = Facts(
-            port=port,
-            opened=began,
-            connected=began + connect / 1e6,
-            ended=over,
-            sent=sent,
-            received=received,
-            moved_at=over - idle / 1e6 if idle >= 0 else 0.0,
-            client_done=True,
-            endpoint_done=True,
-            reason=0,
-            ended_by=0,
-            error=0,
-            owes=False,
-            client=-1,
-            cipher=cipher,
-        )
+        connected, moved_at = began + connect / 1e6, over - idle / 1e6 if idle >= 0 else 0.0
+        seen = (port, began, connected, over, sent, received, moved_at)
+        facts = Facts(*seen, True, True, 0, 0, 0, False, -1, "", cipher)
         connection_id = data[at + _CAME_AND_WENT.size : end].decode()
-        return Passed(told, facts, Outcome(Reason.OK, _ENDED_BY[by]), opened / 1e6, connection_id).view()
+        return Passed(told, facts, _ENDS[by], opened / 1e6, connection_id)
+
+
+def _view(item: Connection | Passed) -> Connection:
+    return item.view() if isinstance(item, Passed) else item
 
 
 class Segment:

@@ -80,6 +80,7 @@ def test_nothing_is_lost_but_what_is_less_than_a_microsecond(
 
 
 def without_times(it: Connection) -> Connection:
+    """They are kept to a microsecond, and rounding goes either way."""
     attempts = tuple(structs.replace(each, ms=0.0) for each in it.attempts)
     return structs.replace(
         it, attempts=attempts, opened_at="", closed_at="", duration_ms=0.0, connect_ms=None, idle_ms=None

@@ -6,6 +6,7 @@ import trio
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction, State
+from meshnet.proxy.passed import Passed
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Follower, Registry, choose
 
@@ -75,7 +76,7 @@ def parts(registry: Registry, *, everything: bool, recent: float = 60.0) -> list
     """The ids of all parts. While one is looked at more connections end."""
     listing, found, last = registry.listing(recent=recent, everything=everything), list[str](), ""
     while True:
-        part = list(listing.connections)
+        part = [it.view() if isinstance(it, Passed) else it for it in listing.connections]
         found += [it.id for it in part if not it.id.startswith("later")]
         if listing.before is None:
             return found
