@@ -200,9 +200,9 @@ def _print(
 def _forgotten(metadata: ConnectionListMetadata, earliest: float | None, *, well: bool) -> Iterator[str]:
     """What there is no memory of, of what was asked for: since `earliest` (None: since ever), with `well` all of it."""
     back, failed_back = metadata.reaches_back if well else "", metadata.failed_reach_back
-    for what, moment in (("All that ended", back), ("What failed", failed_back)):
+    for what, moment in (("ended", back), ("failed", failed_back)):
         if moment and (earliest is None or filters.moment(moment) > earliest):
-            yield f"{what} before {moment} is forgotten (admin.memory_mib)."
+            yield f"Of what {what} before {moment} not all is remembered (admin.memory_mib)."
 
 
 def _only_open_or_failed(wanted: Filter) -> bool:

@@ -174,7 +174,7 @@ class OwnAnswers:
 
 def unknown(connection_id: str, reaches_back: str, silent_workers: int = 0) -> Refused:
     silent = f", but {silent_workers} workers do not answer" if silent_workers else ""
-    back = f"; those that ended before {reaches_back} are forgotten" if reaches_back else ""
+    back = f"; of those that ended before {reaches_back} not all are remembered" if reaches_back else ""
     return Refused(
         error=f"no connection {connection_id} here{silent}{back}",
         fix="meshnet conns --all lists every one that is open or remembered",

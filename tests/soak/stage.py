@@ -48,7 +48,7 @@ class Stage:
         self.write()
         self.keepers: dict[str, Process] = {}
         for host in self.hosts:
-            self.mesh.sidecar(host, start=False, proxy={"drain_timeout": "1s"}, admin={"recent": 100}).spawn()
+            self.mesh.sidecar(host, start=False, proxy={"drain_timeout": "1s"}, admin={"memory_mib": 1}).spawn()
         for host in self.hosts:
             sidecar = self.sidecar(host)
             sidecar.wait_until_ready()
