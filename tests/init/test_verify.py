@@ -376,6 +376,18 @@ def test_a_visitor_takes_no_more_than_net_admin_where_anybody_may_make_a_user_na
     assert "mnproof0" not in interfaces(by_nft.app)
 
 
+def test_a_visitor_waits_for_the_end_of_somebody_elses(by_nft: Lab) -> None:
+    """`up` changes rules and proves them, and so does a keeper that hears of it."""
+    by_nft.install()
+    wall = 'table inet wall { chain c { type filter hook input priority 0; iifname "mnproof*" ip ttl > 0 drop; }; }'
+    by_nft.app.run("nft", "-f", "-", stdin=wall)  # so that IPv4 takes each of them seconds
+    words, every_port = ("meshnet", "rules", "verify"), {"MESHNET_CAPTURE__EXCLUDE_INBOUND_PORTS": ""}
+    by_nft.app.spawn(*words, name="first", **every_port)
+    wait_for(lambda: "mnproof0" in interfaces(by_nft.app))
+    said = by_nft.app.run(*words, **every_port).stdout
+    assert ["inbound", "ipv6", "captured"] in [line.split()[:3] for line in said.splitlines()], said
+
+
 def test_whoever_may_make_no_namespace_tries_nothing(by_nft: Lab) -> None:
     by_nft.install()
     refused = [Refusal("unshare", {0: flags}, errno.EPERM) for flags in (0x40000000, 0x50000000)]  # CLONE_NEW*
