@@ -7,14 +7,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import click
 
-from tests.machines import cases, image, traffic
+from tests.machines import cases, image, settings, state, traffic
 from tests.machines.machine import Failed, Machine, make_switch, remove_switch
 from tests.machines.steps import Steps
 
-ADDRESSES = {"web": "192.168.56.21", "api": "192.168.56.22"}
+ADDRESSES = {"web": ("192.168.56.21", "fd56::21"), "api": ("192.168.56.22", "fd56::22")}
 
 
 @click.command()
@@ -24,9 +25,9 @@ def main(only: str | None, keep: bool) -> None:
     """Exit code 1 as soon as anything is not as it should be."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is cleaned up
     web_suite, api_suite = (only, only) if only else tuple(image.SUITES)
-    hosts = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
-    web = Machine("web", web_suite, ADDRESSES["web"], hosts)
-    api = Machine("api", api_suite, ADDRESSES["api"], hosts)
+    hosts = "".join(f"{address} {name}\n" for name, addresses in ADDRESSES.items() for address in addresses)
+    web = Machine("web", web_suite, *ADDRESSES["web"], "iptables", hosts)
+    api = Machine("api", api_suite, *ADDRESSES["api"], "nft", hosts)
     steps = Steps()
     with ExitStack() as stack:
         image.CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,11 +42,12 @@ def main(only: str | None, keep: bool) -> None:
         except Failed as error:
             print(error, file=sys.stderr)
             for machine in (web, api):
-                print(f"--- {machine.name}'s journal\n{cases.journal(machine)}", file=sys.stderr)
+                print(f"--- {machine.name}'s journal\n{state.journal(machine)}", file=sys.stderr)
             if keep:
                 _wait(web, api)
             sys.exit(1)
-        print(f"all {steps.done} steps: web is {web.suite}, api is {api.suite}; {steps.seconds():.0f} s")
+        machines = ", ".join(f"{it.name} is {it.suite} with rules by {it.backend}" for it in (web, api))
+        print(f"all {steps.done} steps: {machines}; {steps.seconds():.0f} s")
         if keep:
             _wait(web, api)
 
@@ -64,10 +66,11 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         _at_once(traffic.install, *both)
         traffic.may_log_in(web, api)
         traffic.may_log_in(api, web)
+        _at_once(cases.choose_backend, *both)
     with step("identities from one authority, the same mesh files"):
         cases.issue_identities(web, api)
         cases.write_mesh(both)
-    before = {machine: cases.leftovers(machine) for machine in both}
+    before = {machine: state.leftovers(machine) for machine in both}
 
     with step("an open connection lives through meshnet up"):
         direct = traffic.OpenConnection(web, api)
@@ -91,7 +94,7 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         cases.kill_sidecar(api)
         traffic.all_programs(web, api)
     with step("the rules are deleted, the keeper is killed: they are there"):
-        cases.lose_rules(api)
+        _at_once(cases.lose_rules, *both)
         traffic.all_programs(web, api)
     with step("its loop stands still: the watchdog ends it, the rules stay"):
         cases.freeze_sidecar(api)
@@ -110,17 +113,21 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         cases.upgrade(api)
         traffic.all_programs(api, web)
     with step("meshnet set takes effect; a way in is not captured by it"):
-        cases.change_settings(api)
+        _at_once(settings.change, *both)
+    with step("meshnet set whose proof fails: rules and file are as before"):
+        _at_once(settings.fail_proof, *both)
+    with step("meshnet set is killed amid its proof: all is put back"):
+        _at_once(settings.kill_amid_proof, *both)
     with step("meshnet set proxy.workers=2: traffic by two workers"):
-        cases.two_workers(api)
+        settings.two_workers(api)
         traffic.all_programs(web, api)
-        cases.one_worker(api)
+        settings.one_worker(api)
     with step("the state's disk is full: the sidecar goes on, errors are clear"):
         cases.full_disk(api)
     with step("reboot of both"):
         direct.close()
         _at_once(Machine.reboot, *both)
-        _at_once(cases.wait_for_capture, *both)
+        _at_once(state.wait_for_capture, *both)
     with step("traffic after the reboot, all by mTLS"):
         traffic.all_programs(web, api)
         traffic.need_mtls(web, api)
@@ -133,7 +140,7 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         cases.purge(api, None, before[api])
     for name in cases.PHASES:
         with step(f"meshnet up is killed in its phase {name}: all is put back"):
-            cases.kill_up(api, name, before[api])
+            _at_once(partial(cases.kill_up, name=name, before=before), *both)
     with step("the SSH session of meshnet up is cut: all is put back"):
         cases.cut_session(web, api, before[api])
     with step("the machine loses power during meshnet up: the next puts back"):

@@ -24,6 +24,7 @@ _FRESH = (
 )
 # What the test itself talks to; servers do not start before they are told to.
 _TRAFFIC = ("postgresql", "postgresql-client", "redis-server", "redis-tools", "iperf3")
+_TABLES = ("iptables",)  # for the backend of that name
 
 
 def build(suite: str) -> Path:
@@ -35,7 +36,7 @@ def build(suite: str) -> Path:
 
 
 def _build(suite: str) -> Path:
-    packages = [*_provisioned(), *_TRAFFIC]
+    packages = [*_provisioned(), *_TRAFFIC, *_TABLES]
     wanted = hashlib.sha256(repr((_FRESH, packages, _hook(packages))).encode()).hexdigest()
     target, stamp = CACHE / suite, CACHE / f"{suite}.stamp"
     if target.is_dir() and stamp.exists() and stamp.read_text() == wanted:

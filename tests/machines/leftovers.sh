@@ -6,12 +6,15 @@ for folder in /etc /root /usr/local /usr/lib/systemd /usr/lib/sysusers.d /var/li
     /run/meshnet /run/systemd/system /run/systemd/transient; do
     [ ! -e "$folder" ] || folders="$folders $folder"
 done
-# The backups of passwd and its like are those of the last change; nobody's leftovers.
+# The backups of passwd and its like are those of the last change; nobody's leftovers. Drafts and locks beside them are
+# those of a groupadd that was killed, which knows a stale lock when it sees one.
+drafts='/etc/\(passwd\|shadow\|group\|gshadow\|subuid\|subgid\)\.\(lock\|[0-9]+\)'
 # shellcheck disable=SC2086 # one word each
-find $folders \( -name '*-' -o -name .pwd.lock -o -name 'run-*' \) -prune \
+find $folders \( -name '*-' -o -name .pwd.lock -o -name 'run-*' -o -regex "$drafts" \) -prune \
     -o -printf '%y %p %m %u:%g %l\n' | sort | sed 's/^/path /'
 # shellcheck disable=SC2086 # one word each
-find $folders -type f ! -name '*-' ! -name 'run-*' -print0 | sort -z | xargs -0 sha256sum | sed 's/^/content /'
+find $folders -type f ! -name '*-' ! -name 'run-*' ! -regex "$drafts" -print0 | sort -z | xargs -0 sha256sum |
+    sed 's/^/content /'
 ls -d /run/meshnet* /var/lib/meshnet* /var/lib/*/meshnet* /tmp/*meshnet* 2>/dev/null | sed 's/^/exists /'
 getent passwd | sort | sed 's/^/user /'
 getent group | sort | sed 's/^/group /'

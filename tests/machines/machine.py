@@ -15,7 +15,7 @@ from tests.machines import image
 
 SWITCH = "meshnet-switch"
 _RUN = image.CACHE / "run"
-_NOBODY = "192.168.56.1"  # the way to everywhere else, which leads nowhere
+_NOBODY = ("192.168.56.1", "fd56::1")  # the ways to everywhere else, which lead nowhere
 _REBOOT = 133  # systemd-nspawn's exit code when the machine wants to boot again
 _PATIENCE = 90.0  # seconds to boot, or to end
 
@@ -57,8 +57,9 @@ def remove_switch() -> None:
 
 
 class Machine:
-    def __init__(self, name: str, suite: str, address: str, hosts: str) -> None:
-        self.name, self.suite, self.address = name, suite, address
+    def __init__(self, name: str, suite: str, address: str, address6: str, backend: str, hosts: str) -> None:
+        self.name, self.suite, self.backend = name, suite, backend
+        self.address, self.address6 = address, address6
         self._hosts = hosts
         self._folder = _RUN / name
         self._namespace = f"meshnet-{name}"
@@ -73,8 +74,10 @@ class Machine:
         (upper / "etc/hostname").write_text(self.name + "\n")
         (upper / "etc/hosts").write_text(f"127.0.0.1 localhost\n::1 localhost\n{self._hosts}")
         (upper / "etc/resolv.conf").write_text("# nobody answers here\n")
+        gateways = "".join(f"Gateway={nobody}\n" for nobody in _NOBODY)
         (upper / "etc/systemd/network/20-mesh.network").write_text(
-            f"[Match]\nName=eth1\n[Network]\nAddress={self.address}/24\nGateway={_NOBODY}\nIPv6AcceptRA=no\n"
+            f"[Match]\nName=eth1\n[Network]\n{gateways}IPv6AcceptRA=no\nAddress={self.address}/24\n"
+            f"[Address]\nAddress={self.address6}/64\nDuplicateAddressDetection=none\n"
         )
         _host("ip", "netns", "add", self._namespace)
         _host("ip", "-n", self._namespace, "link", "set", "lo", "up")

@@ -3,9 +3,11 @@
 import json
 import re
 import subprocess
+from itertools import product
 
 from tests.machines.machine import Failed, Machine, wait_for
 
+_BULK = 100_000_000  # bytes
 PORTS = {"ssh": 22, "iperf3": 5201, "postgresql": 5432, "redis": 6379}
 
 # What an administrator does so that other machines may come in.
@@ -23,16 +25,25 @@ systemctl enable -q postgresql redis-server iperf3-server
 systemctl restart postgresql redis-server iperf3-server
 """
 
-# A line comes back for each that is sent, for as long as the connection lives.
-_ECHO_SERVER = (
-    "import socket; s = socket.create_server(('', 7777)); s.listen();"
-    " c, _ = s.accept(); [c.sendall(line.encode()) for line in c.makefile()]"
-)
-_ECHO_CLIENT = (
-    "import socket, sys; c = socket.create_connection(('{address}', 7777)); f = c.makefile();"
-    " [(c.sendall(line.encode()), print(f.readline(), end='', flush=True)) for line in iter(sys.stdin.readline, '')]"
-)
-
+# One connection of each family. A line comes back for each that is sent, for as long as the connection lives.
+_ECHO_SERVER = """
+import socket, threading
+def echo(sock):
+    for line in sock.makefile():
+        sock.sendall(line.encode())
+listener = socket.create_server(('::', 7777), family=socket.AF_INET6, dualstack_ipv6=True)
+for _ in range(2):
+    threading.Thread(target=echo, args=(listener.accept()[0],)).start()
+"""
+_ECHO_CLIENT = """
+import socket, sys
+socks = [socket.create_connection((address, 7777)) for address in {addresses}]
+files = [sock.makefile() for sock in socks]
+for line in sys.stdin:
+    for sock in socks:
+        sock.sendall(line.encode())
+    print(*[file.readline().strip() for file in files], flush=True)
+"""
 
 # PostgreSQL answers a request for TLS with one letter (protocol-message-formats, SSLRequest).
 _CALLER = """
@@ -70,8 +81,7 @@ def ssh(command: str, to: str) -> str:
 
 
 def all_programs(client: Machine, server: Machine) -> None:
-    """Each program does something that only its real server answers."""
-    address = server.address
+    """Each program does something that only its real server answers, by either family."""
 
     def expect(command: str, answer: str) -> None:
         said = client.run(command)
@@ -80,28 +90,30 @@ def all_programs(client: Machine, server: Machine) -> None:
 
     for port in PORTS.values():
         wait_for(lambda port=port: _listens(server, port), f"a server at {server.name}:{port}")  # type: ignore[misc] # bound now
-    expect(f"psql -qAt -h {address} -U postgres -c 'select 6 * 7'", "42")
-    expect(f"psql -qAt -h {address} -U postgres -c \"select length(repeat('x', 9000000))\"", "9000000")
-    expect(f"redis-cli -h {address} set from {client.name}", "OK")
-    expect(f"redis-cli -h {address} get from", client.name)
-    expect(ssh("hostname", to=address), server.name)
-    said = json.loads(client.run(f"iperf3 -J -t 1 -c {address}"))
-    if not said["end"]["sum_received"]["bytes"] > 1_000_000:
-        raise Failed(f"iperf3: {said['end']}")
+    for address in (server.address, server.address6):
+        expect(f"psql -qAt -h {address} -U postgres -c 'select 6 * 7'", "42")
+        expect(f"psql -qAt -h {address} -U postgres -c \"select length(repeat('x', 9000000))\"", "9000000")
+        expect(f"redis-cli -h {address} set from {client.name}", "OK")
+        expect(f"redis-cli -h {address} get from", client.name)
+        expect(ssh("hostname", to=address), server.name)
+        said = json.loads(client.run(f"iperf3 -J -n {_BULK} -c {address}"))
+        # What is still on its way when the client has sent the last of it is not counted.
+        if said["end"]["sum_received"]["bytes"] < _BULK / 2:
+            raise Failed(f"iperf3: {said['end']}")
 
 
 def need_mtls(client: Machine, server: Machine) -> None:
     """Both sidecars have a record of every program's connection, by mTLS, and each names the other."""
     for machine, direction, other in ((client, "outbound", server), (server, "inbound", client)):
         items = json.loads(machine.run("meshnet conns --all -o json"))["items"]
-        for name, port in PORTS.items():
+        for address, (name, port) in product((server.address, f"[{server.address6}]"), PORTS.items()):
             found = [
                 item
                 for item in items
-                if item["direction"] == direction and item["originalDestination"].endswith(f":{port}")
+                if item["direction"] == direction and item["originalDestination"] == f"{address}:{port}"
             ]
             if not found:
-                raise Failed(f"{machine.name}: {name} was not captured ({direction}): {items}")
+                raise Failed(f"{machine.name}: {name} at {address} was not captured ({direction}): {items}")
             for item in found:
                 if item["tls"]["mode"] != "mtls" or f"/sa/{other.name}" not in item["tls"]["peerIdentity"]:
                     raise Failed(f"{machine.name}: {name} is not by mTLS with {other.name}: {item}")
@@ -126,12 +138,13 @@ class Caller:
 
 
 class OpenConnection:
-    """One that is kept open from `client` to `server` while other things happen."""
+    """One of each family that is kept open from `client` to `server` while other things happen."""
 
     def __init__(self, client: Machine, server: Machine) -> None:
         self._server = server.start(f'python3 -c "{_ECHO_SERVER}"')
         wait_for(lambda: _listens(server, 7777), "the echo server")
-        self._client = client.start(f'python3 -c "{_ECHO_CLIENT.format(address=server.address)}"')
+        addresses = (server.address, server.address6)
+        self._client = client.start(f'python3 -c "{_ECHO_CLIENT.format(addresses=addresses)}"')
         self.need_alive()
 
     def need_alive(self) -> None:
@@ -139,7 +152,7 @@ class OpenConnection:
         assert self._client.stdout is not None
         self._client.stdin.write("hello\n")
         self._client.stdin.flush()
-        if (said := self._client.stdout.readline()) != "hello\n":
+        if (said := self._client.stdout.readline()) != "hello hello\n":
             raise Failed(f"an open connection is no more: {said!r} {self._client.stdout.read()!r}")
 
     def close(self) -> None:

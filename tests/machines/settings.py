@@ -1,0 +1,84 @@
+"""`meshnet set` on a machine that is in the mesh: what it changes, and the way back where it does not reach its end."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.machines import state
+from tests.machines.machine import Failed, Machine, wait_for
+
+_MORE_PORTS = "meshnet set capture.exclude_inbound_ports=22,8000-8100"
+_ROLLED_BACK = 7
+
+
+def change(machine: Machine) -> None:
+    machine.run("meshnet set capture.exclude_inbound_ports=22,8000-8100")
+    if "8000-8100" not in state.rules(machine):
+        raise Failed(f"{machine.name}: the rules do not know of it:\n{state.rules(machine)}")
+    rules = state.rules(machine)
+    said = machine.run("meshnet set capture.exclude_inbound_ports=80", code=1)
+    if "port 22" not in said or "--accept-risk=lose-ssh" not in said or state.rules(machine) != rules:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("meshnet set --unset capture.exclude_inbound_ports")
+    if "8000-8100" in state.rules(machine):
+        raise Failed(f"{machine.name}: the rules still know of it:\n{state.rules(machine)}")
+    state.wait_for_capture(machine)
+
+
+def two_workers(machine: Machine) -> None:
+    """As `set` says: written, then `up` and a restart."""
+    said = machine.run("meshnet set proxy.workers=2")
+    if "sudo meshnet up && sudo systemctl restart meshnet" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("meshnet up && systemctl restart meshnet && meshnet wait")
+    status = json.loads(machine.run("meshnet status -o json"))
+    if [worker["ready"] for worker in status["workers"]] != [True, True]:
+        raise Failed(f"{machine.name}: {status}")
+    state.wait_for_capture(machine)
+
+
+def one_worker(machine: Machine) -> None:
+    machine.run("meshnet set --unset proxy.workers && systemctl restart meshnet && meshnet wait")
+    state.wait_for_capture(machine)
+
+
+def fail_proof(machine: Machine) -> None:
+    before = state.leftovers(machine)
+    with _wall(machine, "type nat hook output priority -150; tcp dport 15122 redirect to :9;"):
+        said = machine.run(_MORE_PORTS, code=_ROLLED_BACK)
+    if "put back: rules and file are as they were" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    state.need_same(machine, before)
+    _wait_for_keeper(machine)
+
+
+def kill_amid_proof(machine: Machine) -> None:
+    """Its dead-man switch puts back what it has changed: rules, file, and the keeper's settings."""
+    before = state.leftovers(machine)
+    with _wall(machine, "type filter hook input priority 0; meta l4proto tcp ct original proto-dst 15122 drop;"):
+        change = machine.start(f"exec {_MORE_PORTS}")
+        wait_for(lambda: "8000-8100" in state.rules(machine), "the rules of the new settings")
+        machine.run("pkill -9 -f 'bin/meshnet [s]et'")
+        said, _ = change.communicate(timeout=10)
+    if change.returncode == 0 or "in force" in said:
+        raise Failed(f"{machine.name}: it had reached its end: {said}")
+    state.need_same_soon(machine, before)
+    if "is gone before its end" not in machine.run("journalctl -b -o cat -u 'meshnet-deadman-*'"):
+        raise Failed(f"{machine.name}: it was not the dead-man switch:\n{state.journal(machine)}")
+    machine.run("meshnet rules verify")
+    _wait_for_keeper(machine)
+    machine.run("nft flush ruleset")  # its settings are those of the file again
+    state.need_same_soon(machine, before)
+
+
+@contextmanager
+def _wall(machine: Machine, chain: str) -> Iterator[None]:
+    """Somebody's rules, for as long as this lasts, in the way of canaries that a person sends, and of no others."""
+    machine.run(f"nft 'table inet wall {{ chain c {{ {chain} }}; }}'")
+    yield
+    machine.run("nft delete table inet wall")
+
+
+def _wait_for_keeper(machine: Machine) -> None:
+    status = "systemctl show -p StatusText --value meshnet-rules"
+    wait_for(lambda: machine.run(status).startswith("keeping"), "a keeper that keeps")
