@@ -23,7 +23,7 @@ from meshnet_cli.vm.ledger import Ledger
 )
 @config_option
 @click.option("--drain", type=DURATION, default="30s", show_default=True, help="How long to wait for open connections.")
-@click.option("--purge", is_flag=True, help="Then take away all that meshnet made here: units, user, groups, files.")
+@click.option("--purge", is_flag=True, help="Then take away all that meshnet made here: units, users, groups, files.")
 def command(config: str | None, drain: float, purge: bool) -> None:
     """Take this host out of the mesh, in three phases.
 

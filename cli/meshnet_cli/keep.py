@@ -1,6 +1,7 @@
 """`meshnet rules keep`: the keeper of this network namespace's rules, in the foreground."""
 
 import sys
+from functools import partial
 
 import click
 
@@ -31,7 +32,7 @@ def command(config: str | None) -> None:
     settings = read_settings(config)
     preflight.need_right()
     log_to_stderr(settings.log.level)
-    Keeper(lambda: read_settings(config), ssh.ports).run()
+    Keeper(lambda: read_settings(config), partial(ssh.ports, cautious=True)).run()
 
 
 def keeper_command(config: str | None) -> list[str]:

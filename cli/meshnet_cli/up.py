@@ -120,7 +120,7 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
             status = _start(wanted, kept, ledger, switch)
         changed |= _capture(wanted, status, switch)
         if isinstance(keeper, systemd.Service):
-            changed |= _serve(keeper, ledger)
+            changed |= _serve(keeper, wanted.config, ledger)
         elif not lock.is_orphaned(lock.folder_of(settings.admin.socket)):
             keeper.keep_rules()
         switch.disarm()
@@ -138,10 +138,11 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
     click.echo(f"{status.node} {what}   See: meshnet conns   Change: meshnet set   Undo: sudo meshnet down")
 
 
-def _serve(service: systemd.Service, ledger: Ledger) -> bool:
+def _serve(service: systemd.Service, config: str | None, ledger: Ledger) -> bool:
     """Has systemd look after both, at boot too. Whether that is new."""
     with phase("service") as say:
         written = service.install(ledger)
+        account.need_readable_by_keeper(config)
         service.start_rules()
         enabled = service.enable()
         note = f"{', '.join(written)} written again; " if written else ""

@@ -20,7 +20,7 @@ _NOT_OPEN = frozenset({"06", "07", "0A"})
 
 def host_facts() -> Host:
     """Reads them from /proc. IPv6 counts when the kernel has it and the namespace has not switched it off."""
-    accepts = os.access(ACCEPTS_MARKS, os.W_OK)
+    accepts = os.access(ACCEPTS_MARKS, os.W_OK, effective_ids=True)  # with the rights that we have, root or not
     return Host(ipv6=_has_ipv6(), uids=_mapped(_UID_MAP), gids=_mapped(_GID_MAP), accepts_marks=accepts)
 
 

@@ -4,8 +4,10 @@ import signal
 import socket
 from pathlib import Path
 
+import msgspec
 import pytest
 
+import meshnet.net.keeper
 from tests.init.kept import Kept
 from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, connect, listening
 from tests.init.sides import marked
@@ -168,6 +170,26 @@ def test_a_program_without_rights_is_no_keeper_and_stands_nobody_down(by_nft: Ke
     words += """s.send(b'{"type":"stand-down"}\\n'); print(s.recv(9))"""
     assert by_nft.host.run(*nobody, words).stdout == "b''\n"
     assert by_nft.now().state == "keeping"
+
+
+def test_a_keeper_of_the_keepers_user_is_believed(
+    by_nft: Kept, real_root: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which nobody is here: under systemd it is one that only `meshnet up` makes."""
+    if not real_root:  # then there is no other user here
+        return
+    by_nft.start()
+    report = by_nft.now()
+    assert by_nft.process is not None
+    by_nft.process.kill()
+    words = "import socket, sys; s = socket.socket(1); s.bind(chr(0) + 'meshnet/keeper'); s.listen()\n"
+    words += "while True:\n c, _ = s.accept()\n if c.recv(9): c.send(sys.argv[1].encode())\n c.close()\n"
+    nobody = ("setpriv", "--reuid=65534", "--clear-groups", "python3", "-c")
+    by_nft.host.spawn(*nobody, words, msgspec.json.encode(report).decode(), name="other")
+    wait_for(lambda: "meshnet/keeper" in by_nft.host.run("cat", "/proc/net/unix").stdout)
+    assert by_nft.ask() is None
+    monkeypatch.setattr(meshnet.net.keeper, "KEEPER_USER", "nobody")
+    assert by_nft.ask() == report
 
 
 def test_systemd_hears_of_it(by_nft: Kept, tmp_path: Path) -> None:

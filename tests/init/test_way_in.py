@@ -57,7 +57,7 @@ def test_on_sighup_the_settings_stay_as_they_were_until_the_risk_is_accepted(rea
     reached.start()
     _settings(reached, exclude=[])
     _again(reached)
-    why = f"would capture port {SSH}, by which SSH reaches this host; the rules stay as they are"
+    why = f"would capture port {SSH}, by which SSH may reach this host; the rules stay as they are"
     wait_for(lambda: why in reached.now().problem, what="a refusal")
     assert "--accept-risk=lose-ssh" in reached.log
     assert (_excludes(reached), _answers(reached)) == (True, True)
@@ -135,4 +135,4 @@ def test_where_nothing_captures_yet_who_puts_the_rules_in_was_asked(reached: Kep
     reached.start()
     with listening(reached.host, "ipv4", INBOUND) as inbound:
         connect(reached.lab.peer, reached.host.address, SSH, inbound).close()
-    assert f"port {SSH} is captured, by which SSH reaches this host" in reached.log
+    assert f"port {SSH} is captured, by which SSH may reach this host" in reached.log

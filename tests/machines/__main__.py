@@ -78,7 +78,9 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         direct.need_alive()
     with step("a second meshnet up changes nothing and says so"):
         _at_once(cases.up_again, *both)
-    with step("the units' exposure is at most 2.0, and 2.5 of root's"):
+    with step("settings that the keeper may not read are named"):
+        cases.close_settings(web)
+    with step("the exposure of both units is at most 2.0; neither is root"):
         _at_once(cases.need_hardened, *both)
     with step("their keeper proves capture in both directions"):
         _at_once(cases.need_proofs, *both)

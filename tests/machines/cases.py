@@ -92,12 +92,24 @@ def up_again(machine: Machine) -> None:
         raise Failed(f"{machine.name}: a second up has changed sidecar or rules")
 
 
+def close_settings(machine: Machine) -> None:
+    """To the keeper's user, and not to the sidecar's."""
+    file = "/etc/meshnet/meshnet.toml"
+    machine.run(f"chgrp meshnet-proxy {file} && chmod 640 {file}")
+    said = machine.run("meshnet up", code=1)
+    if f"the keeper's user meshnet-rules may not read {file}" not in said or f"chmod a+r {file}" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run(f"chgrp root {file} && chmod 644 {file}")
+
+
 def need_hardened(machine: Machine) -> None:
-    for unit, most in (("meshnet", 2.0), ("meshnet-rules", 2.5)):
+    for unit in ("meshnet", "meshnet-rules"):
         said = machine.run(f"systemd-analyze security --no-pager {unit}.service | tail -1")
         found = re.search(rf"{unit}\.service: ([\d.]+)", said)
-        if found is None or float(found[1]) > most:
+        if found is None or float(found[1]) > 2.0:
             raise Failed(f"{machine.name}: {said}")
+        if (user := _user_of(machine, unit)) != unit:
+            raise Failed(f"{machine.name}: {unit} runs as {user}")
 
 
 def need_proofs(machine: Machine) -> None:
@@ -146,7 +158,9 @@ def freeze_sidecar(machine: Machine) -> None:
         machine.run(f"kill -STOP {pid}")
         wait_for(lambda: state.sidecar(machine) not in (0, pid), "another sidecar")
         machine.run("meshnet wait")
-        if state.rules(machine) != rules or "watchdog" not in machine.run("journalctl -n 30 -u meshnet -o cat"):
+        if state.rules(machine) != rules or "watchdog" not in machine.run(
+            "journalctl -b -u meshnet -o cat -g watchdog", code=None
+        ):
             raise Failed(f"{machine.name}: it was not the watchdog, or the rules are others")
 
 
@@ -200,8 +214,12 @@ def _peer(machine: Machine) -> str:
 
 
 def upgrade(machine: Machine) -> None:
-    """The next version is this one with another number."""
-    source = "/root/newer"
+    """The next version is this one with another number, and this one's keeper is root, as it used to be."""
+    unit, source = "/etc/systemd/system/meshnet-rules.service", "/root/newer"
+    machine.run(f"sed -Ei '/^(User|Group|AmbientCapabilities)=/d' {unit} && systemctl daemon-reload")
+    machine.run("systemctl restart meshnet-rules && userdel meshnet-rules")
+    if _user_of(machine, "meshnet-rules") != "root":
+        raise Failed(f"{machine.name}: the older keeper is not root")
     machine.run(
         f"cp -r /vagrant {source} && sed -i 's/^__version__ = .*/__version__ = \"0.1.1\"/' {source}/meshnet/__init__.py"
     )
@@ -214,6 +232,11 @@ def upgrade(machine: Machine) -> None:
     if "meshnet 0.1.1" not in machine.run("meshnet status"):
         raise Failed(f"{machine.name}: {machine.run('meshnet status')}")
     state.wait_for_capture(machine)
+    need_hardened(machine)
+
+
+def _user_of(machine: Machine, unit: str) -> str:
+    return machine.run(f"ps -o user:32= -p $(systemctl show -p MainPID --value {unit})").strip()
 
 
 def full_disk(machine: Machine) -> None:

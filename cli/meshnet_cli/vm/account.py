@@ -1,4 +1,4 @@
-"""The user and the groups that the sidecar of a host runs with, and what of its files has to be theirs.
+"""The users and the groups that the sidecar of a host and the keeper of its rules run with, and what has to be theirs.
 
 The group `meshnet` may look at the sidecar (meshnet.model.admin); the sidecar's own primary group is `capture.gid`,
 whose traffic the rules let pass. They are two, or whoever may look could also get past the rules.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import GROUP
+from meshnet.model.capture import KEEPER_USER
 from meshnet.model.settings import Settings
 from meshnet_cli.configuration import DEFAULT_CONFIG
 from meshnet_cli.vm.ledger import Entry, Ledger, rights_of
@@ -54,19 +55,21 @@ def make(gid: int, ledger: Ledger) -> str:
         _run("groupadd", "--gid", str(gid), PROXY_GROUP)
         made.append(f"group {PROXY_GROUP}")
         proxy_group = PROXY_GROUP
-    if not _user():
-        ledger.note("user", USER)
-        _run(
-            "useradd", "--system", "--gid", proxy_group, "--groups", GROUP, "--no-create-home",
-            "--home-dir", "/nonexistent", "--shell", "/usr/sbin/nologin", "--comment", "meshnet sidecar", USER,
-        )  # fmt: skip
+    if not _user(USER):
+        _add_user(USER, proxy_group, "meshnet sidecar", ledger)
         made.append(f"user {USER}")
     return f"made {', '.join(made)}" if made else f"user {USER}, group {proxy_group} ({gid})"
 
 
+def make_keeper(ledger: Ledger) -> None:
+    """The user of the keeper's unit, if it is not there; the group that may ask the sidecar is. Raises CommandError."""
+    if not _user(KEEPER_USER):
+        _add_user(KEEPER_USER, GROUP, "meshnet rules", ledger)
+
+
 def hand_over(settings: Settings, ledger: Ledger) -> None:
     """Gives the sidecar's user what it has to write, and its own key. Raises CommandError."""
-    user = _user()
+    user = _user(USER)
     if not user:
         raise CommandError(f"there is no user {USER}", fix="sudo meshnet up")
     last_good, identity = Path(settings.mesh.last_good), settings.identity
@@ -102,27 +105,25 @@ def is_own_folder(folder: Path, ledger: Ledger) -> bool:
 def need_readable(settings: Settings, config: str | None) -> None:
     """Raises CommandError for the first file that the sidecar has to read and its user may not."""
     identity = settings.identity
-    files = (identity.key, identity.certificate, identity.bundle)
-    for path in (sys.executable, config or DEFAULT_CONFIG, settings.mesh.directory, *files):
+    files = (settings.mesh.directory, identity.key, identity.certificate, identity.bundle)
+    groups = (f"--regid={settings.capture.gid}", "--init-groups")
+    _need_readable("sidecar", USER, groups, (sys.executable, config or DEFAULT_CONFIG, *files))
+
+
+def need_readable_by_keeper(config: str | None) -> None:
+    """The same for the keeper, with the groups that its unit gives it."""
+    groups = ("--regid=0", f"--groups={GROUP}")
+    _need_readable("keeper", KEEPER_USER, groups, (sys.executable, config or DEFAULT_CONFIG))
+
+
+def _need_readable(who: str, user: str, groups: tuple[str, ...], paths: tuple[str, ...]) -> None:
+    for path in paths:
         if not os.path.exists(path):
             continue
-        done = subprocess.run(
-            [
-                "setpriv",
-                f"--reuid={USER}",
-                f"--regid={settings.capture.gid}",
-                "--init-groups",
-                "--",
-                "test",
-                "-r",
-                path,
-            ],
-            capture_output=True,
-            check=False,
-        )
-        if done.returncode:
+        command = ["setpriv", f"--reuid={user}", *groups, "--", "test", "-r", path]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
             raise CommandError(
-                f"the sidecar's user {USER} may not read {path}",
+                f"the {who}'s user {user} may not read {path}",
                 why="the file or a folder above it is closed to others",
                 fix=f"namei -l {path}; chmod a+r {path}",
             )
@@ -136,7 +137,7 @@ def give_folder(folder: Path, gid: int) -> None:
 
 def user_id() -> int | None:
     """The sidecar's user, where there is one that it can run as."""
-    user = _user()
+    user = _user(USER)
     return None if user is None or why_none() else user.pw_uid
 
 
@@ -168,11 +169,19 @@ def _give(path: Path, user: int, group: int, mode: int, ledger: Ledger) -> None:
     os.chmod(path, mode)
 
 
-def _user() -> pwd.struct_passwd | None:
+def _user(name: str) -> pwd.struct_passwd | None:
     try:
-        return pwd.getpwnam(USER)
+        return pwd.getpwnam(name)
     except KeyError:
         return None
+
+
+def _add_user(name: str, group: str, about: str, ledger: Ledger) -> None:
+    ledger.note("user", name)
+    _run(
+        "useradd", "--system", "--gid", group, "--groups", GROUP, "--no-create-home", "--home-dir", "/nonexistent",
+        "--shell", "/usr/sbin/nologin", "--comment", about, name,
+    )  # fmt: skip
 
 
 def _group_exists(name: str) -> bool:
@@ -195,7 +204,7 @@ def _run(*command: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise CommandError(
-            f"there is no {command[0]}", why="it makes the sidecar's user", fix="apt-get install passwd"
+            f"there is no {command[0]}", why="it makes meshnet's users", fix="apt-get install passwd"
         ) from error
     if done.returncode:
         raise CommandError(

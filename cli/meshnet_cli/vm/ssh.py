@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -43,17 +43,31 @@ def need_safe(settings: Settings, accepted: Collection[str], command: str) -> No
     )
 
 
-def ports() -> frozenset[int]:
+def ports(*, cautious: bool = False) -> frozenset[int]:
     """Of the SSH session that this process is in, and of every sshd that listens in this network namespace.
 
     And what sshd's own configuration names, if somebody listens there: systemd may listen for it, and a service
-    without the capability SYS_PTRACE may not see whose socket it is.
+    without the capability SYS_PTRACE may not see whose socket it is. `cautious`: where that configuration is root's
+    to read, and we are not, any port at which root listens may be sshd's.
     """
-    open_here = {port for state, port, _ in _sockets() if state == _ESTABLISHED}
+    found = list(_sockets())
+    open_here = {sock.port for sock in found if sock.state == _ESTABLISHED}
     sessions = {port for port in _session_ports() if port in open_here}  # of this namespace, not of one further out
-    listening = {inode: port for state, port, inode in _sockets() if state == _LISTEN}
-    seen = {listening[inode] for inode in _sshd_sockets() if inode in listening}
-    return frozenset(sessions | seen | (_configured(_SSHD) & set(listening.values())))
+    listening = {sock.inode: sock for sock in found if sock.state == _LISTEN}
+    seen = {listening[inode].port for inode in _sshd_sockets() if inode in listening}
+    named = _configured(_SSHD) & {sock.port for sock in listening.values()}
+    roots = {sock.port for sock in listening.values() if sock.user == 0} if cautious and _is_closed(_SSHD) else set()
+    return frozenset(sessions | seen | named | roots)
+
+
+def _is_closed(folder: Path) -> bool:
+    try:
+        (folder / "sshd_config").open().close()
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _configured(folder: Path) -> set[int]:
@@ -98,13 +112,20 @@ def _session_ports() -> Iterator[int]:
                 yield int(fields[3])
 
 
-def _sockets() -> Iterator[tuple[str, int, str]]:
-    """State, local port and inode of each TCP socket here."""
+class _Socket(NamedTuple):
+    state: str
+    port: int
+    user: int
+    inode: str
+
+
+def _sockets() -> Iterator[_Socket]:
+    """The TCP sockets here, with their local port."""
     for name in ("tcp", "tcp6"):
         table = Path("/proc/thread-self/net") / name
         for line in table.read_text().splitlines()[1:] if table.exists() else ():
             fields = line.split()
-            yield fields[3], int(fields[1].rpartition(":")[2], 16), fields[9]
+            yield _Socket(fields[3], int(fields[1].rpartition(":")[2], 16), int(fields[7]), fields[9])
 
 
 def _sshd_sockets() -> Iterator[str]:

@@ -14,6 +14,7 @@ from meshnet.model.settings import Settings
 from meshnet.net.files import write_files
 from meshnet_cli.client import ask
 from meshnet_cli.configuration import DEFAULT_CONFIG, read_text
+from meshnet_cli.vm.account import make_keeper
 from meshnet_cli.vm.ledger import Ledger
 from meshnet_cli.vm.units import RULES, SIDECAR, rules_unit, sidecar_unit
 
@@ -88,6 +89,7 @@ class Service:
 
     def install(self, ledger: Ledger) -> list[str]:
         """Writes what differs; the names of that. Raises CommandError."""
+        make_keeper(ledger)  # the rules' unit names it; that of an older version was root's
         changed = self.differing_units()
         for name in changed:
             if not (UNITS / name).exists():

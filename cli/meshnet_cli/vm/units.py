@@ -1,7 +1,7 @@
 """The systemd units of a VM, as text. Pure: `meshnet up` writes them, tests/cli/vm/golden shows them.
 
-Two units, for two sets of rights: the sidecar is a user of its own that may mark packets, the rules are root's. systemd
-itself then does what has to be done in which order:
+Two units, for two sets of rights: the sidecar is a user of its own that may mark packets, the keeper of the rules is
+another that may change them. systemd itself then does what has to be done in which order:
 
     start, boot    meshnet-rules is wanted by meshnet, and started once that has said READY: no rule leads nowhere
     stop           meshnet-rules requires meshnet, so that it is stopped too, and first: the rules drain while the
@@ -14,12 +14,14 @@ import re
 from pathlib import PurePosixPath
 
 from meshnet.model.admin import GROUP
+from meshnet.model.capture import KEEPER_USER
 from meshnet.model.duration import parse_duration
 from meshnet.model.settings import Settings
 
 SIDECAR, RULES = "meshnet.service", "meshnet-rules.service"
 USER = "meshnet"
 ENVIRONMENT_FILE = "/etc/default/meshnet"
+XTABLES_LOCK = "/run/xtables.lock"  # iptables(8)
 WATCHDOG = 30  # seconds that trio's loop may stand still
 REMOVAL_DRAIN = 30  # seconds that captured connections get when the rules' unit is stopped
 _SLACK = 15  # seconds beyond a drain until systemd kills
@@ -119,11 +121,18 @@ WantedBy=multi-user.target
 
 
 def rules_unit(settings: Settings, meshnet: tuple[str, ...], config: str | None) -> str:
-    """The rules: put in once the sidecar is there, and held there; taken out when it is stopped for good."""
+    """The rules: put in once the sidecar is there, and held there; taken out when it is stopped for good.
+
+    It names a user that has to be there: `meshnet_cli.vm.account.make_keeper`.
+    """
     seen = (*meshnet, config or "")
     # What the switches of capture.original_source are in. Where they could not be written, the plan would be another.
     switches = settings.capture.original_source
     hardened = _HARDENED.replace("ProtectKernelTunables=yes", "ProtectKernelTunables=no") if switches else _HARDENED
+    # The programs of iptables make their lock for root alone, and to take it, it has to be readable.
+    lock = f"ExecStartPre=-+/bin/chmod -f g+r {XTABLES_LOCK}\n"
+    if settings.capture.backend == "legacy":  # then there may have been none of them here
+        lock = f'ExecStartPre=+/bin/sh -c "umask 077; : >>{XTABLES_LOCK}"\n{lock}'
     remove = ("init", "remove", "--drain", f"{REMOVAL_DRAIN}s", "--if-stopping", RULES)
     return f"""\
 {_WRITTEN_BY} {RULES.removesuffix(".service")}
@@ -136,9 +145,10 @@ StartLimitIntervalSec=0
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart={_line(*meshnet, "rules", "keep", *_config(config))}
+{lock}ExecStart={_line(*meshnet, "rules", "keep", *_config(config))}
 ExecReload=/bin/kill -HUP $MAINPID
-ExecStopPost={_line(*meshnet, *remove)}
+# As root, who asks systemd itself what is to become of the unit: there may be no D-Bus.
+ExecStopPost=!{_line(*meshnet, *remove)}
 Restart=always
 RestartSec=1
 WatchdogSec={WATCHDOG}
@@ -146,14 +156,19 @@ EnvironmentFile=-{ENVIRONMENT_FILE}
 TimeoutStartSec=60
 TimeoutStopSec={REMOVAL_DRAIN + _SLACK}
 
-# Root without other rights may not ask the sidecar but as one of those who may.
+# Not root: who is that may ask systemd for anything.
+User={KEEPER_USER}
+# Which legacy tables there are, and their lock, are for root's group to read.
+Group=root
+# That may ask the sidecar.
 SupplementaryGroups={GROUP}
 # NET_RAW: the legacy tables are read and written through a raw socket.
+AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_NET_RAW
 {hardened}ProtectHome={_protect_home(seen)}
-# The lock of the iptables programs is there.
-ReadWritePaths=/run
+ProtectProc=invisible
 PrivateIPC=yes
+RemoveIPC=yes
 PrivateMounts=yes
 KeyringMode=private
 DevicePolicy=closed

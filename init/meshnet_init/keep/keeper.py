@@ -203,7 +203,7 @@ class Keeper:
             self._refuse(error)
             return True
         for port in captured_ways_in(self._plan.rules, self._ways_in()):
-            _log.warning("port %d is captured, by which SSH reaches this host", port)
+            _log.warning("port %d is captured, by which SSH may reach this host", port)
         return False
 
     def _refuse(self, error: CommandError | ConfigError) -> None:

@@ -23,7 +23,7 @@ def need_way_in(wanted: Rules, before: Collection[Rules], ways_in: Collection[in
     lost = next((port for port in taken if not any(_captures(rules, port) for rules in captured)), None)
     if lost is not None:
         raise CommandError(
-            f"they would capture port {lost}, by which SSH reaches this host; the rules stay as they are",
+            f"they would capture port {lost}, by which SSH may reach this host; the rules stay as they are",
             why="a new login would depend on the sidecar",
             fix=f"add {lost} to capture.exclude_inbound_ports; or if you know another way in: "
             "sudo meshnet up --accept-risk=lose-ssh",

@@ -85,6 +85,20 @@ def test_what_sshd_is_told_counts_where_somebody_listens_for_it(
                 assert ssh.ports() == {port}
 
 
+def test_where_sshds_configuration_is_closed_whatever_root_listens_for_may_be_it(host: Host, tmp_path: Path) -> None:
+    """For the keeper, which is not root on a host of systemd's, and must not capture the way in."""
+    (tmp_path / "sshd_config").write_text("Port 2222\n")
+    script = "import sys; from pathlib import Path; from meshnet_cli.vm import ssh; ssh._SSHD = Path(sys.argv[1]);"
+    script += "print(sorted(ssh.ports(cautious=True)), sorted(ssh.ports()))"
+    limited = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--", sys.executable, "-c", script, tmp_path)
+    with host.open_socket(socket.AF_INET) as server:
+        server.bind(("0.0.0.0", 8022))
+        server.listen()
+        assert host.run(*limited, PYTHONPATH=os.pathsep.join(sys.path)).stdout == "[] []\n"
+        (tmp_path / "sshd_config").chmod(0)
+        assert host.run(*limited, PYTHONPATH=os.pathsep.join(sys.path)).stdout == "[8022] []\n"
+
+
 def test_the_session_counts_that_this_process_is_in(host: Host, session: tuple[socket.socket, str]) -> None:
     _, said = session
     # As sudo does: the variable is gone, but a process further up has it.
