@@ -49,7 +49,7 @@ def test_what_ended_long_ago_is_listed_and_explained_as_it_was(hosts: Hosts) -> 
     with echo(hosts.twin, 7000):
         for _ in range(count):
             assert ask(hosts.web, PAIR, 7000) == b"question"
-        assert is_reset(hosts.web, PAIR, 7001)
+        assert is_reset(hosts.web, hosts.outside.address, 4)
         found = out.ended(count + 1)
         wait_for(lambda: {each.id for each in found} <= {each.id for each in logged(hosts, hosts.web)})
         told = {each.id: each for each in logged(hosts, hosts.web)}
