@@ -126,7 +126,8 @@ def _bring_up(wanted: _Wanted, status: Status | None, kept: bool, rollback_after
         switch.disarm()
     except (CommandError, KeyboardInterrupt) as error:
         begun = switch.unfinished.started or switch.unfinished.captures
-        switch.put_back()
+        for stayed in switch.put_back():
+            warn(f"it stays: {stayed}")
         if begun and isinstance(error, CommandError):
             click.echo("✗ put back: the host is as it was before", err=True)
             raise CommandError(error.what, why=error.why, fix=error.fix, code=EXIT_ROLLED_BACK) from error

@@ -118,6 +118,8 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         _at_once(settings.change, *both)
     with step("meshnet set whose proof fails: rules and file are as before"):
         _at_once(settings.fail_proof, *both)
+    with step("a later meshnet up whose proof fails: the rules are as before"):
+        settings.fail_up(api)
     with step("meshnet set is killed amid its proof: all is put back"):
         _at_once(settings.kill_amid_proof, *both)
     with step("meshnet set proxy.workers=2: traffic by two workers"):

@@ -8,6 +8,8 @@ from tests.machines import state
 from tests.machines.machine import Failed, Machine, wait_for
 
 _MORE_PORTS = "meshnet set capture.exclude_inbound_ports=22,8000-8100"
+_FILE = "/etc/meshnet/meshnet.toml"
+_BY_HAND = '[capture]\nexclude_inbound_ports = ["22", "9000"]\n'
 _ROLLED_BACK = 7
 
 
@@ -49,6 +51,18 @@ def fail_proof(machine: Machine) -> None:
     if "put back: rules and file are as they were" not in said:
         raise Failed(f"{machine.name}: {said}")
     state.need_same(machine, before)
+    _wait_for_keeper(machine)
+
+
+def fail_up(machine: Machine) -> None:
+    """Beside settings changed by hand: the rules are those of before, and the keeper does not put in what has failed."""
+    before, kept = state.rules(machine), f"{_FILE}.kept"
+    machine.run(f"[ ! -e {_FILE} ] || mv {_FILE} {kept}; cat >{_FILE}", stdin=_BY_HAND)
+    with _wall(machine, "type nat hook output priority -150; tcp dport 15122 redirect to :9;"):
+        said = machine.run("meshnet up", code=_ROLLED_BACK)
+    if "it stays: meshnet-rules.service stopped" not in said or state.rules(machine) != before:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run(f"rm {_FILE}; [ ! -e {kept} ] || mv {kept} {_FILE}; meshnet up")
     _wait_for_keeper(machine)
 
 

@@ -20,6 +20,7 @@ from meshnet_cli.vm.units import RULES, SIDECAR, rules_unit, sidecar_unit
 
 UNITS = Path("/etc/systemd/system")
 _RUNTIME = Path("/run/systemd/system")
+_UP = ("active", "activating", "reloading", "deactivating")
 MESHNET = (sys.executable, "-m", "meshnet_cli.main")
 
 
@@ -106,7 +107,7 @@ class Service:
 
     def is_kept(self) -> bool:
         """Whether systemd looks after a sidecar here, be it between two lives of it."""
-        return _property(SIDECAR, "ActiveState") in ("active", "activating", "reloading", "deactivating")
+        return _property(SIDECAR, "ActiveState") in _UP
 
     def start(self) -> None:
         """Starts the sidecar alone; the rules' unit, once enabled, comes with it. Does not wait until it is ready."""
@@ -118,8 +119,9 @@ class Service:
     def start_rules(self) -> None:
         systemctl("start", RULES)
 
-    def leave_rules(self) -> None:
-        """Ends what looks after the rules, and leaves them in the kernel for the caller."""
+    def leave_rules(self) -> bool:
+        """Ends what looks after the rules, and leaves them in the kernel for the caller. Whether there was somebody."""
+        looked_after = _property(RULES, "ActiveState") in _UP
         drop_in = _RUNTIME / f"{RULES}.d" / "leave.conf"
         try:
             drop_in.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +137,7 @@ class Service:
             if drop_in.parent.exists():
                 drop_in.parent.rmdir()
             systemctl("daemon-reload")
+        return looked_after
 
     def enable(self) -> bool:
         """Has both started at boot. Whether that is new."""

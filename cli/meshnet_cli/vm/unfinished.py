@@ -14,6 +14,7 @@ from meshnet.net.keeper import tell_keeper
 from meshnet_cli.configuration import read_settings
 from meshnet_cli.vm import systemd
 from meshnet_cli.vm.ledger import Ledger, remove_drafts
+from meshnet_cli.vm.units import RULES
 from meshnet_init.backends import Installed
 
 NAME = "up.json"
@@ -86,9 +87,10 @@ def _put_back_up(unfinished: Unfinished) -> list[str]:
     from meshnet_init.rollback import put_back as put_rules_back
 
     keeper = _keeper_of(unfinished)
+    was_kept = False
     if unfinished.captures and unfinished.boot == boot_id():
         if isinstance(keeper, systemd.Service):
-            keeper.leave_rules()
+            was_kept = keeper.leave_rules() and not unfinished.started
         put_rules_back(unfinished.rules_before, _DRAIN, lambda: unfinished.started and keeper.stop(0.0))
     if unfinished.started:
         keeper.stop(0.0)
@@ -99,6 +101,8 @@ def _put_back_up(unfinished: Unfinished) -> list[str]:
     stayed = ledger.undo(unfinished.keep)
     if isinstance(keeper, systemd.Service):
         systemd.systemctl("daemon-reload", check=False)
+    if was_kept:  # by the settings whose rules have failed: it would put them in again
+        stayed.append(f"{RULES} stopped; the next sudo meshnet up that succeeds starts it")
     return stayed
 
 
