@@ -55,7 +55,7 @@ def fail_proof(machine: Machine) -> None:
 
 
 def fail_up(machine: Machine) -> None:
-    """Beside settings changed by hand: the rules are those of before, and the keeper does not put in what has failed."""
+    """Beside settings changed by hand: the rules are those of before, and no keeper puts in what has failed."""
     before, kept = state.rules(machine), f"{_FILE}.kept"
     machine.run(f"[ ! -e {_FILE} ] || mv {_FILE} {kept}; cat >{_FILE}", stdin=_BY_HAND)
     with _wall(machine, "type nat hook output priority -150; tcp dport 15122 redirect to :9;"):

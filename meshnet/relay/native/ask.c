@@ -38,7 +38,7 @@ void ask(struct link *link)
     tunnel->sent_end = tunnel->received_end = FRAME_FIN;
     leg->in_done = true;
     size_t early = dial_early(&link->client);
-    if (link->over)
+    if (link->over || link->failed)
         return;
     leg->in_done = false;
     link->cipher_name = tunnel->cipher_name;

@@ -384,7 +384,7 @@ int core_open(struct core *core)
 {
     struct epoll_event event = {.events = EPOLLIN, .data.ptr = NULL};
     sigset_t all, before;
-    core->bounds_near = near_is_granted();
+    core->near_option = near_option();
     core->last_fresh = &core->fresh;
     core->last_lingering = &core->lingering;
     core->last_young = &core->young;

@@ -43,7 +43,9 @@
 #define CIPHER_READ (256 * 1024)        /* the same of a tunnel; every call saved counts there */
 #define RECORD_SIZE (16 * 1024)
 #define PIPE_SIZE (1024 * 1024)
-#define MAX_PIPES 32 /* who finds none left copies; 64 of this size are what a user without privileges may have */
+#define MAX_PIPES 32 /* who finds none left copies; a user without privileges may have 64 of this size, pipe(7) */
+#define IDLE_PIPES 4 /* kept for the next; who has the same user may want the rest */
+#define PIPES_LATER_NS 1000000000u /* after a refusal */
 #define EVENTS_PER_ROUND 64
 #define MAX_INBOX (64 * 1024) /* bytes that wait for Python before a tunnel is read no further */
 #define MAX_HELD (1024 * 1024) /* the same of bytes that wait for a peer who makes us answer, and does not read */
@@ -81,7 +83,8 @@ struct pipe {
 
 struct pipes {
     struct pipe *idle;
-    int count;
+    int count, idle_count;
+    uint64_t refused_until; /* nanoseconds, CLOCK_MONOTONIC */
 };
 
 /* A listening socket. Belongs to the core's thread from `listener_open` on. */
@@ -148,7 +151,7 @@ struct leg {
     bool closed;
     bool dialling; /* its handshake is under way: nothing can be sent yet */
     bool bulk; /* reads fill the buffer: splice */
-    bool bounded; /* or too far away for that: near.c */
+    bool looked_near; /* whether its receive buffer is to be bounded: near.c */
     struct backlog held;
     struct pipe *pipe; /* the same, of a bulk stream; never both */
 };
@@ -215,7 +218,7 @@ struct core {
     size_t out_room;
     uint64_t now;
     struct pipes pipes;
-    bool bounds_near; /* receive buffers: near.c */
+    int near_option; /* that bounds receive buffers, or 0: near.c */
     struct link *links;
     struct tunnel *tunnels;
     struct link *ready;
@@ -336,13 +339,13 @@ void plain_fail(struct leg *leg, int error);
 void plain_close(struct leg *leg);
 
 /* pipes.c */
-struct pipe *pipes_borrow(struct pipes *pipes);
+struct pipe *pipes_borrow(struct pipes *pipes, uint64_t now);
 void pipes_give_back(struct pipes *pipes, struct pipe *pipe);
 void pipes_close(struct pipes *pipes);
 
 /* near.c */
-#define NEAR_ASKED (32 * 1024) /* bytes of a read that make it worth a look, long before the buffer has grown */
-bool near_is_granted(void);
-bool near_bound(const struct core *core, int fd);
+#define NEAR_READ (32 * 1024) /* bytes that make it worth a look */
+int near_option(void);
+void near_bound(const struct core *core, int fd);
 
 #endif

@@ -188,7 +188,7 @@ bool dial_begin(struct order *order, int client, const struct address *source, s
         link_set_tunnel(&link->endpoint, through);
         through->leg = &link->endpoint;
         ask(link);
-        if (!link->over && core_watch(core, client, &link->client.source))
+        if (!link->over && !link->client.closed && core_watch(core, client, &link->client.source))
             link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
         return true;
     }

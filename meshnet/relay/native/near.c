@@ -9,36 +9,56 @@
 
 #include <linux/tcp.h>
 #include <netinet/in.h>
+#include <stdio.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #define NEAR_US 300
-#define NEAR_BUFFER (1024 * 1024) /* of which the kernel makes twice as much: 5 GB/s at NEAR_US */
+#define NEAR_ASKS (512 * 1024) /* the kernel makes twice as much of it: 3 GB/s at NEAR_US */
 
-/* Whether the kernel grants it (net.core.rmem_max), or would give a smaller one that never grows again. */
-bool near_is_granted(void)
+static int most_by_itself(void)
 {
-    int wanted = NEAR_BUFFER, granted = 0;
-    socklen_t size = sizeof granted;
-    int probe = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    if (probe < 0)
-        return false;
-    if (setsockopt(probe, SOL_SOCKET, SO_RCVBUF, &wanted, sizeof wanted) ||
-        getsockopt(probe, SOL_SOCKET, SO_RCVBUF, &granted, &size))
-        granted = 0;
-    close(probe);
-    return granted >= 2 * NEAR_BUFFER;
+    int most = 0;
+    FILE *file = fopen("/proc/sys/net/ipv4/tcp_rmem", "re");
+    if (!file)
+        return 0;
+    if (fscanf(file, "%*d %*d %d", &most) != 1)
+        most = 0;
+    fclose(file);
+    return most;
 }
 
-/* Before the buffer has grown: to shrink one, the kernel would drop what is on its way. True: there is no need to ask
- * again.
+/* By which socket option it can be had. 0: there would be a smaller one, that never grows again, or more than the
+ * kernel may give by itself.
  */
-bool near_bound(const struct core *core, int fd)
+int near_option(void)
+{
+    static const int options[] = {SO_RCVBUFFORCE, SO_RCVBUF}; /* the first needs CAP_NET_ADMIN, or it is rmem_max */
+    int probe = most_by_itself() > 2 * NEAR_ASKS ? socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0) : -1, found = 0;
+    for (int which = 0; probe >= 0 && which < 2 && !found; which++) {
+        int wanted = NEAR_ASKS, granted = 0;
+        socklen_t size = sizeof granted;
+        if (!setsockopt(probe, SOL_SOCKET, options[which], &wanted, sizeof wanted) &&
+            !getsockopt(probe, SOL_SOCKET, SO_RCVBUF, &granted, &size) && granted >= 2 * NEAR_ASKS)
+            found = options[which];
+    }
+    if (probe >= 0)
+        close(probe);
+    return found;
+}
+
+/* Before the buffer has grown, which it does with the second large read: to make it smaller the kernel would have to
+ * drop what is on its way. One that has grown by small reads is left alone.
+ */
+void near_bound(const struct core *core, int fd)
 {
     struct tcp_info info = {0};
-    socklen_t size = sizeof info;
-    int buffer = NEAR_BUFFER;
-    if (core->bounds_near && !getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) && info.tcpi_min_rtt < NEAR_US)
-        setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, sizeof buffer);
-    return true;
+    int buffer = 0;
+    socklen_t size = sizeof buffer;
+    if (!core->near_option || getsockopt(fd, SOL_SOCKET, SO_RCVBUF, &buffer, &size) || buffer > 2 * NEAR_ASKS)
+        return;
+    buffer = NEAR_ASKS;
+    size = sizeof info;
+    if (!getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) && info.tcpi_min_rtt < NEAR_US)
+        setsockopt(fd, SOL_SOCKET, core->near_option, &buffer, sizeof buffer);
 }

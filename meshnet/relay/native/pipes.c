@@ -14,18 +14,11 @@ static void discard(struct pipes *pipes, struct pipe *pipe)
     pipes->count--;
 }
 
-/* NULL: there is none left, or none worth having; copy instead. */
-struct pipe *pipes_borrow(struct pipes *pipes)
+static struct pipe *make(struct pipes *pipes)
 {
-    struct pipe *pipe = pipes->idle;
-    if (pipe) {
-        pipes->idle = pipe->next;
-        return pipe;
-    }
     int ends[2];
-    if (pipes->count == MAX_PIPES || !(pipe = malloc(sizeof *pipe)))
-        return NULL;
-    if (pipe2(ends, O_NONBLOCK | O_CLOEXEC)) {
+    struct pipe *pipe = malloc(sizeof *pipe);
+    if (!pipe || pipe2(ends, O_NONBLOCK | O_CLOEXEC)) {
         free(pipe);
         return NULL;
     }
@@ -38,15 +31,33 @@ struct pipe *pipes_borrow(struct pipes *pipes)
     return pipe;
 }
 
+/* NULL: there is none left, or none worth having; copy instead. */
+struct pipe *pipes_borrow(struct pipes *pipes, uint64_t now)
+{
+    struct pipe *pipe = pipes->idle;
+    if (pipe) {
+        pipes->idle = pipe->next;
+        pipes->idle_count--;
+        return pipe;
+    }
+    if (pipes->count == MAX_PIPES || now < pipes->refused_until)
+        return NULL;
+    pipe = make(pipes);
+    if (!pipe)
+        pipes->refused_until = now + PIPES_LATER_NS;
+    return pipe;
+}
+
 /* What a failed link left in it is thrown away with the pipe. */
 void pipes_give_back(struct pipes *pipes, struct pipe *pipe)
 {
-    if (pipe->held) {
+    if (pipe->held || pipes->idle_count == IDLE_PIPES) {
         discard(pipes, pipe);
         return;
     }
     pipe->next = pipes->idle;
     pipes->idle = pipe;
+    pipes->idle_count++;
 }
 
 void pipes_close(struct pipes *pipes)

@@ -123,7 +123,7 @@ static bool pull_bulk(struct leg *leg)
 {
     struct core *core = leg->link->core;
     struct leg *peer = leg->peer;
-    struct pipe *pipe = pipes_borrow(&core->pipes);
+    struct pipe *pipe = pipes_borrow(&core->pipes, core->now);
     if (!pipe)
         return false;
     /* Into an empty pipe: a full one would look like an empty socket. */
@@ -168,8 +168,10 @@ void plain_pull(struct leg *leg)
             continue;
         if (size < PLAIN_READ && !leg->hung_up)
             leg->readable = false;
-        if (size >= NEAR_ASKED && !leg->bounded)
-            leg->bounded = near_bound(core, leg->fd);
+        if (size >= NEAR_READ && !leg->looked_near) {
+            leg->looked_near = true;
+            near_bound(core, leg->fd);
+        }
         if (leg->peer->tunnel) {
             lease_write(leg->peer, core->plain, (size_t)size);
             continue;

@@ -239,8 +239,10 @@ void tunnel_read(struct tunnel *tunnel)
         }
         if (size < CIPHER_READ && !tunnel->hung_up)
             tunnel->readable = false;
-        if (size >= NEAR_ASKED && !tunnel->bounded)
-            tunnel->bounded = near_bound(core, tunnel->fd);
+        if (size >= NEAR_READ && !tunnel->looked_near) {
+            tunnel->looked_near = true;
+            near_bound(core, tunnel->fd);
+        }
         tunnel->cipher = core->cipher;
         tunnel->cipher_size = (size_t)size;
         decrypt(tunnel);

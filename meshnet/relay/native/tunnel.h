@@ -27,7 +27,7 @@ struct tunnel {
     bool watched;        /* by epoll, and in core->tunnels */
     struct tunnel *next, **place;
     bool readable, hung_up;
-    bool bounded; /* as a plain leg is */
+    bool looked_near; /* as a plain leg has */
     bool saying; /* for Python; so nothing is being read */
     bool closed;
     struct leg *leg; /* while leased */

@@ -1,12 +1,14 @@
 """Much, counted exactly while it goes by."""
 
+import contextlib
 import threading
 
 import trio
 
 from meshnet.errors import Reason
 from meshnet.relay.native import NativeRelay
-from tests.relay.rig import plain_rig, read_exactly
+from tests.relay.rig import Rig, pipes, plain_rig, read_exactly
+from tests.world import eventually
 
 MEGABYTE = 1 << 20
 
@@ -41,3 +43,27 @@ async def test_counters_can_be_read_at_any_time_by_anybody(relay: NativeRelay) -
         assert live()[:4] == (32 * MEGABYTE + 1, 0, True, True)  # and long after
     assert seen == sorted(seen)
     assert len(seen) > 3
+
+
+async def test_pipes_are_not_kept_for_those_who_needed_one(relay: NativeRelay) -> None:
+    """Who has the same user has a share in them, pipe(7): another worker, another pod."""
+    before = pipes()
+    async with contextlib.AsyncExitStack() as stack:
+        rigs = [await stack.enter_async_context(plain_rig(relay)) for _ in range(16)]
+        async with trio.open_nursery() as nursery:
+            for it in rigs:
+                nursery.start_soon(pour, it)
+            await eventually(lambda: pipes() - before > 8, what="pipes that hold what nobody reads")
+            for it in rigs:
+                nursery.start_soon(drain, it)
+    await eventually(lambda: pipes() - before <= 4, what="the fewest of them")
+
+
+async def pour(it: Rig) -> None:
+    await it.client.send_all(bytes(32 * MEGABYTE))
+    await it.client.send_eof()
+
+
+async def drain(it: Rig) -> None:
+    await read_exactly(it.server, 32 * MEGABYTE)
+    await it.server.send_eof()

@@ -19,6 +19,7 @@ LEFT_OUT = (
     "sanitizers or at_once or two_hundred or five_hundred or takes_about_a_second or costs_no_cpu"
     " or stuck_reader_stops or waits_a_second or never_reads or floods_a_lease or kills_the_tunnel or thousand"
     " or counters_can or slow_application or keeps_no_buffer or every_call_may_fail or far_peers or nothing_is_dropped"
+    " or pipes_are_not_kept"
 )
 # One thread after the other: the thread sanitizer, the slower one, is spared it.
 WITHOUT_THREADS = (
