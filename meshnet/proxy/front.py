@@ -65,18 +65,22 @@ async def front(
         if "probes" in listeners:
             probes = ProbeRelay(read_checks(settings.probes.checks), _mark(settings))
             nursery.start_soon(trio.serve_listeners, guarded(probes.handle), _streams(listeners["probes"]))
-        readiness = CapturedReadiness(answers, capture.visits.came)
-        if "readiness" in listeners:
-            found = _streams(listeners["readiness"])
-            nursery.start_soon(trio.serve_listeners, guarded(readiness.answer), found)
+        answer_readiness: Callable[[socket.socket], None] = socket.socket.close  # nobody can have asked
+        if settings.capture.readiness_port:
+            readiness = CapturedReadiness(answers, capture.visits.came)
+            if "readiness" in listeners:
+                found = _streams(listeners["readiness"])
+                nursery.start_soon(trio.serve_listeners, guarded(readiness.answer), found)
+
+            def take(client: socket.socket) -> None:
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
+                nursery.start_soon(guarded(readiness.handle), stream)
+
+            answer_readiness = take
         nursery.start_soon(notify.keep_told, answers, listeners)
         nursery.start_soon(capture.run)
         _log.info("relay: %s, %s", relay, ", ".join(f"not {name}: {why}" for name, why in missing.items()))
         _log.info("listening: %s", ", ".join(told.values()))
-
-        def answer_readiness(client: socket.socket) -> None:
-            stream = trio.SocketStream(trio.socket.from_stdlib_socket(client))
-            nursery.start_soon(guarded(readiness.handle), stream)
 
         yield answer_readiness
         nursery.cancel_scope.cancel()

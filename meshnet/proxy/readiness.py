@@ -56,7 +56,9 @@ class CapturedReadiness:
 
 def asks_for_readiness(target: Address, state: ProxyState) -> bool:
     """Whether what the inbound proxy got was meant for nobody but itself."""
-    return target.port == state.settings.capture.readiness_port and state.is_local(target.host)
+    port = state.settings.capture.readiness_port
+    # Linux lets a client dial port 0, which is what says that the setting is off.
+    return bool(port) and target.port == port and state.is_local(target.host)
 
 
 def pass_on(client: socket.socket, record: Record, state: ProxyState) -> None:

@@ -253,3 +253,18 @@ def test_another_port_and_none(mesh: Mesh, web: Host, peer: Host) -> None:
         ask(peer, web)
     (seen,) = sidecar.connections()
     assert seen.original_destination == str(Address(web.address, READINESS_PORT))
+
+
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+def test_port_0_is_nobodys_question_where_it_is_off(mesh: Mesh, web: Host, peer: Host, mode: str) -> None:
+    """0 says so in the settings, and a client may dial it."""
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture={"inbound_mode": mode})
+    sidecar.capture()
+    said = b""
+    with suppress(ConnectionError), peer.connect(web.address, 0) as client:
+        client.sendall(b"GET /readyz HTTP/1.1\r\nHost: web\r\n\r\n")
+        said = until_its_end(client)
+    assert said == b""
+    (seen,) = wait_for(sidecar.connections)
+    assert seen.original_destination == str(Address(web.address, 0))
