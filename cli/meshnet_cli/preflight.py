@@ -140,7 +140,12 @@ def processes_in_group(gid: int) -> Iterator[tuple[int, str]]:
 
 
 def listeners(settings: Settings) -> list[Listener]:
-    """Who listens here, and which of them meshnet will take connections for."""
+    """Who listens here, and which of them meshnet will take connections for. Raises ConfigError."""
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+    from meshnet_init.sidecar import captured_from_anywhere
+
+    rules = make_plan(settings, host_facts()).rules
     reachable: dict[int, bool] = {}
     for name in ("tcp", "tcp6"):
         table = Path("/proc/thread-self/net") / name
@@ -153,20 +158,11 @@ def listeners(settings: Settings) -> list[Listener]:
     for number in sorted(reachable.keys() - settings.own_ports()):
         if not reachable[number]:
             found.append(Listener(number, "loopback only"))
-        elif not captures_inbound(settings, number):
+        elif not captured_from_anywhere(rules, number):
             found.append(Listener(number, "excluded"))
         else:
             found.append(Listener(number, ""))
     return found
-
-
-def captures_inbound(settings: Settings, port: int) -> bool:
-    """Whether these settings capture what comes in for `port`, if it is not the sidecar's own."""
-    from meshnet_init.values import parse_ports
-
-    excluded = parse_ports(settings.capture.exclude_inbound_ports, "capture.exclude_inbound_ports")
-    included = parse_ports(settings.capture.inbound_ports, "capture.inbound_ports")
-    return not any(port in run for run in excluded) and any(port in run for run in included)
 
 
 def _is_loopback(address: str) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Iterator
 
 from meshnet.model.admin import Status
-from meshnet.model.canary import INBOUND_CANARY
+from meshnet.model.canary import FAMILIES, INBOUND_CANARY
 from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Chain, Routing, Rule, is_for_canary
 
 ARRIVING: tuple[Chain, ...] = ("MESHNET_MARK_IN", CHAIN_IN)
@@ -84,6 +84,15 @@ def captured_inbound(rules: Collection[Rule], port: int, source: str) -> bool:
     return any(_taken([rule for rule in rules if rule.chain == chain], port, source) for chain in ARRIVING)
 
 
+def captured_from_anywhere(rules: Collection[Rule], port: int) -> bool:
+    """Whether somebody's connection to this host's `port` would be, whoever calls and by whatever interface."""
+    return any(
+        _taken_of_somebody([rule for rule in rules if rule.chain == chain and rule.family in ("any", family)], port)
+        for chain in ARRIVING
+        for family in FAMILIES
+    )
+
+
 def turns_inbound(rule: Rule) -> int:
     """The port of the inbound proxy, where the rule turns arriving connections to it; else 0."""
     return (rule.redirect or rule.tproxy) if rule.chain in ARRIVING and rule.local is not False else 0
@@ -105,6 +114,19 @@ def _taken(chain: Collection[Rule], port: int, source: str) -> bool:
             continue
         if rule.ports is None or port in rule.ports:
             return bool(rule.redirect or rule.tproxy)
+    return False
+
+
+def _taken_of_somebody(chain: Collection[Rule], port: int) -> bool:
+    for rule in chain:
+        if rule.loopback or rule.mark or rule.local is False or rule.established or rule.invalid:
+            continue
+        if rule.ports is not None and port not in rule.ports:
+            continue
+        if rule.redirect or rule.tproxy:
+            return True
+        if not (rule.source or rule.interface):  # which would let pass only some
+            return False
     return False
 
 

@@ -231,6 +231,14 @@ def test_settings_that_do_not_fit_the_sidecar_and_a_way_in_that_would_be_lost_ar
     assert "do not fit the sidecar that runs here" in until_error(machine, "sidecar.settings")["what"]
 
 
+def test_a_way_in_that_readiness_is_asked_for_by_is_an_error(machine: Machine) -> None:
+    machine.configure("[capture]\nexclude_inbound_ports = ['2222']\nreadiness_port = 2222\n")
+    machine.host.spawn(sys.executable, "-c", SSHD, name="sshd")
+    found = until_error(machine, "ssh.reachable")
+    assert "port 2222" in found["what"]
+    assert found["fix"].startswith("sudo meshnet set capture.readiness_port=15124; or ")
+
+
 def test_a_certificate_that_has_expired_is_an_error(machine: Machine) -> None:
     machine.up()
     held = machine.status().certificate

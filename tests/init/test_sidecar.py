@@ -1,5 +1,7 @@
 """Rules and a sidecar that were made by the same settings fit; else what does not fit is told."""
 
+from typing import Literal
+
 import msgspec
 import pytest
 
@@ -7,7 +9,7 @@ from meshnet.model.admin import CertificateStatus, ConfigStatus, RelayStatus, St
 from meshnet.model.settings import AdminSection, CaptureSection, ProxySection, Settings
 from meshnet_init.plan import Host, make_plan
 from meshnet_init.rule import Rule, drain_set
-from meshnet_init.sidecar import misfits
+from meshnet_init.sidecar import captured_from_anywhere, misfits
 
 GID = CaptureSection().gid
 
@@ -115,3 +117,27 @@ def test_a_sidecar_that_may_not_mark_needs_its_group() -> None:
 def test_of_a_sidecar_that_does_not_say_its_mark_nothing_is_claimed() -> None:
     old = msgspec.json.decode(msgspec.json.encode(sidecar(mark=None, gid=None)), type=Status)
     assert misfits(rules(with_proxy(mark=0x2000)), None, old) == ()
+
+
+@pytest.mark.parametrize(
+    ("capture", "captured"),
+    [
+        (CaptureSection(), False),
+        (CaptureSection(exclude_inbound_ports=()), True),
+        (CaptureSection(exclude_inbound_ports=(), inbound_ports=("80",)), False),
+        (CaptureSection(exclude_inbound_ports=(), inbound_cidrs=("10.0.0.0/8",)), True),
+        (CaptureSection(exclude_inbound_ports=(), inbound_interfaces=("eth0",)), True),
+        (CaptureSection(exclude_inbound_ports=(), exclude_inbound_cidrs=("192.0.2.0/24",)), True),
+        (CaptureSection(exclude_inbound_ports=(), exclude_interfaces=("eth1",)), True),
+        (CaptureSection(exclude_inbound_ports=(), exclude_inbound_cidrs=("0.0.0.0/0", "::/0")), False),
+        (CaptureSection(readiness_port=22), True),
+        (CaptureSection(readiness_port=22, inbound_ports=(), ipv6="off"), True),
+        (CaptureSection(reroute_interfaces=("br0",)), False),
+    ],
+)
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+def test_a_port_is_captured_if_anybody_s_connection_to_it_is(
+    capture: CaptureSection, captured: bool, mode: Literal["redirect", "tproxy"]
+) -> None:
+    capture = msgspec.structs.replace(capture, inbound_mode=mode, drop_invalid=mode == "redirect")
+    assert captured_from_anywhere(rules(Settings(capture=capture)), 22) == captured

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from meshnet.errors import CommandError
+from meshnet.model.canary import READINESS_PORT
 from meshnet.model.settings import Settings
 
 RISK = "lose-ssh"
@@ -27,18 +28,26 @@ def risk_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def need_safe(settings: Settings, accepted: Collection[str], command: str) -> None:
-    """Raises CommandError if these settings would capture the way in, unless that risk is accepted."""
-    from meshnet_cli.preflight import captures_inbound
+    """Raises CommandError if these settings would capture the way in, unless that risk is accepted; ConfigError if they
+    make no plan.
+    """
+    from meshnet_init.host import host_facts
+    from meshnet_init.plan import make_plan
+    from meshnet_init.sidecar import captured_from_anywhere
 
-    lost = sorted(port for port in ports() if captures_inbound(settings, port))
+    rules = make_plan(settings, host_facts()).rules  # all that captures, not the settings that may not be all of it
+    lost = sorted(port for port in ports() if captured_from_anywhere(rules, port))
     if not lost or RISK in accepted:
         return
-    excluded = ",".join([*settings.capture.exclude_inbound_ports, *map(str, lost)])
+    if settings.capture.readiness_port in lost:
+        lost = [settings.capture.readiness_port]
+        change = f"capture.readiness_port={READINESS_PORT}"
+    else:
+        change = f"capture.exclude_inbound_ports={','.join([*settings.capture.exclude_inbound_ports, *map(str, lost)])}"
     raise CommandError(
         f"this would capture port {lost[0]}, by which SSH reaches this host",
         why="open sessions would stay, but a new login would depend on the sidecar; nothing was changed",
-        fix=f"sudo meshnet set capture.exclude_inbound_ports={excluded}; or if you know another way in: "
-        f"{command} --accept-risk={RISK}",
+        fix=f"sudo meshnet set {change}; or if you know another way in: {command} --accept-risk={RISK}",
         code=1,
     )
 

@@ -155,3 +155,19 @@ def test_commands_refuse_to_capture_the_way_in(machine: Machine, command: tuple[
     accepted = machine.meshnet(*command, *config, "--accept-risk=lose-ssh")
     assert accepted.returncode == 0, accepted.stderr
     assert program.alive
+
+
+@pytest.mark.parametrize("command", [("up",), ("init",), ("set", "capture.readiness_port=2222")])
+def test_nor_by_the_port_at_which_readiness_is_asked_for(machine: Machine, command: tuple[str, ...]) -> None:
+    """Whose rule is ahead of all that is left alone."""
+    left_alone = "[capture]\nexclude_inbound_ports = ['2222']\n"
+    machine.configure(left_alone if command[0] == "set" else f"{left_alone}readiness_port = 2222\n")
+    machine.host.spawn(sys.executable, "-c", SSHD)
+    wait_for(lambda: machine.host.listens(2222), what="sshd")
+    rules, settings = machine.rules(), machine.config.read_text()
+    config = () if command[0] == "up" else ("--config", str(machine.config))
+    done = machine.meshnet(*command, *config)
+    assert done.returncode == 1
+    assert "error: this would capture port 2222, by which SSH reaches this host\n" in done.stderr
+    assert "fix: sudo meshnet set capture.readiness_port=15124; or " in done.stderr
+    assert (machine.rules(), machine.config.read_text()) == (rules, settings)
