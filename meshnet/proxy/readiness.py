@@ -25,33 +25,54 @@ _PATIENCE = 5.0  # seconds for a question, and for its answer; a kubelet has les
 
 
 class CapturedReadiness:
-    """`came` is called for each connection that has come through the rules."""
+    """`came` is called for each question that has come through the rules."""
 
     def __init__(self, answers: Answers, came: Callable[[IpFamily], None]) -> None:
         self._answers = answers
         self._came = came
-        self._open = 0
+        self._open: set[trio.CancelScope] = set()
+        self._silent: dict[trio.CancelScope, None] = {}  # those that have not asked yet, the oldest first
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """One that came through the rules."""
-        self._came("ipv6" if stream.socket.family == socket.AF_INET6 else "ipv4")
-        await self.answer(stream)
+        family: IpFamily = "ipv6" if stream.socket.family == socket.AF_INET6 else "ipv4"
+        await self._serve(stream, lambda: self._came(family))
 
     async def answer(self, stream: trio.SocketStream) -> None:
-        """One that came, however it did; closes it at once when there are too many."""
-        if self._open >= _MOST_OPEN:
+        """One that came, however it did."""
+        await self._serve(stream, lambda: None)
+
+    async def _serve(self, stream: trio.SocketStream, came: Callable[[], None]) -> None:
+        """Closes it at once when there are too many that wait for an answer."""
+        if len(self._open) >= _MOST_OPEN and not self._let_one_go():
             await stream.aclose()
             return
-        self._open += 1
-        try:
-            await serve(stream, self._answer, _PATIENCE, once=True)
-        finally:
-            self._open -= 1
+        with trio.CancelScope() as scope:
+            self._open.add(scope)
+            self._silent[scope] = None
 
-    async def _answer(self, request: h11.Request) -> Answer:
-        if request.target.partition(b"?")[0] == b"/readyz":
-            return await readyz(self._answers)
-        return Answer(404, b"try /readyz\n")
+            async def answer(request: h11.Request) -> Answer:
+                self._silent.pop(scope, None)
+                if request.target.partition(b"?")[0] != b"/readyz":
+                    return Answer(404, b"try /readyz\n")
+                came()
+                return await readyz(self._answers)
+
+            try:
+                await serve(stream, answer, _PATIENCE, once=True)
+            finally:
+                self._open.discard(scope)
+                self._silent.pop(scope, None)
+
+    def _let_one_go(self) -> bool:
+        """Who says nothing is in nobody's way: a kubelet asks at once."""
+        oldest = next(iter(self._silent), None)
+        if oldest is None:
+            return False
+        del self._silent[oldest]
+        self._open.discard(oldest)
+        oldest.cancel()
+        return True
 
 
 def asks_for_readiness(target: Address, state: ProxyState) -> bool:

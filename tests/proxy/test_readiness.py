@@ -4,7 +4,7 @@ import http.client
 import json
 import os
 import socket
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Any, cast
 
 import pytest
@@ -188,19 +188,41 @@ async def test_who_says_nothing_or_says_it_slowly_is_let_go(autojump_clock: Mock
                     await ours.send(b"a")
 
 
-async def test_more_than_a_few_at_once_are_let_go(mock_clock: MockClock) -> None:
+class Slow(Nobody):
+    """Takes its time to say so."""
+
+    async def not_ready_because(self) -> tuple[str, ...]:
+        await trio.sleep_forever()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("asks", [False, True])
+async def test_of_more_than_a_few_the_oldest_is_let_go_that_says_nothing(mock_clock: MockClock, asks: bool) -> None:
+    """Time stands still, so none is let go for its silence. Where all have asked there is no place for one more."""
     came: list[str] = []
-    readiness = CapturedReadiness(cast("Answers", Nobody()), came.append)
+    readiness = CapturedReadiness(cast("Answers", Slow()), came.append)
     pairs = [trio.socket.socketpair() for _ in range(33)]
     async with trio.open_nursery() as nursery:
-        for _, theirs in pairs:
+        for ours, theirs in pairs:
             nursery.start_soon(readiness.handle, trio.SocketStream(theirs))
-        await trio.testing.wait_all_tasks_blocked()
-        ends = [hung_up(ours) for ours, _ in pairs]
-        assert (ends.count(True), len(came)) == (1, 33)  # time stands still, so none was let go for its silence
+            if asks:
+                await ours.send(b"GET /readyz HTTP/1.1\r\nHost: web\r\n\r\n")
+            await trio.testing.wait_all_tasks_blocked()
+        gone = [at for at, (ours, _) in enumerate(pairs) if hung_up(ours)]
+        assert (gone, len(came)) == (([32], 32) if asks else ([0], 0))
         nursery.cancel_scope.cancel()
     for ours, _ in pairs:
         ours.close()
+
+
+def test_a_kubelet_has_its_answer_among_any_number_that_say_nothing(mesh: Mesh, web: Host, peer: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON)
+    sidecar.capture()
+    with ExitStack() as stack:
+        for _ in range(40):
+            stack.enter_context(peer.connect(web.address, READINESS_PORT))
+        assert ask(peer, web) == (200, "ok\n")
 
 
 def hung_up(sock: trio.socket.SocketType) -> bool:
@@ -209,6 +231,8 @@ def hung_up(sock: trio.socket.SocketType) -> bool:
             return other.recv(1, socket.MSG_DONTWAIT) == b""
         except BlockingIOError:
             return False
+        except ConnectionResetError:  # unread, what it had said
+            return True
 
 
 def test_who_asks_is_never_taken_for_one_that_got_past_the_sidecar(web: Host, peer: Host) -> None:
