@@ -18,7 +18,11 @@ class Visits:
         self._pauses: deque[float] = deque(maxlen=_REMEMBERED)
 
     def came(self, now: float) -> None:
-        if self.last is not None and not self.is_late(now):  # a pause in which nobody could come in is no interval
+        if self.is_late(now):
+            # The interval has grown, so what was known of it is wrong; or nobody could come in, which the next few
+            # visits make forgotten.
+            self._pauses.clear()
+        if self.last is not None:
             self._pauses.append(now - self.last)
         self.last = now
 

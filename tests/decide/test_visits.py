@@ -1,5 +1,6 @@
 """Whether somebody who came again and again has stopped coming."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -32,21 +33,41 @@ def test_who_comes_often_has_ten_seconds_all_the_same() -> None:
     assert visits.is_late(110.4)
 
 
-def test_a_pause_in_which_nobody_could_come_is_no_interval() -> None:
+def test_a_pause_in_which_nobody_could_come_is_forgotten_after_a_few_visits() -> None:
     visits = after(100.0, 105.0, 110.0, 115.0, 1000.0)
-    assert (visits.every, visits.last) == (5.0, 1000.0)
-    assert not visits.is_late(1001.0)
-    assert visits.is_late(1021.0)
+    assert (visits.every, visits.last) == (0.0, 1000.0)
+    for time in range(1005, 1045, 5):
+        assert not visits.is_late(time)
+        visits.came(time)
+    assert visits.every == 5.0
+    assert visits.is_late(1061.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "since"),
+    [([5.0] * 20, [60.0]), ([0.5] * 9, [60.0]), ([5.0] * 20, [1.0, 1.0, 1.0, 1.0, 60.0])],
+    ids=["slower", "a person among them", "in bursts"],
+)
+def test_who_comes_less_often_from_now_on_is_late_once(before: list[float], since: list[float]) -> None:
+    visits, now, late = Visits(), 0.0, 0
+    visits.came(now)
+    for pause in (*before, *since * 20):
+        now += pause
+        late += visits.is_late(now)
+        visits.came(now)
+    assert late == 1
+    assert (visits.every, visits.is_late(now + 241.0)) == (60.0, True)
 
 
 @given(st.lists(st.floats(0.01, 100.0), min_size=3, max_size=40), st.floats(0.0, 4.0))
 def test_nobody_is_late_within_four_of_his_longest_pauses_of_late(pauses: list[float], share: float) -> None:
     visits, now = Visits(), 0.0
     visits.came(now)
-    taken = []
+    taken: list[float] = []
     for pause in pauses:
-        if not visits.is_late(now + pause):
-            taken.append(pause)
+        if visits.is_late(now + pause):
+            taken.clear()
+        taken.append(pause)
         now += pause
         visits.came(now)
     longest = max(taken[-8:], default=0.0)
