@@ -151,10 +151,13 @@ def _truthful(settings: Settings, status: Status | None) -> Finding:
 
 
 def _readiness(settings: Settings, status: Status | None) -> Finding:
-    """Whether somebody still comes in through the rules who did so before."""
+    """Whether the port is nobody's, and somebody still comes in through the rules who did so before."""
     code = "capture.readiness"
     if not settings.capture.readiness_port:
         return Finding(code=code, level="ok", what="capture.readiness_port is off")
+    free = _needed(code, "", lambda: preflight.need_free_readiness_port(settings, running=status is not None))
+    if free.level != "ok":
+        return free
     visits = status.capture.visits if status is not None and status.capture is not None else ()
     late = [it for it in visits if it.late]
     if not late:

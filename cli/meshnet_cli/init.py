@@ -187,7 +187,7 @@ def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
         "tunnel": proxy.tunnel_port,
         "health": settings.admin.health_port,
     } | ({"probes": settings.probes.port} if settings.probes.checks else {})
-    if len(settings.own_ports()) < len(ports):
+    if len(settings.listening_ports()) < len(ports):
         raise ConfigError(
             f"two of the sidecar's ports ({', '.join(ports)}) are the same: {', '.join(map(str, ports.values()))}",
             suggestion="give each its own port",

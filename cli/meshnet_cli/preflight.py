@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
+from meshnet.model.canary import READINESS_PORT
 from meshnet.model.settings import IdentitySection, Settings
 from meshnet_cli.client import EXIT_PERMISSION
 from meshnet_cli.output import with_sudo
@@ -40,6 +41,7 @@ def check(settings: Settings, *, running: bool) -> "Choice":
     from meshnet_init.plan import make_plan
 
     choice = choose_for(settings, make_plan(settings, host_facts()))
+    need_free_readiness_port(settings, running=running)
     if not running:
         need_free_ports(settings)
         need_free_group(settings)
@@ -48,8 +50,24 @@ def check(settings: Settings, *, running: bool) -> "Choice":
 
 def need_free_ports(settings: Settings) -> None:
     """Raises CommandError for the first port of the sidecar's that somebody has."""
-    for port in sorted(settings.own_ports()):
+    for port in sorted(settings.listening_ports()):
         _need_free(port)
+
+
+def need_free_readiness_port(settings: Settings, *, running: bool) -> None:
+    """Raises CommandError if others reach somebody at capture.readiness_port. `running`: it may be our own sidecar,
+    where IPv6 is not captured.
+    """
+    port = settings.capture.readiness_port
+    tables = ("tcp",) if running and settings.capture.ipv6 in ("off", "reject") else ("tcp", "tcp6")
+    if _reachable(tables).get(port):
+        raise CommandError(
+            f"somebody listens at port {port}, which is capture.readiness_port",
+            why="what comes in for that port comes to the sidecar; and while there are no rules, what answers there is "
+            "not the sidecar",
+            fix=f"see who has it: ss -ltnp 'sport = :{port}'; or another port: "
+            f"sudo meshnet set capture.readiness_port={READINESS_PORT if port != READINESS_PORT else port + 1}",
+        )
 
 
 def need_free_group(settings: Settings) -> None:
@@ -146,14 +164,7 @@ def listeners(settings: Settings) -> list[Listener]:
     from meshnet_init.sidecar import captured_from_anywhere
 
     rules = make_plan(settings, host_facts()).rules
-    reachable: dict[int, bool] = {}
-    for name in ("tcp", "tcp6"):
-        table = Path("/proc/thread-self/net") / name
-        for line in table.read_text().splitlines()[1:] if table.exists() else ():
-            _, local, _, state, _ = line.split(maxsplit=4)
-            address, _, port = local.rpartition(":")
-            if state == "0A":
-                reachable[int(port, 16)] = reachable.get(int(port, 16), False) or not _is_loopback(address)
+    reachable = _reachable(("tcp", "tcp6"))
     found = []
     for number in sorted(reachable.keys() - settings.own_ports()):
         if not reachable[number]:
@@ -163,6 +174,19 @@ def listeners(settings: Settings) -> list[Listener]:
         else:
             found.append(Listener(number, ""))
     return found
+
+
+def _reachable(tables: Iterable[str]) -> dict[int, bool]:
+    """The ports that somebody listens at, by these tables of /proc/net: whether others than this host reach him."""
+    reachable: dict[int, bool] = {}
+    for name in tables:
+        table = Path("/proc/thread-self/net") / name
+        for line in table.read_text().splitlines()[1:] if table.exists() else ():
+            _, local, _, state, _ = line.split(maxsplit=4)
+            address, _, port = local.rpartition(":")
+            if state == "0A":
+                reachable[int(port, 16)] = reachable.get(int(port, 16), False) or not _is_loopback(address)
+    return reachable
 
 
 def _is_loopback(address: str) -> bool:

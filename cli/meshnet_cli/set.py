@@ -70,6 +70,8 @@ def command(
         click.echo("nothing changed")
         return
     ssh.need_safe(settings, accept_risk, with_sudo())
+    if "capture.readiness_port" in names:
+        preflight.need_free_readiness_port(settings, running=True)
     if dry_run:
         lines = difflib.unified_diff(old.splitlines(), new.splitlines(), f"{file}", f"{file} (new)", lineterm="")
         click.echo("\n".join(lines))

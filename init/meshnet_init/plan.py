@@ -117,7 +117,7 @@ def _inbound(settings: Settings, ipv6: bool) -> Iterator[Rule]:
     yield Rule(chain=CHAIN_IN, loopback=True, why="came from this host itself")
     yield Rule(chain=CHAIN_IN, mark=proxy.mark, why="made by the proxy")
     yield from _readiness(settings, ipv6)
-    for port in sorted(settings.own_ports()):
+    for port in sorted(settings.listening_ports()):
         yield Rule(chain=CHAIN_IN, ports=Ports(port, port), why="the sidecar's own port")
     yield from _rerouted(settings)
     for interface in parse_interfaces(capture.exclude_interfaces, "capture.exclude_interfaces"):
@@ -417,14 +417,13 @@ def _check(settings: Settings) -> None:
             f"proxy.inbound_port and proxy.outbound_port are both {proxy.inbound_port}",
             suggestion="give each its own port",
         )
-    own = settings.own_ports()
-    if capture.readiness_port in own:
+    if capture.readiness_port in settings.listening_ports():
         raise ConfigError(
             f"capture.readiness_port: {capture.readiness_port} is the sidecar's own already",
             suggestion="name a port at which nobody listens, such as 15124",
         )
     for run in parse_ports(capture.loopback_ports, "capture.loopback_ports"):
-        for port in sorted(own):
+        for port in sorted(settings.own_ports()):
             if port in run:
                 raise ConfigError(
                     f"capture.loopback_ports: {run} has {port}, which is the sidecar's own",

@@ -121,8 +121,13 @@ class Settings(Section, frozen=True):
         reset, unreachable, *_ = (self.proxy.mark | 1 << bit for bit in range(32) if not own >> bit & 1)
         return reset, unreachable
 
-    def own_ports(self) -> frozenset[int]:
-        """The ports that are the sidecar itself: never captured, never dialled on a local address."""
+    def listening_ports(self) -> frozenset[int]:
+        """The ports that the sidecar takes connections at: never captured."""
         proxy = self.proxy
         own = {proxy.outbound_port, proxy.inbound_port, proxy.tunnel_port, self.admin.health_port}
         return frozenset(own | {self.probes.port} if self.probes.checks else own)
+
+    def own_ports(self) -> frozenset[int]:
+        """Those, and the one that it is asked for readiness at: no application's, never dialled on a local address."""
+        asked = self.capture.readiness_port
+        return self.listening_ports() | {asked} if asked else self.listening_ports()

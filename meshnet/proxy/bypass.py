@@ -5,7 +5,7 @@ an application is called by this host itself. What should have been captured and
 """
 
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from meshnet.decide.bypass import CaptureScope
@@ -36,24 +36,31 @@ class Bypass:
 
     def __init__(self, settings: Settings, addresses: LocalAddresses, pids: Callable[[], Iterable[int]]) -> None:
         self.scope = CaptureScope(settings)
-        self._own_ports = settings.own_ports() | {settings.capture.readiness_port}
+        self._own_ports = settings.own_ports()
+        self._readiness_port = settings.capture.readiness_port
         self._outbound_port = settings.proxy.outbound_port
         self._addresses = addresses
         self._pids = pids
         self._served: set[int] = set()  # ports that were listened at; who is called there calls nobody
+        self.is_taken = False
+        """Whether others reached somebody at capture.readiness_port at the last look, who would have answered in the
+        sidecar's place without rules."""
 
     def look(self) -> frozenset[tuple[Direction, TcpSocket]]:
         """Established connections that should have come through the sidecar, and do not. Blocks; raises OSError."""
-        meant = (it for it in self._beside() if not it.leaves and it.direction not in self.scope.not_judged)
+        every = tcp_sockets()
+        asked = [it for it in every if it.state == LISTEN and it.local_port == self._readiness_port]
+        strangers = {it.inode for it in asked if not it.local.startswith(_LOOPBACK)}
+        self.is_taken = bool(strangers) and bool(strangers - self._own_inodes())
+        meant = (it for it in self._beside(every) if not it.leaves and it.direction not in self.scope.not_judged)
         # The inode comes when a program accepts it; it is the same connection.
         return frozenset((it.direction, it.socket._replace(inode=0)) for it in self._not_own(meant))
 
     def beside(self) -> list[Beside]:
         """All established ones that do not come through it, but for those that stay on this host. As `look`."""
-        return self._not_own(self._beside())
+        return self._not_own(self._beside(tcp_sockets()))
 
-    def _beside(self) -> list[Beside]:
-        every = tcp_sockets()
+    def _beside(self, every: Sequence[TcpSocket]) -> list[Beside]:
         established = [found for found in every if found.state != LISTEN]
         self._served |= {found.local_port for found in every if found.state == LISTEN}
         captured = {
@@ -83,9 +90,12 @@ class Bypass:
         """Without the sidecar's own: looking for these takes long where it has many connections."""
         some = list(found)
         if some:
-            own = {inode for pid in self._pids() for inode in socket_inodes(pid)}
+            own = self._own_inodes()
             some = [each for each in some if each.socket.inode not in own]
         return some
+
+    def _own_inodes(self) -> set[int]:
+        return {inode for pid in self._pids() for inode in socket_inodes(pid)}
 
     def _is_local(self, packed: bytes) -> bool:
         return packed.startswith(_LOOPBACK) or host_of(packed) in self._addresses

@@ -64,6 +64,7 @@ class CaptureProof:
         self._older: Past = frozenset()  # connections from before capture: nobody's fault
         self._settled = False  # whether those are known
         self._past: Past = frozenset()
+        self._taken = False  # the port at which readiness is asked for
         self._not_judged: dict[str, str] = {}
         self._keeper: KeeperReport | None = None
         self.visits = InboundVisits()
@@ -125,6 +126,11 @@ class CaptureProof:
             problems += _problems_of(self._keeper)
         if self._required or self._proved:
             problems += self._inbound_past()
+        if self._taken:
+            port = self._settings.capture.readiness_port
+            problems.append(
+                f"somebody else listens at port {port}, capture.readiness_port (ss -ltnp 'sport = :{port}')"
+            )
         return tuple(problems)
 
     def _inbound_past(self) -> Iterator[str]:
@@ -221,6 +227,10 @@ class CaptureProof:
             self._not_judged = {str(direction): f"cannot be looked at: {error.strerror}" for direction in Direction}
             self._past = frozenset()
             return
+        if bypass.is_taken and not self._taken:
+            port = self._settings.capture.readiness_port
+            _log.warning("somebody listens at port %d, capture.readiness_port: he would answer without rules", port)
+        self._taken = bypass.is_taken
         if not self._settled:
             self._older, self._settled = found, bool(self._proved)
         self._older &= found

@@ -239,6 +239,23 @@ def test_a_way_in_that_readiness_is_asked_for_by_is_an_error(machine: Machine) -
     assert found["fix"].startswith("sudo meshnet set capture.readiness_port=15124; or ")
 
 
+@pytest.mark.parametrize("is_up", [False, True])
+def test_somebody_at_the_port_where_readiness_is_asked_for_is_an_error(machine: Machine, is_up: bool) -> None:
+    if is_up:
+        machine.up()
+    machine.configure("[capture]\nreadiness_port = 5432\n")
+    with machine.host.open_socket() as database:
+        database.bind(("127.0.0.1", 5432))
+        database.listen()
+        assert looked_at(machine, code=int(is_up))["capture.readiness"]["level"] == "ok"
+    with machine.host.open_socket() as database:
+        database.bind(("0.0.0.0", 5432))
+        database.listen()
+        found = looked_at(machine, code=1)["capture.readiness"]
+    assert found["what"] == "somebody listens at port 5432, which is capture.readiness_port"
+    assert found["fix"].endswith("sudo meshnet set capture.readiness_port=15124")
+
+
 def test_a_certificate_that_has_expired_is_an_error(machine: Machine) -> None:
     machine.up()
     held = machine.status().certificate

@@ -46,6 +46,18 @@ def test_what_a_new_sidecar_reads_is_told_with_what_to_type(machine: Machine) ->
     assert machine.up().listeners["outbound"].startswith("127.0.0.1:15102")
 
 
+def test_a_port_where_somebody_listens_is_not_taken_for_readiness(machine: Machine) -> None:
+    before = machine.files()
+    with machine.host.open_socket() as database:
+        database.bind(("0.0.0.0", 5432))
+        database.listen()
+        assert "somebody listens at port 5432" in change(machine, "capture.readiness_port=5432", code=1)
+        assert machine.files() == before
+        machine.configure("[capture]\nreadiness_port = 5432\n")
+        assert "somebody listens at port 5432" in machine.meshnet("up").stderr
+    assert machine.up().ready
+
+
 def test_nothing_is_up_and_the_next_up_has_it(machine: Machine) -> None:
     before = machine.rules()
     assert "with the next `meshnet up`" in change(machine, "capture.exclude_outbound_ports=25")

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
+from meshnet.codec.frames import Refused
 from meshnet.model.address import Address
 from meshnet.model.canary import READINESS_PORT
 from meshnet.model.capture import CaptureStatus
@@ -22,6 +23,7 @@ from meshnet.proxy.bypass import Bypass
 from meshnet.proxy.readiness import CapturedReadiness
 from tests.init.kernel import FAMILIES, address_of, listening
 from tests.proxy.metrics import value
+from tests.proxy.peer import Peer, credentials, issue
 from tests.world import Host, Mesh, Sidecar, World, wait_for
 
 pytestmark = pytest.mark.netns
@@ -292,3 +294,44 @@ def test_port_0_is_nobodys_question_where_it_is_off(mesh: Mesh, web: Host, peer:
     assert said == b""
     (seen,) = wait_for(sidecar.connections)
     assert seen.original_destination == str(Address(web.address, 0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_not_ready_while_somebody_else_would_answer_there_without_rules(
+    mesh: Mesh, web: Host, peer: Host, family: str
+) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON)
+    sidecar.capture()
+    wait_for(lambda: capture_of(sidecar).in_place)
+    with listening(web, family, READINESS_PORT):
+        status, why = wait_for(lambda: told if (told := ask(peer, web, family))[0] != 200 else None)
+        assert (status, "somebody else listens at port 15124" in why) == (503, True)
+    wait_for(lambda: ask(peer, web, family) == (200, "ok\n"))
+
+
+@pytest.mark.parametrize(("ipv6", "workers"), [("off", 1), ("reject", 2)])
+def test_nobody_else_is_who_listens_on_the_loopback_or_is_the_sidecar_itself(
+    mesh: Mesh, web: Host, peer: Host, ipv6: str, workers: int
+) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture=ON | {"ipv6": ipv6}, proxy={"workers": workers})
+    sidecar.capture()
+    with web.open_socket() as own:
+        own.bind(("127.0.0.1", READINESS_PORT))
+        own.listen()
+        wait_for(lambda: capture_of(sidecar).in_place)
+        proved_at = capture_of(sidecar).proved_at
+        wait_for(lambda: capture_of(sidecar).proved_at > proved_at)  # a look followed the first proof
+        assert ask(peer, web, "ipv6") == (200, "ok\n")
+        assert capture_of(sidecar).problems == ()
+
+
+def test_a_tunnel_does_not_lead_there(mesh: Mesh, web: Host, peer: Host) -> None:
+    """Were it an application's port, a peer might call whoever listens there."""
+    mesh.write()
+    mesh.sidecar(web, capture=ON).capture()
+    with listening(web, "ipv4", READINESS_PORT), Peer(peer, web, credentials(issue(mesh, "peer")).client) as tunnel:
+        answer = tunnel.open(web.address, READINESS_PORT)
+        assert isinstance(answer, Refused)
+        assert answer.reason == "loop"
