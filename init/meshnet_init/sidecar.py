@@ -18,6 +18,7 @@ def misfits(rules: Collection[Rule], routing: Routing | None, sidecar: Status) -
         *_redirects(rules, sidecar),
         *_ways_in(rules, routing, sidecar),
         *_own_ports(rules, sidecar),
+        *_readiness(rules, sidecar),
         *_own_connections(rules, sidecar),
     )
 
@@ -58,6 +59,18 @@ def _own_ports(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
         for port in sorted(_ports(sidecar.listeners.get(name, ""))):
             if any(captured_inbound(rules, port, source) for source in INBOUND_CANARY.values()):
                 yield f"the rules capture what comes in for port {port}, which is the sidecar's own ({name})"
+
+
+def _readiness(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:
+    """Who comes by a rule for what goes to this host itself asks for readiness: of all others it is known."""
+    answered = sidecar.readiness_port
+    if answered is None or not any(turned_to(rule) for rule in rules):
+        return
+    asked = {rule.ports.first for rule in rules if rule.local and rule.ports and turns_inbound(rule)}
+    for port in sorted(asked - {answered}):
+        yield f"by the rules readiness is asked for at port {port}, the sidecar answers at {answered or 'no port'}"
+    if answered and not captured_from_anywhere(rules, answered):
+        yield f"the sidecar answers for readiness at port {answered}, from where the rules bring nobody"
 
 
 def _own_connections(rules: Collection[Rule], sidecar: Status) -> Iterator[str]:

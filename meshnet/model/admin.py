@@ -238,6 +238,7 @@ class Status(Shape, frozen=True):
     gid: int | None = None
     inbound_mode: str = ""  # how it takes inbound connections, redirect or tproxy; empty where it does not say
     original_source: bool | None = None
+    readiness_port: int | None = None  # where readiness is asked for through the rules; 0: nowhere
     truthful: TruthfulStatus | None = None  # None where capture.truthful_connect is off
     capture: CaptureStatus | None = None  # None where capture.proof_interval is off
     workers: tuple[WorkerStatus, ...] = ()  # of the parent of several; then the rest is of all of them together

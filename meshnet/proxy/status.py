@@ -70,6 +70,7 @@ def status(state: ProxyState, listeners: Mapping[str, str], capture: CaptureProo
         gid=os.getegid(),
         inbound_mode=state.settings.capture.inbound_mode,
         original_source=state.settings.capture.original_source,
+        readiness_port=state.settings.capture.readiness_port,
         truthful=state.held.status() if state.held is not None else None,
         capture=capture.status() if capture is not None else None,
     )

@@ -30,8 +30,6 @@ def test_rules_in_force_change_at_once_and_the_sidecar_stays(machine: Machine) -
     assert machine.meshnet("rules", "verify").returncode == 0
     change(machine, "--unset", "capture.exclude_inbound_ports")
     assert "8000-8100" not in machine.rules()
-    assert "the sidecar reads it when it starts again" in change(machine, "capture.readiness_port=15124")
-    assert "dport 15124" in machine.rules()
     assert machine.status().pid == pid
 
 
@@ -44,6 +42,19 @@ def test_what_a_new_sidecar_reads_is_told_with_what_to_type(machine: Machine) ->
     assert machine.rules() == rules
     assert machine.meshnet("down").returncode == 0
     assert machine.up().listeners["outbound"].startswith("127.0.0.1:15102")
+
+
+def test_readiness_is_asked_for_at_a_port_where_a_new_sidecar_answers(machine: Machine) -> None:
+    machine.up()
+    rules = machine.rules()
+    assert "the rules stay as they are until then" in change(machine, "capture.readiness_port=15124")
+    assert machine.rules() == rules
+    assert "readiness is asked for at port 15124" in machine.meshnet("up").stderr
+    assert machine.meshnet("down").returncode == 0
+    machine.up()
+    assert "dport 15124" in machine.rules()
+    assert "the sidecar reads it when it starts again" in change(machine, "--unset", "capture.readiness_port")
+    assert "dport 15124" not in machine.rules()  # it is captured as any port is
 
 
 def test_a_port_where_somebody_listens_is_not_taken_for_readiness(machine: Machine) -> None:

@@ -1,6 +1,6 @@
 """Rules and a sidecar that were made by the same settings fit; else what does not fit is told."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 import pytest
@@ -19,7 +19,8 @@ def rules(settings: Settings | None = None, *, ipv6: bool = True, gids: range = 
 
 
 def sidecar(settings: Settings | None = None, *, mark: int | None = 0x1000, gid: int | None = GID) -> Status:
-    proxy, admin = (settings or Settings()).proxy, (settings or Settings()).admin
+    settings = settings or Settings()
+    proxy, admin = settings.proxy, settings.admin
     return Status(
         node="app",
         version="1",
@@ -43,6 +44,7 @@ def sidecar(settings: Settings | None = None, *, mark: int | None = 0x1000, gid:
         relay=RelayStatus(in_use=("python",)),
         mark=mark,
         gid=gid,
+        readiness_port=settings.capture.readiness_port,
     )
 
 
@@ -91,6 +93,28 @@ def test_a_health_port_that_would_be_captured_is_named() -> None:
 def test_an_own_port_that_no_rule_captures_needs_no_exception() -> None:
     few = Settings(proxy=ProxySection(tunnel_port=16108), capture=CaptureSection(inbound_ports=("80",)))
     assert misfits(rules(few), None, sidecar()) == ()
+
+
+def asked_at(port: int, **capture: Any) -> Settings:
+    return Settings(capture=CaptureSection(readiness_port=port, **capture))
+
+
+@pytest.mark.parametrize("mode", ["redirect", "tproxy"])
+def test_the_port_where_readiness_is_asked_for_has_to_be_the_one_where_it_is_answered(mode: str) -> None:
+    planned = rules(asked_at(15124, inbound_mode=mode))
+    running = msgspec.structs.replace(sidecar(asked_at(15124)), inbound_mode=mode)
+    assert misfits(planned, None, running) == ()
+    none, other = (msgspec.structs.replace(running, readiness_port=port) for port in (0, 15125))
+    told = "by the rules readiness is asked for at port 15124, the sidecar answers at "
+    assert misfits(planned, None, none) == (f"{told}no port",)
+    assert misfits(planned, None, other) == (f"{told}15125",)
+    assert misfits(planned, None, msgspec.structs.replace(running, readiness_port=None)) == ()
+
+
+def test_a_sidecar_that_is_asked_for_readiness_by_nobody_is_told() -> None:
+    assert misfits(rules(), None, sidecar(asked_at(15124))) == ()  # captured like any port
+    (told,) = misfits(rules(asked_at(0, inbound_ports=("80",))), None, sidecar(asked_at(15124)))
+    assert told == "the sidecar answers for readiness at port 15124, from where the rules bring nobody"
 
 
 def test_another_mark_is_told_with_what_follows() -> None:

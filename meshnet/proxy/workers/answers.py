@@ -242,6 +242,7 @@ class JointAnswers:
             gid=os.getegid(),
             inbound_mode=self._settings.capture.inbound_mode,
             original_source=self._settings.capture.original_source,
+            readiness_port=self._settings.capture.readiness_port,
             capture=self._capture.status(),
         )
         rows = [_row(worker, answers.get(worker)) for worker in self._workers]
