@@ -1,8 +1,8 @@
 """Readiness that is asked for through the rules, at a port where nobody listens (capture.readiness_port).
 
-It takes inbound capture to come here: where the rules are gone the question is refused, so that whoever asks, a kubelet
-say, takes readiness away in the same moment. No policy is asked, and nothing else can be reached by it: one question,
-of a few kilobytes and seconds, has one answer, /readyz of the whole sidecar.
+It takes inbound capture to come here: where the rules are gone the question is refused, and whoever asks, a kubelet
+say, takes readiness away after as many refusals as he wants to see. No policy is asked, and nothing else can be reached
+by it: one question, of a few kilobytes and seconds, has one answer, /readyz of the whole sidecar.
 """
 
 import socket

@@ -101,7 +101,14 @@ class Pod:
         return process
 
     def probe(self, name: str, field: str) -> bool:
-        """Whether a kubelet would find the container well."""
+        """Whether a kubelet would find the container well: it asks again after a failure, and believes the last of
+        failureThreshold (3) in a row. Until a container has started it asks for as long as `start_container` waits.
+        """
+        failures = 1 if field == "startupProbe" else self.containers[name][field].get("failureThreshold", 3)
+        return any(self._asked(name, field) for _ in range(failures))
+
+    def _asked(self, name: str, field: str) -> bool:
+        """A single question."""
         probe = self.containers[name][field]
         seconds = probe.get("timeoutSeconds", 1)
         if "exec" in probe:

@@ -83,6 +83,14 @@ def test_rules_and_sidecar_get_the_same_settings_and_take_them(file: Path) -> No
         assert {rule.gid for rule in plan.rules} >= {found.capture.gid}
 
 
+def test_the_readme_says_how_long_a_kubelet_takes_to_believe_that_rules_are_gone() -> None:
+    (pod,) = pods(injected(read(FOLDER / "deployment.yaml")))
+    probe = container(pod, "meshnet-proxy")["readinessProbe"]
+    period, failures = probe["periodSeconds"], probe.get("failureThreshold", 3)
+    readme = (Path(__file__).parents[3] / "README.md").read_text()
+    assert f"{period * (failures - 1)} to {period * failures} seconds" in " ".join(readme.split())
+
+
 @every_file
 def test_only_the_init_container_has_a_right(file: Path) -> None:
     for pod in pods(injected(read(file))):
