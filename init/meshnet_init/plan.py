@@ -145,7 +145,7 @@ def _inbound(settings: Settings, ipv6: bool) -> Iterator[Rule]:
 def _readiness(settings: Settings, ipv6: bool) -> Iterator[Rule]:
     """Ahead of all that is left alone: who asks for readiness comes by the rules, from wherever.
 
-    Where IPv6 is not captured the sidecar listens itself.
+    Where settings leave IPv6 out the sidecar listens itself; a host without it nobody asks there.
     """
     if port := settings.capture.readiness_port:
         asked = Rule(chain=CHAIN_IN, local=True, ports=Ports(port, port), why=READINESS)
@@ -300,7 +300,7 @@ def _without_invalid(inbound: Iterable[Rule]) -> Iterator[Rule]:
 def _rerouting(inbound: Sequence[Rule]) -> Sequence[Rule]:
     """What is left in the nat chain beside TPROXY: what passes through goes to the outbound proxy by a redirect."""
     last = max((at for at, rule in enumerate(inbound) if rule.redirect and _passes(rule)), default=-1)
-    return inbound[: last + 1]
+    return [rule for rule in inbound[: last + 1] if not rule.redirect or _passes(rule)]
 
 
 def _guards(

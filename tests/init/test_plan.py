@@ -134,6 +134,14 @@ def test_readiness_is_asked_for_through_the_rules_whatever_is_left_alone(ipv6: s
     assert decides == ["reset", "reset" if ipv6 == "auto" else "return"]
 
 
+def test_beside_tproxy_nothing_that_comes_in_is_redirected_a_second_time() -> None:
+    values = {"inbound_mode": "tproxy", "reroute_interfaces": ["br0"], "readiness_port": 15124}
+    redirected = [rule for rule in plan_rules(CHAIN_IN, **values) if rule.redirect]
+    assert [(rule.interface, rule.local, rule.redirect) for rule in redirected] == [("br0", False, 15101)]
+    given = [rule for rule in plan_rules("MESHNET_MARK_IN", **values) if rule.tproxy]
+    assert [str(rule.ports) for rule in given] == ["15124", "None"]
+
+
 def test_readiness_cannot_be_asked_for_at_a_port_where_the_sidecar_listens() -> None:
     with pytest.raises(ConfigError, match=r"capture\.readiness_port: 15106 is the sidecar's own already"):
         plan_rules(CHAIN_IN, readiness_port=15106)
