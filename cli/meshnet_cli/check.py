@@ -158,6 +158,9 @@ def _readiness(settings: Settings, status: Status | None) -> Finding:
     free = _needed(code, "", lambda: preflight.need_free_readiness_port(settings, running=status is not None))
     if free.level != "ok":
         return free
+    if settings.capture.proof_interval == "off":
+        what = "when readiness was last asked for is not kept: capture.proof_interval is off"
+        return Finding(code=code, level="ok", what=what)
     visits = status.capture.visits if status is not None and status.capture is not None else ()
     late = [it for it in visits if it.late]
     if not late:

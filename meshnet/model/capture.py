@@ -25,7 +25,7 @@ class Proof(Shape, frozen=True):
     detail: str = ""
 
 
-class Visits(Shape, frozen=True):
+class VisitsView(Shape, frozen=True):
     """Who comes to this host from elsewhere, in one family, to ask for readiness through the rules.
 
     `every_seconds` is learned from the visits, 0 while not known. `late`: nobody has come for several times as long.
@@ -92,7 +92,7 @@ class CaptureStatus(Shape, frozen=True):
     in_place: bool | None
     required: bool
     proofs: tuple[Proof, ...] = ()
-    visits: tuple[Visits, ...] = ()
+    visits: tuple[VisitsView, ...] = ()
     proved_at: str = ""
     interval_seconds: float = 0.0
     uncaptured: dict[str, int] = {}

@@ -67,7 +67,7 @@ class CaptureProof:
         self._taken = False  # the port at which readiness is asked for
         self._not_judged: dict[str, str] = {}
         self._keeper: KeeperReport | None = None
-        self.visits = InboundVisits()
+        self._visits = InboundVisits()
 
     async def run(self) -> None:
         """Until it is cancelled; returns at once where no proof is asked for."""
@@ -91,7 +91,7 @@ class CaptureProof:
         """To the keeper, which comes and goes by itself: a question costs nothing beside a proof."""
         while True:
             self._hear(await trio.to_thread.run_sync(ask_keeper))
-            self.visits.look()
+            self._visits.look()
             await trio.sleep(_LISTEN)
 
     @property
@@ -99,6 +99,11 @@ class CaptureProof:
         """None while nothing could be proved, for want of a route or of an answer."""
         results = {proof.result for proof in self._proofs.values()} & _DEFINITE
         return "not captured" not in results if results else None
+
+    def came(self, family: IpFamily) -> None:
+        """Somebody has come in through the rules to ask for readiness. Where no proof is asked for, none is kept."""
+        if self._interval is not None:
+            self._visits.came(family)
 
     async def uncaptured(self) -> UncapturedList:
         """What does not come through the sidecar, and why. Raises OSError where the kernel does not tell."""
@@ -134,7 +139,9 @@ class CaptureProof:
         return tuple(problems)
 
     def _inbound_past(self) -> Iterator[str]:
-        """What comes in nobody proves where no keeper is, as in a pod: what came in beside the sidecar tells."""
+        """What came in beside the sidecar tells where no keeper has proved what comes in, as in a pod: who asks for
+        readiness proves the rule of that port, and not those of applications.
+        """
         reported = self._keeper.proofs if self._keeper is not None else ()
         kept = {it.family for it in reported if it.direction == "inbound" and it.result == "captured"}
         inbound = [each for each in sorted(self._past) if each[0] is Direction.INBOUND]
@@ -152,8 +159,8 @@ class CaptureProof:
         return CaptureStatus(
             in_place=self.in_place,
             required=self._required,
-            proofs=(*self._proofs.values(), *self.visits.proofs()),
-            visits=self.visits.views(),
+            proofs=(*self._proofs.values(), *self._visits.proofs()),
+            visits=self._visits.views(),
             proved_at=self._proved_at,
             interval_seconds=self._interval,
             uncaptured={str(it): sum(direction is it for direction, _ in self._past) for it in judged},
@@ -257,7 +264,7 @@ class CaptureProof:
 
     def _families(self) -> Iterator[Family]:
         reported = self._keeper.proofs if self._keeper is not None else ()
-        inbound = (*self.visits.proofs(), *(each for each in reported if each.direction == "inbound"))
+        inbound = (*self._visits.proofs(), *(each for each in reported if each.direction == "inbound"))
         places = {
             (proof.direction, proof.family): float(proof.result == "captured")
             for proof in (*self._proofs.values(), *inbound)
@@ -265,7 +272,7 @@ class CaptureProof:
         }
         told = [({"direction": direction, "family": family}, place) for (direction, family), place in places.items()]
         yield _family("meshnet_rules_in_place", "gauge", "1: a canary was captured; 0: it was not.", told)
-        visits = [({"family": family}, at) for family, at in self.visits.times()]
+        visits = [({"family": family}, at) for family, at in self._visits.times()]
         text = "When readiness was last asked for through the rules, which proves that what comes in is captured."
         yield _family("meshnet_inbound_proved_timestamp_seconds", "gauge", text, visits)
         counts = [({"family": family, "result": result}, float(n)) for (family, result), n in self._counts.items()]

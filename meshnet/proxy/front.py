@@ -67,7 +67,7 @@ async def front(
             nursery.start_soon(trio.serve_listeners, guarded(probes.handle), _streams(listeners["probes"]))
         answer_readiness: Callable[[socket.socket], None] = socket.socket.close  # nobody can have asked
         if settings.capture.readiness_port:
-            readiness = CapturedReadiness(answers, capture.visits.came)
+            readiness = CapturedReadiness(answers, capture.came)
             if "readiness" in listeners:
                 found = _streams(listeners["readiness"])
                 nursery.start_soon(trio.serve_listeners, guarded(readiness.answer), found)

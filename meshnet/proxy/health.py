@@ -10,11 +10,6 @@ from meshnet.proxy.http import Answer, serve
 _IDLE_TIMEOUT = 30.0  # seconds a client may be silent
 
 
-async def readyz(answers: Answers) -> Answer:
-    problems = await answers.not_ready_because()
-    return Answer(503, "\n".join(problems).encode() + b"\n") if problems else Answer(200, b"ok\n")
-
-
 class HealthServer:
     def __init__(self, answers: Answers) -> None:
         self._answers = answers
@@ -30,5 +25,6 @@ class HealthServer:
         if path == b"/healthz":
             return Answer(200, b"ok\n")
         if path == b"/readyz":
-            return await readyz(self._answers)
+            problems = await self._answers.not_ready_because()
+            return Answer(503, "\n".join(problems).encode() + b"\n") if problems else Answer(200, b"ok\n")
         return Answer(404, b"try /metrics, /healthz or /readyz\n")

@@ -2,7 +2,8 @@
 
 It takes inbound capture to come here: where the rules are gone the question is refused, and whoever asks, a kubelet
 say, takes readiness away after as many refusals as he wants to see. No policy is asked, and nothing else can be reached
-by it: one question, of a few kilobytes and seconds, has one answer, /readyz of the whole sidecar.
+by it: one question, of a few kilobytes and seconds, has one answer, whether the whole sidecar is ready. Why it is not
+the health port's /readyz tells.
 """
 
 import socket
@@ -15,7 +16,6 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.canary import IpFamily
 from meshnet.proxy.admin import Answers
-from meshnet.proxy.health import readyz
 from meshnet.proxy.http import Answer, serve
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
@@ -56,7 +56,8 @@ class CapturedReadiness:
                 if request.target.partition(b"?")[0] != b"/readyz":
                     return Answer(404, b"try /readyz\n")
                 came()
-                return await readyz(self._answers)
+                why_not = await self._answers.not_ready_because()  # names clients of this host, to whoever asks
+                return Answer(503, b"not ready\n") if why_not else Answer(200, b"ok\n")
 
             try:
                 await serve(stream, answer, _PATIENCE, once=True)

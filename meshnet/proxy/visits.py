@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 
 from meshnet.decide.visits import Visits
 from meshnet.model.canary import IpFamily
-from meshnet.model.capture import Proof
-from meshnet.model.capture import Visits as VisitsView
+from meshnet.model.capture import Proof, VisitsView
 
 _log = logging.getLogger("meshnet.capture")
 

@@ -239,6 +239,12 @@ def test_a_way_in_that_readiness_is_asked_for_by_is_an_error(machine: Machine) -
     assert found["fix"].startswith("sudo meshnet set capture.readiness_port=15124; or ")
 
 
+def test_without_proofs_nobody_is_said_to_have_never_come(machine: Machine) -> None:
+    machine.configure("[capture]\nreadiness_port = 15124\nproof_interval = 'off'\n")
+    found = looked_at(machine)["capture.readiness"]
+    assert found["what"] == "when readiness was last asked for is not kept: capture.proof_interval is off"
+
+
 @pytest.mark.parametrize("is_up", [False, True])
 def test_somebody_at_the_port_where_readiness_is_asked_for_is_an_error(machine: Machine, is_up: bool) -> None:
     if is_up:

@@ -12,7 +12,7 @@ from meshnet.model.admin import (
     TunnelStatus,
     WorkerStatus,
 )
-from meshnet.model.capture import CaptureStatus, Visits
+from meshnet.model.capture import CaptureStatus, VisitsView
 from tests.cli.conftest import Meshnet
 from tests.cli.sidecar import Sidecar
 
@@ -147,7 +147,7 @@ def test_json_is_what_the_sidecar_said_and_the_exit_code_the_same(meshnet: Meshn
 def test_who_asks_for_readiness_through_the_rules_is_told_and_so_is_who_stopped(
     meshnet: Meshnet, sidecar: Sidecar
 ) -> None:
-    visits = [Visits(family="ipv4", last="2026-11-30T10:00:00.000Z", every_seconds=5.0)]
+    visits = [VisitsView(family="ipv4", last="2026-11-30T10:00:00.000Z", every_seconds=5.0)]
     visits.append(msgspec.structs.replace(visits[0], family="ipv6", late=True))
     capture = CaptureStatus(in_place=True, required=True, visits=tuple(visits))
     sidecar.will_answer(msgspec.structs.replace(READY, capture=capture))

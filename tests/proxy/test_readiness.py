@@ -132,7 +132,7 @@ def test_a_family_that_is_not_captured_is_answered_and_proves_nothing(
     assert ask(peer, web, "ipv6")[0] in (200, 503)
 
 
-def test_it_says_why_not_and_answers_nothing_else(mesh: Mesh, web: Host, peer: Host) -> None:
+def test_it_says_that_it_is_not_ready_but_not_why_and_answers_nothing_else(mesh: Mesh, web: Host, peer: Host) -> None:
     mesh.write()
     sidecar = mesh.sidecar(web, capture=ON | {"outbound_ports": ["8080"]})
     sidecar.capture()
@@ -141,8 +141,8 @@ def test_it_says_why_not_and_answers_nothing_else(mesh: Mesh, web: Host, peer: H
         assert ask(peer, web, path=path) == (404, "try /readyz\n")
     assert ask(peer, web, method="POST")[0] == 405
     web.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
-    status, why = wait_for(lambda: ask(peer, web) if ask(peer, web)[0] != 200 else None)
-    assert (status, "outbound IPv4 is not captured" in why) == (503, True)
+    wait_for(lambda: ask(peer, web) == (503, "not ready\n"))
+    assert "outbound IPv4 is not captured" in sidecar.status().not_ready_because[0]
 
 
 def test_it_answers_one_question_of_bounded_size(mesh: Mesh, web: Host, peer: Host) -> None:
@@ -268,7 +268,7 @@ def test_several_workers_answer_as_one(mesh: Mesh, web: Host, peer: Host) -> Non
     assert value(web, "meshnet_rules_in_place", direction="inbound", family="ipv4") == 1
     assert value(web, "meshnet_inbound_proved_timestamp_seconds", family="ipv4") > 1e9
     web.run("nft", "flush", "chain", "inet", "meshnet", "MESHNET_OUT")
-    wait_for(lambda: "outbound IPv4 is not captured" in ask(peer, web)[1])
+    wait_for(lambda: ask(peer, web) == (503, "not ready\n"))
 
 
 def test_another_port_and_none(mesh: Mesh, web: Host, peer: Host) -> None:
@@ -305,8 +305,9 @@ def test_it_is_not_ready_while_somebody_else_would_answer_there_without_rules(
     sidecar.capture()
     wait_for(lambda: capture_of(sidecar).in_place)
     with listening(web, family, READINESS_PORT):
-        status, why = wait_for(lambda: told if (told := ask(peer, web, family))[0] != 200 else None)
-        assert (status, "somebody else listens at port 15124" in why) == (503, True)
+        wait_for(lambda: ask(peer, web, family) == (503, "not ready\n"))
+        (why,) = sidecar.status().not_ready_because
+        assert why.startswith("somebody else listens at port 15124, capture.readiness_port ")
     wait_for(lambda: ask(peer, web, family) == (200, "ok\n"))
 
 
@@ -335,3 +336,13 @@ def test_a_tunnel_does_not_lead_there(mesh: Mesh, web: Host, peer: Host) -> None
         answer = tunnel.open(web.address, READINESS_PORT)
         assert isinstance(answer, Refused)
         assert answer.reason == "loop"
+
+
+def test_without_proofs_it_is_answered_and_none_is_kept(mesh: Mesh, web: Host, peer: Host) -> None:
+    mesh.write()
+    sidecar = mesh.sidecar(web, capture={"readiness_port": READINESS_PORT, "proof_interval": "off"})
+    sidecar.capture()
+    assert ask(peer, web) == (200, "ok\n")
+    assert sidecar.status().capture is None
+    assert sidecar.process is not None
+    assert "is captured" not in sidecar.process.output
