@@ -309,6 +309,7 @@ def _put_in(settings: Settings, prove: bool) -> "tuple[InitView, Status | None]"
     from meshnet_init.verify import verify
 
     preflight.need_right()
+    preflight.need_free_readiness_port(settings, running=True)
     sidecar = _running(settings) if prove else None
     if sidecar is not None:
         preflight.need_fit(settings, sidecar)

@@ -66,6 +66,7 @@ def test_a_port_where_somebody_listens_is_not_taken_for_readiness(machine: Machi
         assert machine.files() == before
         machine.configure("[capture]\nreadiness_port = 5432\n")
         assert "somebody listens at port 5432" in machine.meshnet("up").stderr
+        assert "somebody listens at port 5432" in machine.meshnet("init", "--config", str(machine.config)).stderr
     assert machine.up().ready
 
 
