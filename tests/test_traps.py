@@ -20,6 +20,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
     "2 kernel modules or tables that are missing (istio#28897)": (
         "tests/init/test_missing.py::test_auto_takes_what_the_kernel_has_istio28897",
         "tests/init/test_missing.py::test_a_kernel_with_neither_is_told_with_what_to_load_istio44118",
+        "tests/init/test_missing.py::test_a_kernel_with_nfnetlink_alone_takes_nothing_by_nft_istio28897",
     ),
     "3 the xtables lock (istio#58507)": (
         "tests/init/test_legacy.py::test_who_holds_the_lock_of_the_legacy_tables_is_waited_for",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from meshnet.errors import CommandError
+from meshnet_init.backends import nft
 from meshnet_init.choose import choose, choose_for, every_backend
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
@@ -70,6 +71,19 @@ def test_a_kernel_with_neither_is_told_with_what_to_load_istio44118(world: World
     assert said.startswith("no way to put rules into this kernel; nft: ")
     assert "legacy: " in said
     assert "modprobe" in said
+
+
+@pytest.mark.parametrize("subsystem", [0, 200], ids=["nobody registered", "no subsystem"])
+def test_a_kernel_with_nfnetlink_alone_takes_nothing_by_nft_istio28897(
+    world: World, monkeypatch: pytest.MonkeyPatch, subsystem: int
+) -> None:
+    """It answers for the batch as a whole: we ask for a subsystem that no kernel has."""
+    monkeypatch.setattr(nft, "NFNL_SUBSYS_NFTABLES", subsystem)
+    error = pytest.raises(CommandError, match="backend nft cannot be used here")
+    with world.host("app").entered(), error as refused:
+        choose("nft", plan_of())
+    assert "the kernel's nftables has no table: " in refused.value.why
+    assert refused.value.fix.startswith("modprobe nf_tables")
 
 
 def test_a_backend_that_was_asked_for_by_name_is_not_replaced_by_another(lab: Lab) -> None:

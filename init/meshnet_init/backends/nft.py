@@ -79,11 +79,12 @@ class NftBackend:
         try:
             refused = _refused([*self._made(name, plan), _table(NFT_MSG_DELTABLE, 0, name)], self._owner)
         except OSError as error:  # a kernel without nfnetlink
-            refused = {1: error.errno or errno.EIO}
+            refused = {0: error.errno or errno.EIO}
         if errno.EPERM in refused.values():
             raise not_permitted("change")
         said = {number: os.strerror(code) for number, code in refused.items()}
-        table = Answer(["table" if self._owner is None else "table with an owner"], said.get(1, ""))
+        whole = said.get(0) or said.get(1, "")  # all of it: by a kernel with nfnetlink and without nf_tables
+        table = Answer(["table" if self._owner is None else "table with an owner"], whole)
         chains = [
             Answer([f"chain {PLACES[chain].kind}"], said.get(number, ""))
             for number, chain in enumerate(chains_of(plan), start=2)
