@@ -39,7 +39,7 @@ def lacking(names: Collection[str], work: Callable[[], str], family: str = "") -
     child = os.fork()
     if child == 0:
         try:
-            os.write(writing, struct.pack("=i", _listener()))
+            os.write(writing, struct.pack("=i", stopped()))
             os.read(waiting, 1)
             os.write(writing, work().encode())
         finally:
@@ -64,8 +64,8 @@ def lacking(names: Collection[str], work: Callable[[], str], family: str = "") -
     return said
 
 
-def _listener() -> int:
-    """From here on this process and its children are stopped where they ask."""
+def stopped() -> int:
+    """From here on this process and its children are stopped where they ask; what is served then, or never."""
     steps = (stop_at(call, {}, _USER_NOTIF) for call in ("sendto", "sendmsg", "setsockopt", "getsockopt"))
     return put_in(steps, lambda libc, program: libc.syscall(_SECCOMP, _SET_MODE_FILTER, _NEW_LISTENER, program))
 

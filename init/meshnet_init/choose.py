@@ -115,7 +115,10 @@ def _in_the_way(settings: Settings, backend: Backend) -> Sequence[str]:
                 kept = rest
         return kept
 
-    return tried_in_scratch(least, list[str]).found if changed else ()
+    try:
+        return tried_in_scratch(least, list[str]).found if changed else ()
+    except CommandError:  # it is asked for the text of an error, which it must not take the place of
+        return ()
 
 
 def every_backend() -> list[Backend]:

@@ -18,6 +18,7 @@ from meshnet.model.capture import StandDown
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import in_kernel
 from meshnet_init.backends import need_right_to_change
+from meshnet_init.choose import every_backend
 from meshnet_init.host import open_connections
 from meshnet_init.routing import connections_in_clients_names, route
 
@@ -93,4 +94,6 @@ def _remove(drain: float, waiting: Callable[[int], object], cut: Callable[[], ob
         for backend, _ in found:
             backend.delete()
         route(None)
+    for backend in every_backend():
+        backend.sweep()
     return Removed(backends=tuple(backend.name for backend, _ in found), waited_for=first, cut=left)

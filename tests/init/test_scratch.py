@@ -3,17 +3,20 @@
 import errno
 import json
 import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 
 import pytest
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import Lack, not_permitted
+from meshnet_init.backends import Lack, iptables, not_permitted
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.choose import choose
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
+from meshnet_init.remove import remove
 from tests.init.kernel import Lab, capture, listening
 from tests.init.test_missing import in_child
 from tests.lesser_kernel import lacking
@@ -138,16 +141,64 @@ def test_a_user_namespace_without_rights_in_it_is_none(world: World) -> None:
     assert said == "('here', \"in a user namespace: not allowed to change the kernel's rules\")"
 
 
-def test_who_dies_in_it_is_no_answer(world: World) -> None:
-    home = os.getpid()
+@pytest.mark.parametrize(
+    ("end", "why"),
+    [
+        (lambda: os._exit(3), "with code 3, and without a word"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "by SIGKILL"),
+        (lambda: {}["rule"], "KeyError: 'rule'"),
+    ],
+    ids=["ended", "killed", "raised"],
+)
+def test_a_trial_that_fails_is_told_and_not_made_again_here(world: World, end: Callable[[], Lack], why: str) -> None:
+    host = world.host("app")
+    with host.entered():
+        home = os.readlink("/proc/thread-self/ns/net")
 
-    def probe() -> str:
-        if os.getpid() != home:
-            os._exit(3)
-        return "here"
+    def probe() -> Lack:
+        assert os.readlink("/proc/thread-self/ns/net") != home, "it was made again here"
+        return end()
 
-    with world.host("app").entered():
-        assert tried_in_scratch(probe, str) == ("here", "who tried there has died")
+    with host.entered(), pytest.raises(CommandError, match="the trial of the rules has") as raised:
+        tried_in_scratch(probe, Lack)
+    assert (raised.value.why, raised.value.code) == (why, 1)
+    assert raised.value.fix
+
+
+def test_a_trial_that_hangs_is_ended_with_what_it_has_started(world: World) -> None:
+    reading, writing = os.pipe()
+
+    def probe() -> Lack:
+        subprocess.run(["sleep", "infinity"], pass_fds=[writing], check=True)
+        return Lack()
+
+    with world.host("app").entered(), pytest.raises(CommandError, match="had not ended after 1 s") as raised:
+        tried_in_scratch(probe, Lack, patience=1.0)
+    assert raised.value.code == 6
+    os.close(writing)
+    assert os.read(reading, 1) == b""  # nobody has it open any more
+    os.close(reading)
+
+
+def test_what_a_trial_has_left_that_was_killed_goes_with_the_rules(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two commits: the chain is there, and nothing leads to it."""
+    plan = make_plan(capture(**EVERYTHING), host_facts())
+
+    def killed() -> str:
+        no_namespaces()
+        monkeypatch.setattr(iptables._Table, "drop_probe", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        return choose(lab.backend.name, plan).backend.name
+
+    before = lab.rules_text()
+    with lab.app.entered():
+        assert in_child(killed).startswith(
+            "nft" if lab.backend.name == "nft" else "the trial of the rules has died; by SIG"
+        )
+        assert ("MESHNET_PROBE" in lab.rules_text()) == (lab.backend.name != "nft")
+        assert remove(0.0).backends == ()
+    assert "MESHNET_PROBE" not in lab.rules_text()
+    if lab.backend.name != "legacy":  # whose tables stay, empty
+        assert lab.rules_text() == before
 
 
 def as_without_sys_admin(work: Callable[[], str]) -> Callable[[], str]:

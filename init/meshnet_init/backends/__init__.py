@@ -86,6 +86,9 @@ class Backend(Protocol):
     def delete(self) -> None:
         """Takes everything of ours out. Cuts connections that are still redirected: put a drain set first."""
 
+    def sweep(self) -> None:
+        """Takes out what a trial has left here that was killed."""
+
 
 def differences(expected: Iterable[Rule], installed: Installed | None) -> list[str]:
     """How the kernel differs from the plan, in words; empty when it does not."""
@@ -120,4 +123,14 @@ def not_permitted(to: Literal["read", "change"]) -> CommandError:
         why="this needs the capability NET_ADMIN in the network namespace",
         fix="run it with sudo; in a container, add the capability NET_ADMIN",
         code=5,
+    )
+
+
+def hung(program: str, seconds: float) -> CommandError:
+    """For what was stopped, as it had not ended after so long."""
+    return CommandError(
+        f"{program} had not ended after {seconds:g} s, and was stopped",
+        why="the kernel may be loading a module, or another program may hold a lock",
+        fix="see who it is, and try it again: ps -e | grep -e modprobe -e tables",
+        code=6,
     )

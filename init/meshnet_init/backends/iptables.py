@@ -121,6 +121,14 @@ class IptablesBackend:
                     table.restore(state.deletion())
                     table.drop_if_empty()
 
+    def sweep(self) -> None:
+        with self._session(False):
+            left = [table for table in self._tables if table.has_probe()]
+        if left:
+            with self._session(True):
+                for table in left:
+                    table.drop_probe()
+
     def _apply(self, plan: Plan) -> None:
         written: list[tuple[_Table, _State]] = []
         six = self._without_ipv6() if not plan.ipv6 else plan
@@ -307,9 +315,18 @@ class _Table:
                 raise
             return error.why
         # Not in the same commit: of what cancels itself out neither iptables nor libiptc tells the kernel.
+        self.drop_probe()
+        return ""
+
+    def has_probe(self) -> bool:
+        """Whether a trial is under way here, or was when it was killed."""
+        if self._kind == "nft":
+            return any(chain.name == _PROBE for chain in nft_chains(self._protocol, self.name))
+        return self.exists() and f"\n:{_PROBE} " in self._speaker.save(self.name)
+
+    def drop_probe(self) -> None:
         self.restore(_State(table=self.name).commit([f":{_PROBE} - [0:0]", f"-X {_PROBE}"]))
         self.drop_if_empty()
-        return ""
 
     def put_back(self, before: _State) -> None:
         """Undoes a `restore`."""

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import not_permitted
+from meshnet_init.backends import hung, not_permitted
 from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend, Kind, Speaker
 from meshnet_init.host import may_change_rules
 from meshnet_init.rule import Table
@@ -15,6 +15,7 @@ _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 _VERSION = re.compile(r"v(\d+)\.(\d+)(?:\.(\d+))?(?: \((nf_tables|legacy)\))?")
 _WAIT_SINCE = (1, 6, 2)  # the first iptables-legacy-restore that knows --wait
 _LOCK_WAIT = "30"  # seconds
+_PATIENCE = 60.0  # seconds for a program, with what it waits for
 
 
 def by_binaries(name: str, kind: Kind) -> IptablesBackend | None:
@@ -54,15 +55,19 @@ class Binaries:
                 why=f"{self._family} rules are part of the plan" if self._family == "ipv6" else "PATH does not have it",
                 fix="install iptables, or use --backend nft" + (", or --ipv6 off" if self._family == "ipv6" else ""),
             )
-        done = subprocess.run(
-            [path, *arguments],
-            input=text,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
-        )
+        try:
+            done = subprocess.run(
+                [path, *arguments],
+                input=text,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                check=False,
+                env={**os.environ, "LC_ALL": "C"},
+                timeout=_PATIENCE,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise hung(program, error.timeout) from error
         if done.returncode == 0:
             return done.stdout
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"

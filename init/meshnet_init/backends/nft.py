@@ -129,6 +129,9 @@ class NftBackend:
     def delete(self) -> None:
         self._write(None)
 
+    def sweep(self) -> None:
+        """Nothing is left by a transaction that does not come to its end."""
+
     def _write(self, plan: Plan | None) -> None:
         # "add" first, so that the delete has something to delete: then the table is always made from nothing.
         anew = [_table(NFT_MSG_NEWTABLE, NLM_F_CREATE, self._name), _table(NFT_MSG_DELTABLE, 0, self._name)]

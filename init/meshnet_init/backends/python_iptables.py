@@ -8,15 +8,17 @@ import fcntl
 import importlib.util
 import json
 import os
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import IO
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import not_permitted
+from meshnet_init.backends import hung, not_permitted
 from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend
 from meshnet_init.host import may_change_rules
 from meshnet_init.rule import Table
@@ -25,6 +27,7 @@ _PROGRAM = Path(__file__).with_name("legacy_child.py")
 _LOCK = "/run/xtables.lock"
 _LOCK_WAIT = 30.0  # seconds
 _LOOK_AGAIN = 0.05
+_PATIENCE = 60.0  # seconds for an answer
 
 
 def by_python_iptables() -> IptablesBackend | None:
@@ -79,6 +82,11 @@ class PythonIptables:
         try:
             program.stdin.write(json.dumps(question) + "\n")
             program.stdin.flush()
+            if not _speaks(program.stdout):
+                self._program = None
+                program.kill()
+                program.wait()
+                raise hung("python-iptables", _PATIENCE)
             line = program.stdout.readline()
         except BrokenPipeError:
             line = ""
@@ -135,6 +143,12 @@ def xtables_lock() -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _speaks(source: IO[str]) -> bool:
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    return bool(poll.poll(_PATIENCE * 1000))
 
 
 def _lock(descriptor: int) -> bool:

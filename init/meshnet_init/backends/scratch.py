@@ -2,20 +2,26 @@
 
 import ctypes
 import os
+import select
 import signal
 import struct
+import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
 from meshnet.errors import CommandError
+from meshnet_init.backends import hung
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000  # linux/sched.h
 _PR_SET_PDEATHSIG, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_RAISE = 1, 47, 2  # linux/prctl.h
 _CAPABILITY_VERSION_3, _CAP_NET_ADMIN, _CAP_NET_RAW = 0x20080522, 12, 13  # linux/capability.h
 _NO_RIGHT = 5  # the code of a CommandError
+_PATIENCE = 120.0  # seconds: more than any program gets that a probe starts
 
 T = TypeVar("T")
 
@@ -35,57 +41,95 @@ class _Answer(msgspec.Struct, kw_only=True):
     nowhere: str = ""
 
 
-def tried_in_scratch(probe: Callable[[], T], kind: type[T]) -> Tried[T]:
+def tried_in_scratch(probe: Callable[[], T], kind: type[T], patience: float = _PATIENCE) -> Tried[T]:
     """What `probe` returns, which JSON can say, in a network namespace that ends with it.
 
     Without CAP_SYS_ADMIN (a container, a service with few rights) it takes a user namespace as well. Where none may be
     made either the probe runs in this network namespace, so it must never put into force what it tries. Raises
-    CommandError, as `probe` does.
+    CommandError: what `probe` raises, whatever that is; when its process has died; and with code 6 when it has not
+    ended after `patience` seconds.
     """
-    answer = _in_child(probe)
-    if answer.nowhere:
-        return Tried(probe(), answer.nowhere)
+    answer = _in_child(partial(_elsewhere, probe), patience)
+    here = answer.nowhere
+    if here:
+        answer = _in_child(partial(_said, probe), patience)
     if answer.error is not None:
         what, why, fix, code = answer.error
         raise CommandError(what, why=why, fix=fix, code=code)
-    return Tried(msgspec.json.decode(answer.found, type=kind))
+    return Tried(msgspec.json.decode(answer.found, type=kind), here)
 
 
-def _in_child(probe: Callable[[], object]) -> _Answer:
-    """A process of many threads may make no user namespace: unshare(2). Its fork has one."""
+def _in_child(work: Callable[[], _Answer], patience: float) -> _Answer:
+    """A process of many threads may make no user namespace: unshare(2). Its fork has one, and may be ended."""
     reading, writing = os.pipe()
     parent = os.getpid()
     child = os.fork()
     if child == 0:
         try:
+            os.setpgid(0, 0)
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             if os.getppid() == parent:
-                os.write(writing, msgspec.json.encode(_answer(probe)))
+                os.write(writing, msgspec.json.encode(work()))
         finally:
             os._exit(0)
     try:
         os.close(writing)
-        with os.fdopen(reading, "rb") as pipe:
-            said = pipe.read()
+        said = _read(reading, patience)
     except BaseException:
-        os.kill(child, signal.SIGKILL)
+        _kill(child)
         raise
     finally:
-        os.waitpid(child, 0)
-    return msgspec.json.decode(said, type=_Answer) if said else _Answer(nowhere="who tried there has died")
+        os.close(reading)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if said:
+        return msgspec.json.decode(said, type=_Answer)
+    raise CommandError(
+        "the trial of the rules has died",
+        why=f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}, and without a word",
+        fix="see why, and try it again: dmesg | tail",
+    )
 
 
-def _answer(probe: Callable[[], object]) -> _Answer:
+def _read(descriptor: int, patience: float) -> bytes:
+    """All that comes. Raises CommandError."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    until, said = time.monotonic() + patience, b""
+    while poll.poll(max(0.0, until - time.monotonic()) * 1000):
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            return said
+        said += part
+    raise hung("the trial of the rules", patience)
+
+
+def _kill(child: int) -> None:
+    """And what it has started, which is of its process group."""
+    for kill in (os.killpg, os.kill):
+        with suppress(ProcessLookupError):  # it has not made its group yet
+            kill(child, signal.SIGKILL)
+
+
+def _elsewhere(probe: Callable[[], object]) -> _Answer:
     try:
         as_somebody_else = _enter()
     except OSError as error:
         return _Answer(nowhere=error.strerror or str(error))
+    answer = _said(probe)
+    if as_somebody_else and answer.error is not None and answer.error[-1] == _NO_RIGHT:
+        # AppArmor, say: a user namespace, and nothing to do in it.
+        return _Answer(nowhere=f"in a user namespace: {answer.error[0]}")
+    return answer
+
+
+def _said(probe: Callable[[], object]) -> _Answer:
     try:
         return _Answer(found=msgspec.Raw(msgspec.json.encode(probe())))
     except CommandError as error:
-        if as_somebody_else and error.code == _NO_RIGHT:  # AppArmor, say: a user namespace, and nothing to do in it
-            return _Answer(nowhere=f"in a user namespace: {error.what}")
         return _Answer(error=(error.what, error.why, error.fix, error.code))
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        return _Answer(error=("the trial of the rules has failed", why, "collect what is known: meshnet bug-report", 1))
 
 
 def _enter() -> bool:
