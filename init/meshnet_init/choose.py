@@ -9,13 +9,16 @@ import msgspec
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.settings import CaptureSection, Settings
 from meshnet_init.backends import Backend, Lack, need_right_to_change
+from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.iptables import IptablesBackend
 from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
 from meshnet_init.backends.python_iptables import by_python_iptables
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, may_see_legacy_rules
+from meshnet_init.kind import Kind, kinds
 from meshnet_init.plan import make_plan
+from meshnet_init.render import parts_of
 from meshnet_init.rule import Plan
 
 BACKENDS = ("auto", "nft", "iptables", "legacy")
@@ -72,6 +75,11 @@ def choose(name: str, plan: Plan, in_the_way: Callable[[Backend], Sequence[str]]
         why="; ".join([*(f"{backend.name}: {lack.why}" for backend, lack in lacks), *notes]),
         fix="; or ".join(filter(None, (*fixes, without, others))),
     )
+
+
+def kinds_of(plan: Plan) -> frozenset[Kind]:
+    """What a backend is tried for. A plan of other kinds, as when IPv6 or a cgroup has come, may need another one."""
+    return kinds(without_missing(plan).rules, parts_of)
 
 
 def _passed_over(backend: Backend, lack: Lack) -> str:

@@ -11,6 +11,15 @@ import msgspec
 from meshnet_init.rule import PLACES, Rule
 
 
+class Kind(NamedTuple):
+    """`table` is that of iptables, `chain` its type in nftables."""
+
+    table: str
+    chain: str
+    family: str
+    parts: frozenset[str]
+
+
 class Answer(NamedTuple):
     """What the kernel has said of something that is made of these parts: why it does not take it, or nothing."""
 
@@ -20,11 +29,15 @@ class Answer(NamedTuple):
 
 def samples(rules: Iterable[Rule], parts_of: Callable[[Rule], Collection[str]]) -> tuple[Rule, ...]:
     """The first rule of each kind, in order."""
-    found: dict[object, Rule] = {}
+    found: dict[Kind, Rule] = {}
     for rule in rules:
-        place = PLACES[rule.chain]
-        found.setdefault((place.table, place.kind, rule.family, frozenset(parts_of(rule))), _anybodys(rule))
+        found.setdefault(_kind(rule, parts_of), _anybodys(rule))
     return tuple(found.values())
+
+
+def kinds(rules: Iterable[Rule], parts_of: Callable[[Rule], Collection[str]]) -> frozenset[Kind]:
+    """Those that the rules are of."""
+    return frozenset(_kind(rule, parts_of) for rule in rules)
 
 
 def lacking(answers: Collection[Answer]) -> Answer | None:
@@ -35,6 +48,11 @@ def lacking(answers: Collection[Answer]) -> Answer | None:
         return None
     parts = {part for answer in refused for part in (frozenset(answer.parts) - taken or answer.parts)}
     return Answer(sorted(parts), refused[0].said)
+
+
+def _kind(rule: Rule, parts_of: Callable[[Rule], Collection[str]]) -> Kind:
+    place = PLACES[rule.chain]
+    return Kind(place.table, place.kind, rule.family, frozenset(parts_of(rule)))
 
 
 def _anybodys(rule: Rule) -> Rule:

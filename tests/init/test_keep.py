@@ -11,6 +11,7 @@ import meshnet.net.keeper
 from tests.init.kept import Kept
 from tests.init.kernel import APP_PORT, INBOUND, OUTBOUND, connect, listening
 from tests.init.sides import marked
+from tests.lesser_kernel import lacking
 from tests.world import ProgramFailed, wait_for
 
 pytestmark = pytest.mark.netns
@@ -86,6 +87,25 @@ def test_rules_that_are_put_ahead_of_ours_are_put_behind_again_and_stay(kept: Ke
         connect(host, "10.96.0.7", 443, outbound, direct).close()
         own = marked(host, "ipv4", 0x1000)
         connect(host, "10.96.0.7", 443, direct, outbound, client=own).close()
+
+
+def test_what_comes_later_is_tried_and_another_backend_taken_if_need_be(by_nft: Kept) -> None:
+    """IPv6, whose tables lack what those of IPv4 have: rules of kinds that nobody had tried."""
+    host = by_nft.host
+
+    def lived() -> str:
+        host.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=1")
+        host.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "tcp", "--dport", "7", "-j", "RETURN")
+        process = host.spawn(
+            "meshnet", "rules", "keep", "--config", by_nft.config, name="keeper", MESHNET_CAPTURE__BACKEND="auto"
+        )
+        first = wait_for(lambda: report.backend if (report := by_nft.now()).in_place else "")
+        host.run("sysctl", "-qw", "net.ipv6.conf.all.disable_ipv6=0")
+        wait_for(lambda: (report := by_nft.now()).in_place and report.backend == "nft", what="the rules by nft")
+        captured = host.run("iptables-legacy", "-t", "nat", "-S").stdout.count("REDIRECT")
+        return f"{first}, then nft; {captured} left by the first; {process.terminate()}"
+
+    assert lacking(["REDIRECT"], lived, "ipv6") == "legacy, then nft; 0 left by the first; 0"
 
 
 def test_who_fights_is_named_and_it_goes_on_with_pauses(by_nft: Kept) -> None:

@@ -28,7 +28,7 @@ from meshnet.proxy.notify import Notifier
 from meshnet_init.apply import apply_plan, drift, in_kernel
 from meshnet_init.backends import Backend, Installed
 from meshnet_init.canary import ask_the_proxy
-from meshnet_init.choose import choose_for, every_backend
+from meshnet_init.choose import choose_for, every_backend, kinds_of
 from meshnet_init.host import host_facts
 from meshnet_init.inbound_canary import fly_in
 from meshnet_init.keep.door import Door
@@ -36,6 +36,7 @@ from meshnet_init.keep.guard import Guard
 from meshnet_init.keep.line import SidecarLine
 from meshnet_init.keep.news import RulesNews
 from meshnet_init.keep.way_in import captured_ways_in, need_way_in
+from meshnet_init.kind import Kind
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import installed_routing
 from meshnet_init.rule import Plan, Rule
@@ -62,7 +63,7 @@ class Keeper:
         self._ways_in = ways_in
         self._settings = read_settings()
         self._plan = make_plan(self._settings, host_facts())
-        self._backend = _chosen(self._settings, self._plan)
+        self._backend, self._kinds = _chosen(self._settings, self._plan)
         self._line: SidecarLine | None = None
         self._guard = Guard()
         self._unguarded = ""
@@ -130,7 +131,8 @@ class Keeper:
             self._proofs, self._inbound = {}, ()
             return
         try:
-            self._plan = self._found or make_plan(self._settings, host_facts())
+            if self._found is None:
+                self._plan_again()
             if not self._is_open:
                 self._hold(by)
                 self._stand_guard()
@@ -139,6 +141,13 @@ class Keeper:
             self._fail(error)
         self._prove()
         self._prove_inbound()
+
+    def _plan_again(self) -> None:
+        """What the host has may be more than when the backend was chosen: IPv6, a cgroup."""
+        self._plan = make_plan(self._settings, host_facts())
+        if not kinds_of(self._plan) <= self._kinds:
+            self._backend, self._kinds = _chosen(self._settings, self._plan)
+            self._has_held = False
 
     def _hold(self, by: Sequence[str]) -> None:
         found = in_kernel()
@@ -350,7 +359,7 @@ class Keeper:
             plan = make_plan(settings, host_facts())
             before = [*_in_force(in_kernel()), *([self._plan.rules] if self._ever_held else [])]
             need_way_in(plan.rules, before, self._ways_in())
-            self._backend = _chosen(settings, plan)
+            self._backend, self._kinds = _chosen(settings, plan)
         except (ConfigError, CommandError) as error:
             self._refuse(error)
         else:
@@ -448,11 +457,12 @@ class Keeper:
             self._ending = True
 
 
-def _chosen(settings: Settings, plan: Plan) -> Backend:
+def _chosen(settings: Settings, plan: Plan) -> tuple[Backend, frozenset[Kind]]:
+    """And what it was tried for."""
     choice = choose_for(settings, plan)
     for note in choice.notes:
         _log.info("%s", note)
-    return choice.backend
+    return choice.backend, kinds_of(plan)
 
 
 def _in_force(found: Sequence[tuple[Backend, Installed]]) -> list[tuple[Rule, ...]]:
