@@ -179,10 +179,15 @@ def iptables_words(rule: Rule) -> list[str]:
     return [*words, "-j", *_target(rule)]
 
 
+BUILT_IN = frozenset({"-j RETURN", "-j DROP"})
+"""Of x_tables itself, in no module of their own."""
+
+
 def parts_of(rule: Rule) -> frozenset[str]:
-    """Its matches and its target, `-m owner` and `-j TPROXY` for two."""
+    """Its matches and its target, `-m owner` and `-j TPROXY` for two; what every kernel has only where that is all."""
     words = iptables_words(rule)
-    return frozenset(f"{option} {name}" for option, name in itertools.pairwise(words) if option in ("-m", "-j"))
+    parts = frozenset(f"{option} {name}" for option, name in itertools.pairwise(words) if option in ("-m", "-j"))
+    return parts - BUILT_IN or parts
 
 
 def _target(rule: Rule) -> list[str]:

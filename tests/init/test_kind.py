@@ -57,6 +57,12 @@ def test_a_combination_that_is_refused_is_named_whole() -> None:
     assert lacking(answers) == Answer(["a", "b"], "not together")
 
 
+def test_a_target_that_every_kernel_has_is_not_what_it_lacks() -> None:
+    assert parts_of(Rule(chain=CHAIN_OUT, gid=0)) == {"-m owner"}
+    assert parts_of(Rule(chain=CHAIN_OUT, gid=0, verdict="drop")) == {"-m owner", "-m tcp"}
+    assert parts_of(Rule(chain=CHAIN_OUT)) == {"-j RETURN"}
+
+
 def test_modules_have_the_names_that_the_kernel_gives_them() -> None:
     parts = {part for plan in PLANS.values() for rule in plan.rules for part in parts_for_nft(rule)}
     known = {"nf_tables", "nft_ct", "nft_fib_inet", "nft_queue", "nft_redir", "nft_reject_inet", "nft_socket"}

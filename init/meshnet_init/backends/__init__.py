@@ -126,6 +126,12 @@ def not_permitted(to: Literal["read", "change"]) -> CommandError:
     )
 
 
+def modprobe(modules: Iterable[str]) -> str:
+    """What to type to have all of them; nothing for none."""
+    named = tuple(dict.fromkeys(modules))
+    return " ".join(("modprobe", *(["-a"] if len(named) > 1 else []), *named)) if named else ""
+
+
 def hung(program: str, seconds: float) -> CommandError:
     """For what was stopped, as it had not ended after so long."""
     return CommandError(

@@ -18,13 +18,14 @@ import msgspec
 from pyroute2.netlink.nfnetlink.nftsocket import NFPROTO_IPV4, NFPROTO_IPV6
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import Counted, Installed, Lack
+from meshnet_init.backends import Counted, Installed, Lack, modprobe
 from meshnet_init.backends.cgroups import without_missing
-from meshnet_init.backends.nft import drop_empty_iptables
+from meshnet_init.backends.nft import drop_empty_iptables, nat_refused
 from meshnet_init.backends.nft_tables import nft_chains
 from meshnet_init.foreign import standing_ahead
 from meshnet_init.kind import Answer, lacking, samples
 from meshnet_init.render import (
+    BUILT_IN,
     TABLES,
     chains_of,
     insert_jump,
@@ -47,6 +48,9 @@ _SAVED_RULE = re.compile(r"\[(\d+):(\d+)\] -A (\S+) (.*)")
 
 class Speaker(Protocol):
     """For one family. Raises CommandError, and then nothing has changed."""
+
+    def lack(self) -> Lack:
+        """What it cannot speak without, whatever the kernel has."""
 
     def save(self, table: Table) -> str:
         """That table, as `iptables-save -c -t TABLE` prints it."""
@@ -79,7 +83,8 @@ class IptablesBackend:
         plan = without_missing(plan)
         with self._session(True):
             lacks = [lack for table in self._tables if (lack := table.unavailable(plan))]
-        return Lack("; ".join(lack.why for lack in lacks), " && ".join(dict.fromkeys(lack.fix for lack in lacks)))
+        whys, fixes = dict.fromkeys(lack.why for lack in lacks), dict.fromkeys(lack.fix for lack in lacks if lack.fix)
+        return Lack("; ".join(whys), " && ".join(fixes))
 
     def installed(self) -> Installed | None:
         with self._session(False):
@@ -274,24 +279,32 @@ class _Table:
         """What the kernel lacks for what `plan` has for this table."""
         of_family = plan.of_family(self.family) if plan.ipv6 or self.family == "ipv4" else ()
         rules = [rule for rule in of_family if PLACES[rule.chain].table == self.name]
+        if rules and (unable := self._speaker.lack()):
+            return unable
         lack = lacking(self._answers(samples(rules, parts_of))) if rules else None
         if lack is None:
             return Lack()
         command = "iptables" if self.family == "ipv4" else "ip6tables"
-        # As the kernel asks for it: the modules have these names beside their own (xt_find_target of x_tables.c).
-        prefix = {
-            "-t": command.removesuffix("s"),
-            "-m": command.removesuffix("ables"),
-            "-j": command.removesuffix("ables"),
-        }
-        named = (part.split() for part in lack.parts)
-        return Lack(
-            f"{command} takes no {', '.join(lack.parts)}: {lack.said}",
-            f"modprobe {' '.join(f'{prefix[option]}_{name}' for option, name in named)}",
-        )
+        said = f"{command} takes no {', '.join(lack.parts)}: {lack.said}"
+        return Lack(said, modprobe(module for part in lack.parts for module in self._modules(part)))
+
+    def _modules(self, part: str) -> Iterator[str]:
+        """Those that have one of `parts_of`, or `-t TABLE`, by the names that the kernel asks for them by."""
+        option, name = part.split()
+        if option == "-t":
+            of_legacy = f"{'iptable' if self.family == 'ipv4' else 'ip6table'}_{name}"
+            of_nft = "nft_chain_nat" if name == "nat" else "nf_tables"
+            yield of_nft if self._kind == "nft" else of_legacy
+        elif part not in BUILT_IN:
+            if self._kind == "nft":
+                yield "nft_compat"  # by which nf_tables has what x_tables has
+            yield f"{'ipt' if self.family == 'ipv4' else 'ip6t'}_{name}"  # xt_find_target of x_tables.c
 
     def _answers(self, rules: Sequence[Rule]) -> list[Answer]:
         """Of the table, and of the rules if it was taken; those are told apart by halves."""
+        # By a chain that nothing leads to iptables-nft does not learn of it.
+        if self._kind == "nft" and self.name == "nat" and (said := nat_refused(self._protocol)):
+            return [Answer({"-t nat"}, said)]
         if not (said := self._refuses(rules)):
             return [Answer(parts_of(rule)) for rule in rules]
         if bare := self._refuses(()):

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import hung, not_permitted
+from meshnet_init.backends import Lack, hung, not_permitted
 from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend, Kind, Speaker
 from meshnet_init.host import may_change_rules
 from meshnet_init.rule import Table
@@ -41,6 +41,14 @@ class Binaries:
         self._command = command
         self._wait = ["--wait", _LOCK_WAIT] if wait else []
 
+    def lack(self) -> Lack:
+        try:
+            for verb in ("restore", "save"):
+                self._path(f"{self._command}-{verb}")
+        except CommandError as error:
+            return Lack(error.what, error.fix)
+        return Lack()
+
     def save(self, table: Table) -> str:
         return self._run(f"{self._command}-save", ["-c", "-t", table])
 
@@ -48,13 +56,7 @@ class Binaries:
         self._run(f"{self._command}-restore", ["--noflush", *self._wait], text)
 
     def _run(self, program: str, arguments: list[str], text: str = "") -> str:
-        path = shutil.which(program, path=_PATH)
-        if path is None:
-            raise CommandError(
-                f"{program} is not installed",
-                why=f"{self._family} rules are part of the plan" if self._family == "ipv6" else "PATH does not have it",
-                fix="install iptables, or use --backend nft" + (", or --ipv6 off" if self._family == "ipv6" else ""),
-            )
+        path = self._path(program)
         try:
             done = subprocess.run(
                 [path, *arguments],
@@ -86,6 +88,16 @@ class Binaries:
             why=said,
             fix="see what is there: iptables-save; or use --backend nft",
         )
+
+    def _path(self, program: str) -> str:
+        path = shutil.which(program, path=_PATH)
+        if path is None:
+            raise CommandError(
+                f"{program} is not installed",
+                why=f"{self._family} rules are part of the plan" if self._family == "ipv6" else "PATH does not have it",
+                fix="install iptables, or use --backend nft" + (", or --ipv6 off" if self._family == "ipv6" else ""),
+            )
+        return path
 
 
 def _version(command: str) -> tuple[Kind, bool] | None:

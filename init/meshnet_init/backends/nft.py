@@ -31,7 +31,7 @@ from pyroute2.netlink.nfnetlink.nftsocket import (
 )
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import Counted, Installed, Lack, not_permitted
+from meshnet_init.backends import Counted, Installed, Lack, modprobe, not_permitted
 from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.nft_expressions import decode, encode, module_of, parts_of
 from meshnet_init.backends.nft_tables import NF_ACCEPT, Message, dump, made_later, nft_chains
@@ -70,8 +70,8 @@ class NftBackend:
         lack = lacking(self._answers(samples(without_missing(plan).rules, parts_of)))
         if lack is None:
             return Lack()
-        modules = " ".join(sorted({module_of(part) for part in lack.parts}))
-        return Lack(f"the kernel's nftables has no {', '.join(lack.parts)}: {lack.said}", f"modprobe {modules}")
+        modules = sorted({module_of(part) for part in lack.parts})
+        return Lack(f"the kernel's nftables has no {', '.join(lack.parts)}: {lack.said}", modprobe(modules))
 
     def _answers(self, rules: Sequence[Rule]) -> list[Answer]:
         """Of the table, of the chains if that was taken, and of the rules if those were."""
@@ -184,6 +184,33 @@ def drop_empty_iptables(family: int, table: Table) -> None:
             attributes = [("NFTA_CHAIN_TABLE", table), ("NFTA_CHAIN_NAME", chain.name)]
             _delete_if_empty(_message(nft_chain_msg, NFT_MSG_DELCHAIN, _NLM_F_NONREC, attributes, family))
     _delete_if_empty(_message(nft_table_msg, NFT_MSG_DELTABLE, _NLM_F_NONREC, [("NFTA_TABLE_NAME", table)], family))
+
+
+def nat_refused(family: int) -> str:
+    """Why the kernel takes no chain of the type nat in this family, as iptables-nft's are; empty where it does. One is
+    made, and deleted in the same transaction.
+    """
+    name = f"{NFT_TABLE}_probe"
+    attributes = [
+        ("NFTA_CHAIN_TABLE", name),
+        ("NFTA_CHAIN_NAME", "OUTPUT"),
+        ("NFTA_CHAIN_HOOK", {"attrs": [("NFTA_HOOK_HOOKNUM", _HOOKS["OUTPUT"]), ("NFTA_HOOK_PRIORITY", -100)]}),
+        ("NFTA_CHAIN_TYPE", "nat"),
+    ]
+    of_table = [("NFTA_TABLE_NAME", name)]
+    try:
+        _commit(
+            [
+                _message(nft_table_msg, NFT_MSG_NEWTABLE, NLM_F_CREATE, of_table, family),
+                _message(nft_chain_msg, NFT_MSG_NEWCHAIN, NLM_F_CREATE, attributes, family),
+                _message(nft_table_msg, NFT_MSG_DELTABLE, 0, of_table, family),
+            ]
+        )
+    except PermissionError as error:
+        raise not_permitted("change") from error
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _delete_if_empty(message: Message) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from meshnet.errors import CommandError
-from meshnet_init.backends import hung, not_permitted
+from meshnet_init.backends import Lack, hung, not_permitted
 from meshnet_init.backends.iptables import FAMILIES, IpFamily, IptablesBackend
 from meshnet_init.host import may_change_rules
 from meshnet_init.rule import Table
@@ -54,6 +54,9 @@ class PythonIptables:
     def __init__(self, family: IpFamily) -> None:
         self._family = family
         self._program: subprocess.Popen[str] | None = None
+
+    def lack(self) -> Lack:
+        return Lack()
 
     def save(self, table: Table) -> str:
         return self._ask({"save": table})
