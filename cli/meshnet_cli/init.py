@@ -249,6 +249,8 @@ def command(
     click.echo(f"{applied.rules} rules for {families} {what} ({applied.backend})")
     for each in applied.warnings():
         warn(each)
+    for each in applied.tried_here:
+        click.echo(printable(each))
     for older in applied.replaced:
         click.echo(f"older rules of {older} taken out")
     for older in applied.kept:

@@ -84,8 +84,8 @@ def command(
     with phase("discover") as say:
         say(" · ".join(_discovered(settings)) or "nobody listens here yet")
     if dry_run:
-        for note in choice.notes:
-            warn(note)
+        for each in choice.passed_over:
+            warn(each)
         print_plan(settings)
         return
     _bring_up(_Wanted(settings, config, keeper, trust_domain, snapshot, choice), status, kept, rollback_after)

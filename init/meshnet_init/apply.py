@@ -20,7 +20,7 @@ from meshnet_init.rule import Plan
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`replaced` are the backends whose older rules were taken out; `kept`, those whose drain set still stands.
 
-    `unseen` are legacy tables that could not be looked at. `choice` is what is to be said of how `backend` was chosen.
+    `unseen` are legacy tables that could not be looked at. `passed_over` and `tried_here` say how `backend` was chosen.
     """
 
     backend: str
@@ -31,10 +31,11 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     kept: tuple[str, ...] = ()
     missing_cgroups: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
-    choice: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    tried_here: tuple[str, ...] = ()
 
     def warnings(self) -> Iterator[str]:
-        yield from self.choice
+        yield from self.passed_over
         for path in self.missing_cgroups:
             yield f"there is no cgroup {path}: nobody is in it (systemd-cgls shows which there are)"
         if self.unseen:
@@ -53,7 +54,9 @@ def apply(settings: Settings, backend: str = "", choice: Choice | None = None) -
     choice = choice or choose_for(settings, plan, backend)
     keeper = tell_keeper(StandDown())
     try:
-        return msgspec.structs.replace(apply_plan(plan, choice.backend), choice=choice.notes)
+        return msgspec.structs.replace(
+            apply_plan(plan, choice.backend), passed_over=choice.passed_over, tried_here=choice.tried_here
+        )
     finally:
         if keeper is not None:
             tell_keeper(TakeUp())

@@ -30,10 +30,16 @@ _NOT_INSTALLED = {
 
 
 class Choice(NamedTuple):
-    """`notes`: which better backends were passed over and why, and where one was tried, if not out of the way."""
+    """Which better backends were `passed_over`, and why; which were `tried_here`, for want of a namespace for it."""
 
     backend: Backend
-    notes: tuple[str, ...] = ()
+    passed_over: tuple[str, ...] = ()
+    tried_here: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """All that is to be said of it."""
+        return (*self.tried_here, *self.passed_over)
 
 
 def choose_for(settings: Settings, plan: Plan, name: str = "") -> Choice:
@@ -51,16 +57,16 @@ def choose(name: str, plan: Plan, in_the_way: Callable[[Backend], Sequence[str]]
         raise CommandError(f"no backend {name!r}", fix=f"use one of {', '.join(BACKENDS)}", code=2)
     need_right_to_change()
     lacks: list[tuple[Backend, Lack]] = []
-    notes: list[str] = []
+    tried_here: list[str] = []
     for backend in _in_order(name):
         lack, here = tried_in_scratch(partial(backend.unavailable, plan), Lack)
         if here:
-            notes.append(
+            tried_here.append(
                 f"{backend.name} was tried in this network namespace, by rules that nothing came to:"
                 f" none of its own may be made here ({here})"
             )
         if not lack:
-            return Choice(backend, (*notes, *(_passed_over(*each) for each in lacks)))
+            return Choice(backend, tuple(_passed_over(*each) for each in lacks), tuple(tried_here))
         lacks.append((backend, lack))
     if not lacks:
         raise _nobody(name)
@@ -72,7 +78,7 @@ def choose(name: str, plan: Plan, in_the_way: Callable[[Backend], Sequence[str]]
         others = "apt-get install iptables"
     raise CommandError(
         "no way to put rules into this kernel" if name == "auto" else f"backend {name} cannot be used here",
-        why="; ".join([*(f"{backend.name}: {lack.why}" for backend, lack in lacks), *notes]),
+        why="; ".join([*(f"{backend.name}: {lack.why}" for backend, lack in lacks), *tried_here]),
         fix="; or ".join(filter(None, (*fixes, without, others))),
     )
 

@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -28,14 +30,25 @@ pytestmark = pytest.mark.netns
 # An init container's, by the manifests of `meshnet inject`: tests/pod runs those themselves.
 INIT_CONTAINER = ("setpriv", "--bounding-set=-all,+net_admin", "--inh-caps=-all", "--no-new-privs", "--")
 WITH_LEGACY = ("setpriv", "--bounding-set=-all,+net_admin,+net_raw", "--inh-caps=-all", "--no-new-privs", "--")
+# The keeper's unit: units.py.
+_CAPABILITIES = ("--inh-caps", "--ambient-caps", "--bounding-set")
+KEEPER = (
+    *("setpriv", "--reuid=65534", "--regid=0", "--clear-groups", "--no-new-privs"),
+    *(f"{kind}=-all,+net_admin,+net_raw" for kind in _CAPABILITIES),
+    "--",
+)
 EVERYTHING = {"strict": True, "inbound_mode": "tproxy", "udp": "reject", "drop_invalid": True, "exclude_uids": ["7"]}
 
 CHOOSE = """
-import json, sys
+import json, os, sys
 from meshnet_init.choose import choose_for
 from meshnet_init.host import host_facts
 from meshnet_init.plan import make_plan
 from tests.init.kernel import capture
+from tests.seccomp import Refusal, refuse
+refuse(*(Refusal(call, {}, 1) for call in sys.argv[2:]))  # EPERM
+if os.getuid():  # who may perhaps not run this Python, as python-iptables has to
+    sys.modules["iptc"] = None
 settings = capture(**json.loads(sys.argv[1]))
 choice = choose_for(settings, make_plan(settings, host_facts()))
 print(json.dumps([choice.backend.name, *choice.notes]))
@@ -47,10 +60,13 @@ def no_namespaces() -> None:
     refuse(*(Refusal("unshare", {0: flags}, errno.EPERM) for flags in (0x40000000, 0x50000000)))  # CLONE_NEW*
 
 
-def chosen_as(lab: Lab, rights: tuple[str, ...], **values: object) -> list[str]:
-    """Which backend a process with these rights chooses, and what it says of it."""
-    line = (*rights, sys.executable, "-c", CHOOSE, json.dumps({"backend": lab.backend.name, **values}))
-    return [str(word) for word in json.loads(lab.app.run(*line, PYTHONPATH=":".join(sys.path)).stdout)]
+def chosen_as(
+    lab: Lab, rights: tuple[str, ...], *refused: str, environment: dict[str, str] | None = None, **values: object
+) -> list[str]:
+    """Which backend a process with these rights, and without these system calls, chooses, and what it says of it."""
+    line = (*rights, sys.executable, "-c", CHOOSE, json.dumps({"backend": lab.backend.name, **values}), *refused)
+    done = lab.app.run(*line, PYTHONPATH=":".join(sys.path), **(environment or {}))
+    return [str(word) for word in json.loads(done.stdout)]
 
 
 def test_an_init_container_tries_every_kind_in_a_namespace_of_its_own(lab: Lab) -> None:
@@ -59,6 +75,16 @@ def test_an_init_container_tries_every_kind_in_a_namespace_of_its_own(lab: Lab) 
     assert chosen_as(lab, rights, **EVERYTHING) == [lab.backend.name]
     assert lab.rules_text() == before
     assert "nat" not in lab.app.run("cat", "/proc/net/ip_tables_names", check=False).stdout.split()
+
+
+def test_the_keeper_tries_every_kind_in_a_namespace_of_its_own(lab: Lab, real_root: bool) -> None:
+    """It is a user of its own, and its unit has no capset, by which rights are handed down."""
+    if not real_root:
+        pytest.skip("there is no other user here: run it as root")
+    with tempfile.NamedTemporaryFile(prefix="meshnet-lock-") as lock:
+        Path(lock.name).chmod(0o644)
+        chosen = chosen_as(lab, KEEPER, "capset", environment={"XTABLES_LOCKFILE": lock.name}, **EVERYTHING)
+    assert chosen == [lab.backend.name]
 
 
 def test_an_init_container_is_told_which_kind_its_kernel_lacks(world: World) -> None:
@@ -94,7 +120,7 @@ def test_where_no_namespace_may_be_made_it_is_said_and_nothing_is_captured_by_th
 
 
 def test_where_programs_would_have_no_rights_in_it_they_are_tried_here_and_it_is_said(lab: Lab) -> None:
-    """The keeper's unit: it may make a user namespace, and not hand rights down in it (capset)."""
+    """Root that may make a user namespace, and not hand rights down in it (capset)."""
     plan = make_plan(capture(**EVERYTHING), host_facts())
 
     def tried() -> str:

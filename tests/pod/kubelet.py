@@ -3,7 +3,8 @@
 One host is one pod. Whatever a container runs with (command, variables, user, group, capabilities, mounts, probes,
 hooks) is read from the manifest, as `meshnet inject` printed it. A container gets a root directory of its own in a
 mount namespace, with as much of this machine in it as its programs need and the users of init/Containerfile, and its
-user and capabilities by setpriv, which makes the same system calls as a runtime. Nothing is done about seccomp.
+user and capabilities by setpriv, which makes the same system calls as a runtime. Of a runtime's seccomp profile it has
+that no namespace can be made.
 """
 
 import base64
@@ -216,6 +217,16 @@ _USUAL = ("chown", "dac_override", "fsetid", "fowner", "mknod", "net_raw", "setg
           "net_bind_service", "sys_chroot", "kill", "audit_write")  # fmt: skip
 
 
+# As the profiles of containerd and CRI-O for who has no CAP_SYS_ADMIN.
+_SECCOMP = """
+import errno, os, sys
+sys.path.insert(0, sys.argv[1])
+from tests.seccomp import Refusal, refuse
+refuse(Refusal("unshare", {}, errno.EPERM))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
 def _rights(security: Object, of_pod: Object) -> list[str]:
     capabilities = security.get("capabilities", {})
     kept = set() if capabilities.get("drop") == ["ALL"] else set(_USUAL)
@@ -223,6 +234,7 @@ def _rights(security: Object, of_pod: Object) -> list[str]:
     user = security.get("runAsUser", of_pod.get("runAsUser", 0))
     group = security.get("runAsGroup", of_pod.get("runAsGroup", 0))
     assert not (security.get("runAsNonRoot") and user == 0), "a kubelet would refuse it"
+    profile = security.get("seccompProfile", of_pod.get("seccompProfile", {})).get("type", "Unconfined")
     # The image's own groups of the user come with it, unless the pod says Strict.
     strict = of_pod.get("supplementalGroupsPolicy") == "Strict"
     groups = ("--groups", "15137") if user == 0 and not strict else ("--clear-groups",)
@@ -232,4 +244,5 @@ def _rights(security: Object, of_pod: Object) -> list[str]:
         *("--inh-caps", "-all", "--bounding-set", ",".join(["-all", *(f"+{name}" for name in sorted(kept))])),
         *(() if security.get("allowPrivilegeEscalation", True) else ("--no-new-privs",)),
         "--",
+        *((sys.executable, "-c", _SECCOMP, str(ROOT)) if profile == "RuntimeDefault" else ()),
     ]

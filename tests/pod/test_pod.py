@@ -84,6 +84,16 @@ def test_each_backend_has_the_rights_it_needs_and_no_more(client: Callable[..., 
     assert lock.exists() == (backend == "legacy")
 
 
+@pytest.mark.parametrize("backend", ["nft", "iptables"])
+def test_that_the_rules_are_tried_in_the_pod_s_own_namespace_is_told_and_no_warning(
+    client: Callable[..., Pod], backend: str
+) -> None:
+    """A runtime lets nobody make another one."""
+    said = client(CLIENT, "--backend", backend).run_to_end("meshnet-init")
+    assert f"{backend} was tried in this network namespace, by rules that nothing came to" in said
+    assert "warning" not in said
+
+
 def test_legacy_tables_that_may_not_be_looked_at_are_left_aside_and_told(client: Callable[..., Pod]) -> None:
     pod = client(CLIENT)
     pod.host.run("iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT")

@@ -135,16 +135,19 @@ def _said(probe: Callable[[], object]) -> _Answer:
 def _enter() -> bool:
     """Moves this process into a new network namespace. Whether that took a user namespace. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    gid = os.getegid()
+    uid, gid = os.geteuid(), os.getegid()
     if libc.unshare(_CLONE_NEWNET) == 0:
         return False
     if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNET):
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    # A rule may name no id that is not mapped. To map root's uid would take CAP_SETFCAP: user_namespaces(7).
+    # A rule may name no id that is not mapped.
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
-    _hand_down_rights(libc)
+    if uid:  # root there, whose programs need not be handed anything
+        Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+    else:  # to map root's takes CAP_SETFCAP: user_namespaces(7)
+        _hand_down_rights(libc)
     return True
 
 
