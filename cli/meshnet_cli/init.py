@@ -210,7 +210,7 @@ def with_flags(settings: Settings, flags: dict[str, Any]) -> Settings:
     "--format",
     "form",
     type=click.Choice(("nft", "iptables", "json")),
-    help="How --dry-run prints; without it as --backend iptables would take it, else as nft would.",
+    help="How --dry-run prints; without it as the --backend would take it, and for auto as nft would.",
 )
 @click.option("--verify", "prove", is_flag=True, help="Prove that the rules capture, or put the old state back.")
 @ssh.risk_option
@@ -350,13 +350,17 @@ def _running(settings: Settings) -> Status | None:
 
 
 def print_plan(settings: Settings, form: str | None = None) -> None:
-    """As nft, iptables or json; without `form` for whatever the settings name to write the rules."""
+    """As nft, iptables or json; without `form` for whatever the settings name to write the rules, which says so where
+    that is not to be known without trying.
+    """
     from meshnet_init.host import host_facts
     from meshnet_init.plan import make_plan
     from meshnet_init.render import iptables_text, nft_text
 
     plan = make_plan(settings, host_facts())
-    form = form or ("iptables" if settings.capture.backend in ("iptables", "legacy") else "nft")
+    if form is None and settings.capture.backend == "auto":
+        click.echo("as nft would take them; sudo meshnet check tells which backend auto takes here", err=True)
+    form = form or form_for(settings.capture.backend)
     if form == "nft":
         click.echo(nft_text(plan), nl=False)
     elif form == "json":
@@ -365,6 +369,11 @@ def print_plan(settings: Settings, form: str | None = None) -> None:
         click.echo("# iptables-restore --noflush\n" + iptables_text(plan, "ipv4"), nl=False)
         if plan.ipv6:
             click.echo("# ip6tables-restore --noflush\n" + iptables_text(plan, "ipv6"), nl=False)
+
+
+def form_for(backend: str) -> str:
+    """How rules are printed that this backend would write."""
+    return "iptables" if backend in ("iptables", "legacy") else "nft"
 
 
 def _connections(count: int) -> str:

@@ -16,7 +16,7 @@ from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
 from meshnet_cli import lock, preflight, supervise
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_settings
-from meshnet_cli.init import print_plan
+from meshnet_cli.init import form_for, print_plan
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import warn, with_sudo
 from meshnet_cli.phases import phase
@@ -86,7 +86,7 @@ def command(
     if dry_run:
         for each in choice.passed_over:
             warn(each)
-        print_plan(settings)
+        print_plan(settings, form_for(choice.backend.name))
         return
     _bring_up(_Wanted(settings, config, keeper, trust_domain, snapshot, choice), status, kept, rollback_after)
 

@@ -60,8 +60,10 @@ def test_init_without_the_right_to_says_what_to_type(machine: Machine, words: st
 def test_a_dry_run_prints_for_the_backend_that_was_asked_for(
     machine: Machine, arguments: list[str], table: str
 ) -> None:
-    shown = machine.meshnet("init", "--dry-run", *arguments).stdout
-    assert [each for each in ("*nat", "table inet") if each in shown] == [table]
+    done = machine.meshnet("init", "--dry-run", *arguments)
+    assert [each for each in ("*nat", "table inet") if each in done.stdout] == [table]
+    told = "as nft would take them; sudo meshnet check tells which backend auto takes here\n"
+    assert done.stderr == ("" if arguments else told)
 
 
 @pytest.mark.parametrize(

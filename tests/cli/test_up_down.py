@@ -130,6 +130,11 @@ def test_a_dry_run_shows_the_rules_and_changes_nothing(machine: Machine) -> None
     assert not before.changed()
     machine.configure("[capture]\nbackend = 'iptables'\n")
     assert "# iptables-restore --noflush\n" in machine.meshnet("up", "--dry-run").stdout
+    machine.configure("[capture]\nbackend = 'auto'\n")
+    machine.host.run(
+        "iptables-legacy", "-t", "nat", "-A", "OUTPUT", "-p", "udp", "-j", "ACCEPT"
+    )  # it takes legacy then
+    assert "# iptables-restore --noflush\n" in machine.meshnet("up", "--dry-run").stdout
 
 
 def test_open_connections_live_through_up_and_down_which_waits_for_those_it_captured(
