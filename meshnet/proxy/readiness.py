@@ -6,6 +6,7 @@ by it: one question, of a few kilobytes and seconds, has one answer, whether the
 the health port's /readyz tells.
 """
 
+import select
 import socket
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ class CapturedReadiness:
         self._answers = answers
         self._came = came
         self._open: set[trio.CancelScope] = set()
-        self._silent: dict[trio.CancelScope, None] = {}  # those that have not asked yet, the oldest first
+        self._silent: dict[trio.CancelScope, int] = {}  # those that have not asked yet, the oldest first; descriptors
 
     async def handle(self, stream: trio.SocketStream) -> None:
         """One that came through the rules."""
@@ -49,7 +50,7 @@ class CapturedReadiness:
             return
         with trio.CancelScope() as scope:
             self._open.add(scope)
-            self._silent[scope] = None
+            self._silent[scope] = stream.socket.fileno()
 
             async def answer(request: h11.Request) -> Answer:
                 self._silent.pop(scope, None)
@@ -67,7 +68,11 @@ class CapturedReadiness:
 
     def _let_one_go(self) -> bool:
         """Who says nothing is in nobody's way: a kubelet asks at once."""
-        oldest = next(iter(self._silent), None)
+        poll = select.poll()
+        for descriptor in self._silent.values():
+            poll.register(descriptor, select.POLLIN)
+        heard = {descriptor for descriptor, _ in poll.poll(0)}  # what has come and is not read yet may be a question
+        oldest = next((scope for scope, descriptor in self._silent.items() if descriptor not in heard), None)
         if oldest is None:
             return False
         del self._silent[oldest]

@@ -217,17 +217,39 @@ async def test_of_more_than_a_few_the_oldest_is_let_go_that_says_nothing(mock_cl
         ours.close()
 
 
+async def test_who_has_asked_is_not_let_go_before_that_was_read(mock_clock: MockClock) -> None:
+    readiness = CapturedReadiness(cast("Answers", Slow()), lambda family: None)
+    pairs = [trio.socket.socketpair() for _ in range(33)]
+    async with trio.open_nursery() as nursery:
+        for _, theirs in pairs[:-1]:
+            nursery.start_soon(readiness.handle, trio.SocketStream(theirs))
+            await trio.testing.wait_all_tasks_blocked()
+        gone: list[int] = []
+
+        async def look() -> None:
+            await trio.testing.wait_all_tasks_blocked()
+            gone.extend(at for at, (ours, _) in enumerate(pairs) if hung_up(ours))
+            nursery.cancel_scope.cancel()
+
+        nursery.start_soon(look)
+        os.write(pairs[0][0].fileno(), b"GET /readyz HTTP/1.1\r\nHost: web\r\n\r\n")
+        await readiness.handle(trio.SocketStream(pairs[-1][1]))  # at once, before whoever would read that runs
+    assert gone == [1]
+    for ours, _ in pairs:
+        ours.close()
+
+
 def test_a_kubelet_has_its_answer_among_any_number_that_say_nothing(mesh: Mesh, web: Host, peer: Host) -> None:
     mesh.write()
     sidecar = mesh.sidecar(web, capture=ON)
     sidecar.capture()
     with ExitStack() as stack:
-        for _ in range(40):
-            stack.enter_context(peer.connect(web.address, READINESS_PORT))
+        silent = [stack.enter_context(peer.connect(web.address, READINESS_PORT)) for _ in range(40)]
+        wait_for(lambda: sum(map(hung_up, silent)) >= 8)  # all have come
         assert ask(peer, web) == (200, "ok\n")
 
 
-def hung_up(sock: trio.socket.SocketType) -> bool:
+def hung_up(sock: trio.socket.SocketType | socket.socket) -> bool:
     with socket.socket(fileno=os.dup(sock.fileno())) as other:
         try:
             return other.recv(1, socket.MSG_DONTWAIT) == b""
