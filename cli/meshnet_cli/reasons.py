@@ -84,8 +84,10 @@ ADVICE: Mapping[Reason, Advice] = {
         "meshnet conns --to SERVICE --open --sort age shows who holds them; or raise limits.maxConnections",
     ),
     Reason.LIMIT_QUEUE_TIMEOUT: Advice(
-        "it waited in the service's queue, and no connection became free in time",
-        "meshnet conns --to SERVICE --open --sort age shows who holds them; or raise limits.maxConnections",
+        "it waited in the service's queue, and no connection became free in time; or more new tunnels were wanted "
+        "at once than this sidecar could shake hands for",
+        "meshnet conns --to SERVICE --open --sort age shows who holds them; or raise limits.maxConnections; where the "
+        "message speaks of handshakes, connect.totalTimeout",
     ),
     Reason.LIMIT_HOST: Advice(
         "the host of one of the sidecars had no descriptor, port or memory left for one more connection",

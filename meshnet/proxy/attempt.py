@@ -12,10 +12,11 @@ from meshnet.model.connection import Attempt, Security
 from meshnet.model.service import Endpoint, ServicePort, TunnelKind
 from meshnet.net import sockets
 from meshnet.proxy.admission import admit
+from meshnet.proxy.patience import Patience
 from meshnet.proxy.record import Record
 from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay import PlainLeg, TunnelLeg
-from meshnet.tunnel.client import ClientTunnel, no_answer
+from meshnet.tunnel.client import ClientTunnel, no_answer, no_turn
 
 _log = logging.getLogger("meshnet.proxy")
 
@@ -50,24 +51,6 @@ class EndpointLeg:
             self.known.open -= 1
         if self.tunnel is not None:
             state.pool.give_back(self.tunnel, reusable=reusable)
-
-
-@dataclass(slots=True)
-class Patience:
-    """Monotonic seconds until when there may be tries at all, and how many seconds one try may take.
-
-    A try that waits for its turn to shake hands takes none of its own meanwhile.
-    """
-
-    until: float
-    attempt: float
-
-    def left(self) -> float:
-        return max(0.0, self.until - time.monotonic())
-
-    def for_attempt(self, spent: float = 0.0) -> float:
-        """`spent`: of its seconds."""
-        return max(0.0, min(self.attempt - spent, self.left()))
 
 
 async def reach_endpoint(
@@ -132,12 +115,15 @@ async def _through_tunnel(
 ) -> EndpointLeg:
     """A lease on a tunnel to the endpoint's sidecar, which has reached the application when this returns."""
     pool, peer = state.pool, (endpoint.tunnel_address, endpoint.identity)
-    tried, spent = 0, 0.0
+    tried, spent, queued = 0, 0.0, 0.0
     while True:
         record.phase = Phase.TLS
+        asked = time.monotonic()
         tunnel = pool.lease_idle(*peer) or await pool.lease(
-            *peer, patience=patience.left(), timeout=patience.for_attempt()
+            *peer, patience=patience.for_turn(), timeout=patience.for_attempt
         )
+        took = tunnel.took if tunnel.is_fresh else 0.0
+        queued += time.monotonic() - asked - took
         # What the peer refuses on a tunnel was refused by that peer: on record before it is asked.
         record.security = Security.MTLS
         record.source_identity = state.identity.name
@@ -148,9 +134,10 @@ async def _through_tunnel(
         record.phase = Phase.CONNECT
         opened, asked = False, time.monotonic()
         try:
-            left = patience.for_attempt(spent + (tunnel.took if tunnel.is_fresh else 0.0))
+            left = patience.for_attempt(spent + took)
             if left < _TOO_SHORT:
-                raise no_answer(patience.attempt)
+                was_late = queued > _TOO_SHORT and patience.attempt - spent - took > _TOO_SHORT
+                raise no_turn(peer, queued) if was_late else no_answer(patience.attempt)
             frames = await tunnel.open(_request(endpoint, service, left, record), early, left)
             opened = True
         except ConnectionFailed as failure:

@@ -23,6 +23,7 @@ from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.address import Address
 from meshnet.model.service import CheckSettings, Endpoint, OnEject, ServicePort, TunnelKind
 from meshnet.net.check import check_application
+from meshnet.proxy.patience import Patience
 from meshnet.proxy.slices import slices
 
 if TYPE_CHECKING:  # it holds the checks
@@ -215,7 +216,7 @@ class Checks:
 
     async def _ask_peer(self, endpoint: Endpoint, service: str, settings: CheckSettings) -> None:
         pool, peer = self._state.pool, (endpoint.tunnel_address, endpoint.identity)
-        until = time.monotonic() + settings.timeout
+        patience = Patience(time.monotonic(), settings.timeout, settings.timeout)
         request = Open(
             host=endpoint.address.host,
             port=endpoint.address.port,
@@ -224,8 +225,9 @@ class Checks:
             check=Check(send=settings.send, expect=settings.expect),
         )
         for _ in range(_KEPT_TUNNELS_TRIED):
-            left = max(0.0, until - time.monotonic())
-            tunnel = pool.lease_idle(*peer) or await pool.lease(*peer, patience=left, timeout=left)
+            tunnel = pool.lease_idle(*peer) or await pool.lease(
+                *peer, patience=patience.for_turn(), timeout=patience.left
+            )
             is_kept = not tunnel.is_fresh
             try:
                 await tunnel.open(request, b"", settings.timeout + _ON_THE_WAY)

@@ -12,9 +12,10 @@ from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.service import Endpoint, HashOn, ServicePort, TunnelKind
 from meshnet.net.strand import in_task
-from meshnet.proxy.attempt import EndpointLeg, Patience, reach_endpoint
+from meshnet.proxy.attempt import EndpointLeg, reach_endpoint
 from meshnet.proxy.candidates import Candidates
 from meshnet.proxy.client import Client
+from meshnet.proxy.patience import Patience
 from meshnet.proxy.record import Record
 from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import EndpointState, ProxyState
@@ -34,7 +35,7 @@ async def dial_service(
     connect = service.traffic.connect
     started = record.opened if record.queued is None else time.monotonic()
     plan = Dial(connect, started, 1 if before.failed else 0)
-    patience = Patience(started + connect.total_timeout, connect.attempt_timeout)
+    patience = Patience(started, connect.total_timeout, connect.attempt_timeout)
     budget = state.service(service).budget
     endpoints = (pinned,) if pinned else service.endpoints
     balancer = state.balancer(service)

@@ -24,8 +24,8 @@ from meshnet.model.ping import EndpointPing, PingResult
 from meshnet.model.service import Endpoint, ServicePort, TunnelKind
 from meshnet.net import sockets
 from meshnet.proxy.admission import admit
-from meshnet.proxy.attempt import Patience
 from meshnet.proxy.capture import CaptureProof
+from meshnet.proxy.patience import Patience
 from meshnet.proxy.record import new_id
 from meshnet.proxy.state import ProxyState
 from meshnet.tunnel.client import ClientTunnel
@@ -142,7 +142,7 @@ async def _endpoint(endpoint: Endpoint, service: ServicePort, timeout: float, st
     known = state.endpoints.get(endpoint.address)
     is_local = state.is_local(endpoint.address.host)
     timeout = min(timeout, _LONGEST)
-    patience = Patience(time.monotonic() + timeout, min(timeout, service.traffic.connect.attempt_timeout))
+    patience = Patience(time.monotonic(), timeout, min(timeout, service.traffic.connect.attempt_timeout))
     steps, failed = _Steps(), None
     try:
         if is_local:

@@ -141,6 +141,12 @@ def no_answer(timeout: float) -> ConnectionFailed:
     return ConnectionFailed(Reason.CONNECT_TIMEOUT, f"the peer sidecar did not answer OPEN within {timeout:.3g} s")
 
 
+def no_turn(key: Key, waited: float) -> ConnectionFailed:
+    """To make a tunnel, in time; seconds."""
+    why = f"too many handshakes at once: no tunnel to {key[0]} within {waited:.1f} s"
+    return ConnectionFailed(Reason.LIMIT_QUEUE_TIMEOUT, why)
+
+
 def refusal(frame: Refused) -> ConnectionFailed:
     try:
         reason = Reason(frame.reason)

@@ -71,17 +71,21 @@ class Pool:
                 self.reap(time.monotonic())
 
     async def lease(
-        self, address: Address, identity: str, *, patience: float = 5.0, timeout: float = 5.0
+        self,
+        address: Address,
+        identity: str,
+        *,
+        patience: float = 5.0,
+        timeout: Callable[[], float] = lambda: 5.0,
     ) -> ClientTunnel:
         """A tunnel to `address`, proven to be `identity`: an idle one, or one that comes back while we wait, or new.
 
-        `timeout` seconds are for the connect and the handshake of a new one, but no more than what the wait for its
-        turn has left of `patience`.
+        `timeout` is asked when the turn for a new one has come: the seconds for its connect and its handshake.
 
         Raises ConnectionFailed: connect.*, tls.*, and limit.queue_timeout when so many handshakes are under way that
         the turn did not come within `patience` seconds; that is nobody's fault but our own.
         """
-        key, until = (address, identity), time.monotonic() + patience
+        key = address, identity
         tunnel = self._take(key)
         if tunnel is None:
             if not self._turns.is_free and (peer := self._peers.get(key)) is not None:
@@ -90,7 +94,7 @@ class Pool:
             tunnel = tunnel or await self._turns.wait(key, patience)
         if tunnel is None:
             try:
-                tunnel = await self._connect(key, min(timeout, max(0.0, until - time.monotonic())))
+                tunnel = await self._connect(key, timeout())
             finally:
                 self._turns.end()
         return self._lent(tunnel)

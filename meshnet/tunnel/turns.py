@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from meshnet.errors import ConnectionFailed, Reason
 from meshnet.net.strand import in_task
-from meshnet.tunnel.client import ClientTunnel, Key
+from meshnet.tunnel.client import ClientTunnel, Key, no_turn
 
 
 @dataclass(slots=True, eq=False)
@@ -67,9 +66,7 @@ class Turns:
             raise
         finally:
             self._forget(waiter)
-        raise ConnectionFailed(
-            Reason.LIMIT_QUEUE_TIMEOUT, f"too many handshakes at once: no tunnel to {key[0]} within {patience:.1f} s"
-        )
+        raise no_turn(key, patience)
 
     def take_if_idle(self) -> bool:
         """A turn for what nobody waits for, while half of them are free; owes one `end`."""

@@ -1,12 +1,14 @@
-"""Two thousand connections at once through two sidecars, to peers that `web` has no tunnels to."""
+"""Bursts to peers that `web` has no tunnels to: two thousand connections at once, and more than there is time for."""
 
 import selectors
 import socket
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
 
+from meshnet.errors import Reason
 from meshnet.model.resource import (
     API_VERSION,
     BreakerSpec,
@@ -18,12 +20,13 @@ from meshnet.model.resource import (
 )
 from tests.proxy import metrics
 from tests.proxy.conftest import API, Hosts
+from tests.proxy.far import Far, serving
 from tests.proxy.programs import TIMEOUT, echo, stopped
 from tests.world import wait_for
 
 pytestmark = pytest.mark.netns
 
-TWIN = "10.96.0.50"
+TWIN, SLOW = "10.96.0.50", "10.96.0.51"
 BURST, AT_ONCE = 2000, 16
 NUMBER = 4  # bytes
 
@@ -101,6 +104,45 @@ def test_a_burst_to_cold_peers_is_served_in_a_fair_order_with_few_handshakes_at_
         assert max(turns[number] for number in to_twin) < BURST / 2
     wait_for(lambda: metrics.value(hosts.web, "meshnet_tunnels", state="leased") == 0)
     assert metrics.value(hosts.web, "meshnet_tunnels", state="idle") <= 2 * 64
+
+
+def test_what_our_own_queue_takes_opens_no_breaker(hosts: Hosts) -> None:
+    """With the usual limits, and a peer that is well but far away: it takes 0.6 s to shake hands."""
+    hosts.write(hosts.mesh.service("slow", [8080], [hosts.outside], addresses=[SLOW]))
+    with ExitStack() as stack:
+        far = stack.enter_context(serving(hosts.outside, hosts.mesh))
+        servers = stack.enter_context(ThreadPoolExecutor(2 * AT_ONCE))
+        serve = [servers.submit(_serve, far) for _ in range(2 * AT_ONCE)]
+        Clients(stack).begin(hosts, SLOW, BURST // 5)
+
+        wait_for(lambda: _settled(hosts) == BURST // 5, what="the burst is served, or has failed")
+        burst = [each for each in hosts.sidecar(hosts.web).connections() if each.destination.address == f"{SLOW}:8080"]
+        (endpoint,) = (each for each in hosts.sidecar(hosts.web).endpoints().items if each.service == "slow:8080")
+    assert all(each.result() is None for each in serve)
+    assert {each.reason and each.reason.code for each in burst} == {None, Reason.LIMIT_QUEUE_TIMEOUT}
+    assert {attempt.result for each in burst for attempt in each.attempts} == {"ok", Reason.LIMIT_QUEUE_TIMEOUT}
+    assert (endpoint.breaker, endpoint.failures) == ("closed", 0)
+
+
+def _serve(far: Far) -> None:
+    """One tunnel after the other, until no more come."""
+    while True:
+        try:
+            tunnel = far.accept(shakes_after=0.6)
+            tunnel.asked()
+            tunnel.say(tunnel.wire.opened())
+        except TimeoutError:
+            return
+        except (OSError, EOFError):
+            pass  # it was given up
+
+
+def _settled(hosts: Hosts) -> float:
+    """Connections that have a tunnel, or have failed."""
+    leased = metrics.value(hosts.web, "meshnet_tunnels", state="leased")
+    return leased + metrics.value(
+        hosts.web, "meshnet_tcp_connections_failed_total", reporter="source", destination_service="slow:8080"
+    )
 
 
 def _waiting(hosts: Hosts) -> float:

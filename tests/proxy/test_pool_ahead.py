@@ -115,7 +115,7 @@ def test_connections_that_wait_for_a_handshake_come_first(hosts: Hosts) -> None:
         tunnels = await leased(pool, address, identity, 64)
 
         async def connection() -> None:
-            tunnels.append(await pool.lease(address, identity, patience=100.0, timeout=100.0))
+            tunnels.append(await pool.lease(address, identity, patience=100.0, timeout=lambda: 100.0))
 
         stand_still(process.pid)
         try:

@@ -151,7 +151,7 @@ def test_a_burst_to_a_cold_peer_makes_few_handshakes_at_once_and_serves_all(host
 
         async def connection(number: int) -> None:
             asked.append(number)
-            tunnel = await pool.lease(address, identity, patience=100.0, timeout=100.0)
+            tunnel = await pool.lease(address, identity, patience=100.0, timeout=lambda: 100.0)
             served.append(number)
             if len(served) == BURST:
                 everybody.set()
@@ -193,7 +193,7 @@ def test_who_waits_for_one_peer_is_not_held_up_by_a_burst_to_another(hosts: Host
         served: list[str] = []
 
         async def connection(peer: Address, identity: str, who: str) -> None:
-            tunnel = await pool.lease(peer, identity, patience=100.0, timeout=100.0)
+            tunnel = await pool.lease(peer, identity, patience=100.0, timeout=lambda: 100.0)
             served.append(who)
             pool.give_back(tunnel, reusable=False)
 
