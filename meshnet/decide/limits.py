@@ -66,11 +66,11 @@ class Limiter:
         self._queue[ticket] = None
         return Queued(ticket, now + settings.queue_timeout if settings.queue_timeout else float("inf"))
 
-    def leave(self, now: float) -> list[Ticket]:
-        """Whoever was admitted leaves exactly once. Raises RuntimeError if nobody is in."""
-        if not self.open:
+    def leave(self, now: float, connections: int = 1) -> list[Ticket]:
+        """Whoever was admitted leaves exactly once. Raises RuntimeError if not so many are in."""
+        if self.open < connections:
             raise RuntimeError("more have left than were admitted")
-        self.open -= 1
+        self.open -= connections
         return self._call_up() if self._queue else []
 
     def reserve(self, most: int) -> int:

@@ -3,7 +3,8 @@
 A flow is how connections came, from which host, and where they were going. Where nothing else can matter to a decision
 (one endpoint, its breaker closed; policy that looks at addresses) it is made once. Whatever could change it revokes the
 order: another mesh, another address of this host, a renewed certificate, a failure of the endpoint, limits that run
-out. Each connection has its record all the same, told by the relay.
+out. What may change all decisions suspends all orders in one step, and they are revoked a few at a time. Each
+connection has its record all the same, told by the relay.
 """
 
 import time
@@ -15,6 +16,7 @@ import trio
 from meshnet.model.connection import Direction, Security
 from meshnet.proxy.passed import Told
 from meshnet.proxy.record import Record
+from meshnet.proxy.slices import slices, taken_off
 from meshnet.proxy.standing_order import Asking, Before, StandingOrder, fail
 from meshnet.relay import Flow, Target, Through
 
@@ -25,6 +27,7 @@ _PLACES = 128  # of a service's limits; more as they are used
 _FEWEST_PLACES = 16  # so near its limits each connection is a decision
 _NO_LIMIT = 1 << 30
 _MOST_ORDERS = 4096
+_REVOKED_AT_ONCE = 64  # each takes some ten microseconds, of which most are for the tunnels that it gives back
 _REAP_EVERY = 5.0
 
 
@@ -35,7 +38,9 @@ class Orders:
         self._state = state
         self._in_force: dict[Flow, StandingOrder] = {}
         self.generation = 0
-        """Grows with each `revoke_all`: what was decided before may not be offered after."""
+        """Grows with each `suspend_all`: what was decided before may not be offered after."""
+        self._suspended: list[StandingOrder] = []  # still to be revoked
+        self._some_are_suspended = trio.Event()
         self._stopped = False
         self._ending: list[StandingOrder] = []
         self.go_on: Callable[[Record, Before], None] = fail
@@ -85,6 +90,7 @@ class Orders:
             flow=flow,
             target=target,
             told=Told(record, flow, str(target.address), relay.name),
+            generation=decided,
             held=held,
             known=known,
             asking=asking,
@@ -95,15 +101,26 @@ class Orders:
             if counted is not None:
                 counted.orders.add(order)
 
-    def revoke_all(self) -> None:
+    def suspend_all(self) -> None:
+        """No connection begins under any of them from now on. `run` revokes them, or who waits for that."""
         self.generation += 1
-        self.revoke(self._in_force.values())
+        for relay in self._state.relays.available:
+            relay.suspend_orders()
+        self._suspended += self._in_force.values()
+        self._in_force = {}
+        self._some_are_suspended.set()
+
+    async def revoke_suspended(self) -> None:
+        """In slices; when it returns, it is done, by whomever."""
+        for orders in taken_off(self._suspended, _REVOKED_AT_ONCE):
+            self.revoke(orders)
+            await trio.lowlevel.checkpoint()
 
     def stop(self) -> None:
         """Before the end: from now on each connection is decided, and says to its peer that we drain."""
         self._stopped = True
         self._ending = list(self._in_force.values())
-        self.revoke_all()
+        self.suspend_all()
 
     @property
     def are_busy(self) -> bool:
@@ -112,9 +129,10 @@ class Orders:
         return bool(self._ending)
 
     def revoke(self, orders: "Iterable[StandingOrder]") -> None:
-        """Those that are in force; of others it has been done before."""
+        """Those that are in force or suspended; of others it has been done before."""
         for order in [order for order in orders if not order.revoked]:
-            self._in_force.pop(order.flow, None)
+            if self._in_force.get(order.flow) is order:
+                del self._in_force[order.flow]
             for counted in (order.held, order.known):
                 if counted is not None:
                     counted.orders.discard(order)
@@ -126,11 +144,21 @@ class Orders:
                 self._state.pool.unlend(order.asking.key)
 
     async def run(self) -> None:
-        """Reaps until it is cancelled."""
+        """Reaps, and revokes those that are suspended, until it is cancelled."""
         while True:
-            await trio.sleep(_REAP_EVERY)
-            self.reap(time.monotonic())
+            with trio.move_on_after(_REAP_EVERY):
+                await self._some_are_suspended.wait()
+            if self._some_are_suspended.is_set():
+                self._some_are_suspended = trio.Event()
+                await self.revoke_suspended()
+            await self._reap(time.monotonic())
 
-    def reap(self, now: float) -> None:
+    async def _reap(self, now: float) -> None:
         """Revokes those that nobody has used for a while. `now` is monotonic; to be called every few seconds."""
-        self.revoke([order for order in self._in_force.values() if order.is_unused(now)])
+        unused: list[StandingOrder] = []
+        for orders in slices(self._in_force.values()):
+            unused += [order for order in orders if order.is_unused(now)]
+            await trio.lowlevel.checkpoint()
+        for orders in taken_off(unused, _REVOKED_AT_ONCE):
+            self.revoke(order for order in orders if order.is_unused(now))
+            await trio.lowlevel.checkpoint()

@@ -301,7 +301,7 @@ class Sidecar:
             addresses.forget()
 
     def _renewed(self) -> None:
-        self.state.orders.revoke_all()
+        self.state.orders.suspend_all()
         self.state.metrics.renewals += 1
         self.state.pool.renew()
         for tunnel in list(self.state.tunnels):

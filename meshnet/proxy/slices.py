@@ -21,6 +21,14 @@ def slices(items: Collection[T]) -> Iterator[list[T]]:
         yield now[start : start + _SIZE]
 
 
+def taken_off(items: list[T], size: int = _SIZE) -> Iterator[list[T]]:
+    """Empties the list, whatever is added to it meanwhile, and whoever else empties it."""
+    while items:
+        taken = items[-size:]
+        del items[-size:]
+        yield taken
+
+
 async def let_go(items: list[object]) -> None:
     """Empties the list: of much that nobody else has, to free all at once takes milliseconds."""
     while items:

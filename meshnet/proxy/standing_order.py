@@ -47,6 +47,7 @@ class StandingOrder:
     flow: Flow
     target: Target
     told: Told
+    generation: int
     held: "ServiceState | None"
     known: "EndpointState | None"
     asking: Asking | None
@@ -55,6 +56,10 @@ class StandingOrder:
     heard: int = 0
     """How many of its connections count with its endpoint's."""
     handle: Order = field(init=False)
+
+    @property
+    def in_force(self) -> bool:
+        return not self.revoked and self.generation == self.state.orders.generation
 
     def widen(self) -> None:
         """A connection came past it, for want of a place: it gets more, as far as there are."""
@@ -84,8 +89,8 @@ class StandingOrder:
             self.heard += 1
         if facts.connected:
             self.state.registry.connected(record)
-        if self.revoked:
-            self.state.review(record)  # it came in just before, and what revoked the order has not seen it
+        if not self.in_force:
+            self.state.review(record)  # it came in just before, and what ended the order has not seen it
         return _Carried(self, record, link)
 
     def came_and_went(self, facts: Facts, outcome: Outcome) -> None:

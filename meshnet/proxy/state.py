@@ -154,13 +154,14 @@ class ProxyState:
         for endpoint, seconds in compiled.removed:
             self.removed.setdefault(endpoint.name, (endpoint.address, self.applied_at + seconds))
         self.access = access
-        self.orders.revoke_all()
+        self.orders.suspend_all()
         self._local_services.clear()
         for key, held in self.services.items():
             if (new := limits.get(key)) is not None and new is not held.limiter.settings:
                 held.limiter.settings = new
                 self._wake(held, held.limiter.changed(self.applied_at))
         await self._review()
+        await self.orders.revoke_suspended()
         await self.checks.follow(snapshot.services)
         await self._forget(limits.keys(), snapshot)
         await let_go(compiled.parts)
@@ -276,9 +277,7 @@ class ProxyState:
         return time.monotonic() - started
 
     def leave(self, held: ServiceState, connections: int = 1) -> None:
-        now = time.monotonic()
-        for _ in range(connections):
-            self._wake(held, held.limiter.leave(now))
+        self._wake(held, held.limiter.leave(time.monotonic(), connections))
 
     def is_local(self, host: str) -> bool:
         return host in self.addresses
@@ -286,7 +285,7 @@ class ProxyState:
     def _addresses_changed(self) -> None:
         """What was another host's may be ours now, and an application here another service's."""
         self._local_services.clear()
-        self.orders.revoke_all()
+        self.orders.suspend_all()
 
     def review(self, record: Record) -> None:
         """Ends a connection that access would not let in now."""

@@ -290,6 +290,9 @@ class Relay(Protocol):
         in force.
         """
 
+    def suspend_orders(self) -> None:
+        """No connection begins under any order there is, from one moment on. Each is still to be revoked."""
+
     def catch_up(self) -> None:
         """Tells issuers and watchers at once what they would soon be told anyway."""
 

@@ -14,7 +14,8 @@ def test_a_mesh_that_grows_has_the_worst_of_three_changes_and_a_verdict_on_all_o
     assert target == "Target: a lag of at most 5 ms while 40 services change"
     lags = [float(lag) for lag in seen.partition(" ms: ")[0].split(", ")]
     assert len(lags) == 3
-    assert cells[1][3] == number(max(lags))
+    assert cells[1][4] == number(max(lags))
+    assert [row[2] for row in cells] == ["2", "41"]  # orders: one for each service, and the one that tells the revision
 
 
 @pytest.mark.parametrize(

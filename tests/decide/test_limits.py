@@ -119,9 +119,21 @@ def test_a_connection_that_gets_free_a_moment_late_goes_to_who_still_waits() -> 
     assert held.leave(3.1) == [waiting]
 
 
+def test_many_leave_at_once_and_as_many_have_their_turn() -> None:
+    held = limiter(3)
+    assert [held.enter(0.0) for _ in range(3)] == [Admitted()] * 3
+    first, second, third = (queue(held, 0.0) for _ in range(3))
+    assert held.leave(1.0, 2) == [first, second]
+    assert held.leave(2.0) == [third]
+
+
 def test_leaving_without_having_been_in_is_an_error() -> None:
     with pytest.raises(RuntimeError):
         limiter(1).leave(0.0)
+    held = limiter(1)
+    held.enter(0.0)
+    with pytest.raises(RuntimeError):
+        held.leave(1.0, 2)
 
 
 @pytest.mark.parametrize(

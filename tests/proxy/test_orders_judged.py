@@ -93,15 +93,16 @@ async def test_an_address_that_comes_ends_orders_and_what_was_known_of_local_ser
         assert state._local_services
         state.addresses.forget()
         assert not state._local_services
+        assert not any(order.in_force for order in orders)
+        await state.orders.revoke_suspended()
         assert not known.orders
-        assert all(order.revoked for order in orders)
 
 
 async def test_before_the_end_none_is_taken_any_more() -> None:
     async with a_state(mesh(), "native") as state:
         _, orders = two_orders(state)
         state.orders.stop()
-        assert all(order.revoked for order in orders)
+        assert not any(order.in_force for order in orders)
         assert not state.orders.are_busy
         record = state.registry.life(Direction.OUTBOUND, Address("10.9.0.3", 1), None)
         record.original = Address("10.96.0.1", 80)

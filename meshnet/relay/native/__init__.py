@@ -203,6 +203,10 @@ class NativeRelay:
         )
         return order
 
+    def suspend_orders(self) -> None:
+        if self._cores:
+            self._cores[0].suspend_orders()
+
     def catch_up(self) -> None:
         if self._cores:
             _wake(self._cores[0].news(True))

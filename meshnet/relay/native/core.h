@@ -126,6 +126,7 @@ struct order {
     void *object;      /* the Python one, which lives until `order_is_done` */
     /* Guarded by core->lock: */
     bool revoked;
+    unsigned generation; /* in force only as long as it is the core's */
     unsigned places, taken; /* how many links it may have at once, and how many of these are in use */
     unsigned links;         /* that Python has not heard the end of */
     uint64_t used_at;
@@ -245,6 +246,7 @@ struct core {
     bool rung;
     struct link *young, **last_young;
     struct order *orders[ORDER_BUCKETS];
+    unsigned generation; /* of those in force: grows when all are suspended */
     bool stopping;
     _Atomic bool asleep; /* only then does a command need to wake it */
 };
@@ -277,6 +279,7 @@ struct order *order_take(struct core *core, int direction, int identity, const s
                          const struct address *original, struct tunnel **through);
 void order_cancel(struct order *order);
 bool order_leave(struct order *order);
+void orders_suspend(struct core *core);
 bool order_revoke(struct order *order, unsigned *unused);
 void order_widen(struct order *order, unsigned places);
 bool order_is_done(struct order *order, unsigned heard);

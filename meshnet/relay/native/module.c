@@ -304,6 +304,13 @@ static PyObject *core_order(PyObject *object, PyObject *arguments)
     return doors_order((CoreObject *)object, arguments);
 }
 
+static PyObject *core_suspend_orders(PyObject *object, PyObject *unused)
+{
+    (void)unused;
+    orders_suspend(&((CoreObject *)object)->core);
+    Py_RETURN_NONE;
+}
+
 static PyObject *core_depot(PyObject *object, PyObject *waiter)
 {
     return depots_new((CoreObject *)object, waiter);
@@ -332,6 +339,8 @@ static PyMethodDef core_methods[] = {
      "(depot, (before, between, behind), id_suffix): the endpoint is asked for through a tunnel of that depot; the\n"
      "three pieces of its OPEN are those around the port of the source and the id. `news` has (waiter, 0, Link) for\n"
      "one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) at its end."},
+    {"suspend_orders", core_suspend_orders, METH_NOARGS,
+     "suspend_orders()\n\nNo connection begins under any order there is. Each is still to be revoked."},
     {"depot", core_depot, METH_O,
      "depot(waiter) -> Depot\n\n"
      "`news` has (waiter, 5, (waiter of the tunnel, leases, idle_since)) for one that is given back."},

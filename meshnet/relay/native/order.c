@@ -61,8 +61,19 @@ void order_add(struct order *order)
     pthread_mutex_lock(&core->lock);
     struct order **bucket =
         &core->orders[bucket_of(order->direction, order->identity, &order->source, &order->original)];
+    order->generation = core->generation;
     order->next = *bucket;
     *bucket = order;
+    pthread_mutex_unlock(&core->lock);
+}
+
+/* From Python: no connection begins under those that there are, in one step for all, however many. Each is still to be
+ * revoked: until then places that links give back are its own.
+ */
+void orders_suspend(struct core *core)
+{
+    pthread_mutex_lock(&core->lock);
+    core->generation++;
     pthread_mutex_unlock(&core->lock);
 }
 
@@ -94,8 +105,9 @@ struct order *order_take(struct core *core, int direction, int identity, const s
     host.port = 0;
     pthread_mutex_lock(&core->lock);
     struct order *order = core->orders[bucket_of(direction, identity, &host, original)];
-    while (order && (order->direction != direction || order->identity != identity ||
-                     !is_same(&order->source, &host) || !is_same(&order->original, original)))
+    while (order && (order->generation != core->generation || order->direction != direction ||
+                     order->identity != identity || !is_same(&order->source, &host) ||
+                     !is_same(&order->original, original)))
         order = order->next;
     if (order && order->taken < order->places &&
         (!order->depot || (*through = depot_lease(order->depot, &spent)))) {

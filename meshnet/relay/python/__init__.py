@@ -109,6 +109,9 @@ class PythonRelay:
     def order(self, flow: Flow, target: Target, places: int, issuer: Issuer, through: Through | None = None) -> Order:
         raise NotImplementedError("this relay takes no orders")
 
+    def suspend_orders(self) -> None:
+        """There are none."""
+
     def catch_up(self) -> None:
         """Nobody is ever behind."""
 

@@ -43,9 +43,11 @@ the same number, on both sides.
 """
 
 _SERVICES = """\
-In one event loop, with real files: all services change, and then, every endpoint being known, there is a scrape. *Lag*
-is by how much a task was late that wants to run every millisecond, and not for want of a processor. Each figure is the
-worst of three changes. The verdict needs all three of them on one side of the target; otherwise it is *too noisy*.
+In one event loop, with real files and the relay of a sidecar: all services change, and then there is a scrape. Every
+endpoint is known, and each service has an order in force, up to as many as there may be; with another mesh none of them
+is any more. *Lag* is by how much a task was late that wants to run every millisecond, and not for want of a processor.
+Each figure is the worst of three changes. The verdict needs all three of them on one side of the target; otherwise it
+is *too noisy*.
 """
 
 _WARM, _SECONDS = 3.0, 5.0

@@ -34,6 +34,7 @@ from meshnet.tunnel.pool import Pool
 from tests.bench.figures import Limit, Spread, verdict
 from tests.bench.growth.table import table
 from tests.bench.report import number
+from tests.proxy.own_orders import order_all
 
 ENDPOINTS = (1, 2, 5, 10, 100, 1000, 10_000)
 MESHES = ((1, 1), (100, 2), (1000, 2), (5000, 2), (1, 1000), (1, 10_000))
@@ -52,7 +53,7 @@ def endpoints() -> str:
 
 def services(meshes: Sequence[tuple[int, int]] = MESHES) -> str:
     """How long a change of all of them takes, and what the loop notices; below it, of most services, the verdict."""
-    head = ("services", "endpoints of each", "to take up, s", "lag, ms", "scrape, ms", "its lag, ms")
+    head = ("services", "endpoints of each", "orders", "to take up, s", "lag, ms", "scrape, ms", "its lag, ms")
     grown = {mesh: trio.run(_growing, *mesh) for mesh in meshes}
     rows = [(*mesh, *(max(figures) for figures in zip(*changes, strict=True))) for mesh, changes in grown.items()]
     most, _ = largest = max(meshes)
@@ -102,6 +103,7 @@ def _choosing(count: int) -> tuple[object, ...]:
 class _Change(NamedTuple):
     """Of all services, and then a scrape."""
 
+    orders: int  # in force before
     seconds: float
     lag: float  # the rest in ms
     scrape: float
@@ -109,7 +111,7 @@ class _Change(NamedTuple):
 
 
 async def _growing(services: int, endpoints: int) -> list[_Change]:
-    """Three changes of the whole mesh, every endpoint of which is known."""
+    """Three changes of the whole mesh, every endpoint of which is known, and as many orders in force as may be."""
     sys.setswitchinterval(0.0005)  # all three as a sidecar does
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
@@ -121,7 +123,8 @@ async def _growing(services: int, endpoints: int) -> list[_Change]:
             in_force = MeshInForce(state, lambda: looked.send_nowait(None))
             nursery.start_soon(in_force.run, reloads)
             await looks.receive()
-            for revision in range(3):
+            for revision in range(4):
+                orders = len(state.orders)
                 _write(Path(directory), services, endpoints, revision)
                 async with _probe() as lags:
                     started = trio.current_time()
@@ -131,11 +134,14 @@ async def _growing(services: int, endpoints: int) -> list[_Change]:
                 for service in state.snapshot.services:
                     for endpoint in service.endpoints:
                         state.endpoint(endpoint, service)
+                order_all(state)
                 async with _probe() as scrape_lags:
                     started = trio.current_time()
                     await state.metrics.scrape()
                 scraped = trio.current_time() - started
-                changes.append(_Change(taken, *(each * 1000 for each in (max(lags), scraped, max(scrape_lags)))))
+                if revision:  # before the first there was nothing that could change
+                    figures = (each * 1000 for each in (max(lags), scraped, max(scrape_lags)))
+                    changes.append(_Change(orders, taken, *figures))
             nursery.cancel_scope.cancel()
     return changes
 
@@ -145,7 +151,7 @@ async def _state(directory: Path) -> AsyncIterator[ProxyState]:
     mesh = MeshSection(directory=str(directory), last_good=str(directory / "kept" / "last-good.json"))
     settings, metrics = Settings(mesh=mesh), Metrics()
     with ExitStack() as stack:
-        async with best_relay("python", 1) as relays:
+        async with best_relay(settings.proxy.relay, 1) as relays:
             metrics.state = ProxyState(
                 settings,
                 Snapshot(version=0),

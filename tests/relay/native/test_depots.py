@@ -187,6 +187,22 @@ async def test_one_lease_after_another_and_each_tunnel_is_told_when_it_is_taken_
     assert stand.depot.take() is None
 
 
+async def test_a_suspended_order_leases_no_tunnel_and_the_lease_it_has_goes_on(stand: Stand) -> None:
+    await stand.tunnel()
+    _, peer = await stand.tunnel()  # who came last goes first
+    stand.order()
+    client = stand.call()
+    await asked(peer)
+    await peer.send(peer.wire.opened())
+    stand.relay.suspend_orders()
+    with stand.call():
+        await eventually(lambda: stand.decided, what="the next connection is for Python")
+    await stand.counts(1, 1)
+    await converse(client, peer)
+    assert not (await stand.told.one())[0].owes
+    await stand.counts(2, 0)
+
+
 async def test_one_that_lasts_tells_the_port_of_its_tunnel(stand: Stand) -> None:
     _, peer = await stand.tunnel()
     stand.order()

@@ -292,6 +292,32 @@ def test_a_revoked_order_says_what_it_did_not_use_and_its_links_owe_the_rest(gat
     assert [facts.owes for facts in gate.facts(4)] == [False, True, True, True]
 
 
+def test_all_orders_at_once_are_suspended_and_owe_nothing_until_they_are_revoked(gate: Gate) -> None:
+    order, other = gate.order(places=10), gate.order(ELSEWHERE, places=20)
+    client, app = gate.client(), gate.app()
+    gate.until(1, BEGUN)
+    gate.core.suspend_orders()
+    for number, original in enumerate((DIALLED, ELSEWHERE)):
+        with gate.client(original):
+            os.close(gate.until(number + 1, ACCEPTED)[number][0])
+    converse(client, app)
+    assert not gate.facts(1)[0].owes
+    assert (order.revoke(), other.revoke()) == (10, 20)
+    assert (order.revoke(), other.revoke()) == (None, None)
+
+
+def test_behind_a_new_order_a_suspended_one_is_not_in_force_again(gate: Gate) -> None:
+    gate.order(waiter="suspended")
+    gate.core.suspend_orders()
+    new = gate.order(waiter="new")
+    converse(gate.client(), gate.app())
+    gate.facts(1)
+    new.revoke()
+    with gate.client():
+        os.close(gate.until(1, ACCEPTED)[0][0])
+    assert [who for who, _, _ in gate.heard if who in ("suspended", "new")] == ["new"]
+
+
 def test_the_latest_order_is_in_force_and_behind_it_the_one_before(gate: Gate) -> None:
     gate.order(waiter="first")
     second = gate.order(waiter="second")
