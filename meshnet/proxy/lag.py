@@ -18,7 +18,8 @@ class LoopLag:
     """`last` is by how many seconds the loop was late lately, and `note` is called with each such figure.
 
     The loop beats, and a thread of its own looks at that: what stalls the loop does not stall the thread. A stall is
-    logged once, when it is over, with its length and the stack that the loop's thread had when it became one.
+    logged when it becomes one, with the stack of the loop's thread, for it may never end; and with its length when it
+    is over.
     """
 
     def __init__(self, stall: float = _STALL, *, note: Callable[[float], None] = lambda late: None) -> None:
@@ -47,16 +48,18 @@ class LoopLag:
 
     def _watch(self, loop: int, every: float) -> None:
         """In the thread. `loop` is the ident of the loop's."""
-        seen, stack = self._beat, ""
+        seen, is_told = self._beat, False
         while not self._over.wait(every):  # seldom: each look is a wake-up, and may delay a byte
             beat = self._beat
             if beat is not seen:
-                if beat[1] >= self._stall:
-                    _log.warning("the event loop stood still for %.2f s\n%s", beat[1], stack or _UNSEEN)
-                seen, stack = beat, ""
-            elif not stack and time.monotonic() - beat[0] - every >= self._stall:
-                frame = sys._current_frames().get(loop)
-                stack = "".join(traceback.format_stack(frame)).rstrip()
+                if is_told or beat[1] >= self._stall:
+                    _log.warning("the event loop stood still for %.2f s%s", beat[1], "" if is_told else _UNSEEN)
+                seen, is_told = beat, False
+            elif not is_told and (late := time.monotonic() - beat[0] - every) >= self._stall:
+                stack = "".join(traceback.format_stack(sys._current_frames().get(loop))).rstrip()
+                if beat is self._beat:  # or it is not of the stall
+                    _log.warning("the event loop has been standing still for %.2f s\n%s", late, stack)
+                    is_told = True
 
 
-_UNSEEN = "  (where is not known: Python's lock was held all the time, or the process did not run)"
+_UNSEEN = "\n  (where is not known: Python's lock was held all the time, or the process did not run)"

@@ -20,22 +20,36 @@ def stall_until(condition: Callable[[], object]) -> None:
         threading.Event().wait(0.001)
 
 
-async def test_a_stall_is_told_once_with_its_length_and_where_the_loop_stood(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stall_is_told_while_it_goes_on_with_where_the_loop_stands(caplog: pytest.LogCaptureFixture) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(LoopLag(STALL).run)
+        await trio.testing.wait_all_tasks_blocked()
+        end = trio.current_time() + 10
+        stall_until(lambda: caplog.records or trio.current_time() > end)
+        (record,) = caplog.records
+        nursery.cancel_scope.cancel()
+    assert record.message.startswith("the event loop has been standing still for 0.")
+    assert "in stall_until" in record.message
+
+
+async def test_a_stall_is_told_once_when_it_becomes_one_and_once_with_its_length(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with trio.open_nursery() as nursery:
         lag = LoopLag(STALL)
         nursery.start_soon(lag.run)
         await trio.testing.wait_all_tasks_blocked()
         end = trio.current_time() + 6 * STALL
         stall_until(lambda: trio.current_time() > end)
-        await eventually(lambda: caplog.records)
+        await eventually(lambda: len(caplog.records) == 2)
         await eventually(lambda: lag.last < STALL)
         nursery.cancel_scope.cancel()
-    (record,) = caplog.records
-    assert (record.name, record.levelno) == ("meshnet.proxy", logging.WARNING)
-    first, *_ = record.message.splitlines()
-    assert first.startswith("the event loop stood still for 0.")
-    assert float(first.removesuffix(" s").rpartition(" ")[2]) >= 4 * STALL
-    assert "in stall_until" in record.message
+    became, over = caplog.records
+    for record in (became, over):
+        assert (record.name, record.levelno) == ("meshnet.proxy", logging.WARNING)
+    assert "in stall_until" in became.message
+    assert over.message.startswith("the event loop stood still for 0.")
+    assert float(over.message.removesuffix(" s").rpartition(" ")[2]) >= 4 * STALL
 
 
 async def test_each_stall_is_told_and_its_lag_can_be_seen(caplog: pytest.LogCaptureFixture) -> None:
@@ -46,9 +60,9 @@ async def test_each_stall_is_told_and_its_lag_can_be_seen(caplog: pytest.LogCapt
         for stalls in (1, 2):
             end = trio.current_time() + 4 * STALL
             stall_until(lambda end=end: trio.current_time() > end)  # type: ignore[misc] # the default is for B023
-            await eventually(lambda stalls=stalls: len(caplog.records) == stalls)  # type: ignore[misc] # as above
+            await eventually(lambda stalls=stalls: len(caplog.records) == 2 * stalls)  # type: ignore[misc] # as above
         nursery.cancel_scope.cancel()
-    assert len(caplog.records) == 2
+    assert len(caplog.records) == 4
 
 
 async def test_each_look_is_noted_and_a_stall_with_its_length() -> None:
