@@ -105,11 +105,12 @@ class NativeRelay:
         if MISSING:
             raise RuntimeError(MISSING.why)
         resets = tuple(reset_payload(reason) for reason in REASONS)
-        relay, handshakes = self._cores = [
+        relay, dialled, accepted = self._cores = [
             _core.Core(resets, "relay", self._silence),
             _core.Core(resets, "handshakes"),
+            _core.Core(resets, "handshakes-in"),
         ]
-        self._tls = NativeTls(handshakes, relay, self._ticket_secret)
+        self._tls = NativeTls(dialled, accepted, relay, self._ticket_secret)
         for core in self._cores:
             trio.lowlevel.spawn_system_task(self._listen, core)
         return self

@@ -192,12 +192,16 @@ class NativeDepot:
 
 
 class NativeTls:
-    """See meshnet.net.tls.Tls. Handshakes take milliseconds, so they are not made on the thread that relays."""
+    """See meshnet.net.tls.Tls. Handshakes take milliseconds, so they are not made on the thread that relays.
 
-    def __init__(self, handshakes: "Core", relay: "Core", ticket_secret: bytes = b"") -> None:
+    Nor those that others begin on the thread of our own: anybody can begin one, and how many is up to them.
+    """
+
+    def __init__(self, dialled: "Core", accepted: "Core", relay: "Core", ticket_secret: bytes = b"") -> None:
         """`ticket_secret`: of all processes that serve the same ports, if there are others."""
         self._ticket_secret = ticket_secret
-        self._handshakes = handshakes
+        self._dialled = dialled
+        self._accepted = accepted
         self._relay = relay
         self._deadlines = Deadlines()
         self._numbers: dict[str, int] = {}
@@ -232,7 +236,7 @@ class NativeTls:
         channel = NativeChannel(context, self.number_of)
         await channel.shake(
             sock,
-            self._handshakes,
+            self._dialled,
             self._relay,
             self._deadlines,
             timeout,
@@ -243,7 +247,7 @@ class NativeTls:
 
     async def accept(self, sock: socket.socket, context: object, timeout: float) -> NativeChannel:
         channel = NativeChannel(context, self.number_of)
-        await channel.shake(sock, self._handshakes, self._relay, self._deadlines, timeout, is_client=False, ticket=None)
+        await channel.shake(sock, self._accepted, self._relay, self._deadlines, timeout, is_client=False, ticket=None)
         return channel
 
 

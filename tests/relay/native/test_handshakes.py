@@ -1,13 +1,17 @@
-"""Handshakes on the core's own thread, beside the contract (tests/relay/handshake_contract.py)."""
+"""Handshakes on the core's own threads, beside the contract (tests/relay/handshake_contract.py)."""
+
+from pathlib import Path
 
 import trio
 import trio.testing
 
 from meshnet.errors import Reason
+from meshnet.net.python_tls import PythonTls
+from meshnet.net.tls import Tls
 from meshnet.relay.native import NativeRelay
 from tests.relay.handshake_contract import fails
-from tests.relay.rig import tcp_pair
-from tests.world import SLOWNESS
+from tests.relay.rig import tcp_pair, tunnel_pair
+from tests.world import SLOWNESS, eventually
 
 
 async def test_a_relay_that_is_closed_cancels_the_handshakes_it_makes() -> None:
@@ -22,3 +26,30 @@ async def test_a_relay_that_is_closed_cancels_the_handshakes_it_makes() -> None:
     assert reasons == [Reason.TLS_HANDSHAKE] * 10
     for _, far in socks:
         far.close()
+
+
+async def test_what_others_begin_keeps_the_thread_of_our_own_handshakes_from_nothing() -> None:
+    async def makes(client: Tls, server: Tls) -> list[str]:
+        """The threads that were woken for some handshakes."""
+        await eventually(lambda: all(asleep for _, asleep in threads().values()), what="all threads sleep")
+        before = threads()
+        for _ in range(3):
+            (await tunnel_pair(client, server)).close()
+        return sorted(name for name, (times, _) in threads().items() if times > before[name][0])
+
+    async with NativeRelay() as relay:
+        assert "handshakes" not in await makes(PythonTls(), relay.tls)
+        assert "handshakes-in" not in await makes(relay.tls, PythonTls())
+
+
+def threads() -> dict[str, tuple[int, bool]]:
+    """How often those that make handshakes have gone to sleep, and whether they sleep: proc(5), status."""
+    found: dict[str, tuple[int, bool]] = {}
+    for task in Path("/proc/self/task").iterdir():
+        name = (task / "comm").read_text().strip()
+        if name.startswith("handshakes"):
+            status = (task / "status").read_text()
+            times = status.partition("\nvoluntary_ctxt_switches:")[2].split()[0]
+            found[name] = int(times), "State:\tS" in status
+    assert len(found) == 2, found
+    return found

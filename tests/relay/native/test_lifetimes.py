@@ -118,7 +118,7 @@ def test_a_core_does_not_take_what_is_no_leg() -> None:
 def test_news_that_nobody_took_is_no_news_of_a_tunnel_that_is_gone() -> None:
     core = new_core()
     near, far = tcp_pair()
-    tunnel = core.shake(context(NativeTls(core, core), is_server=False), near.detach(), True, None, "tunnel")
+    tunnel = core.shake(context(NativeTls(core, core, core), is_server=False), near.detach(), True, None, "tunnel")
     far.close()
     select.select([core.fileno()], [], [])  # it is lost, and nobody has asked
     core.stop()
@@ -132,7 +132,7 @@ def test_news_that_nobody_took_is_no_news_of_a_tunnel_that_is_gone() -> None:
 def test_a_copy_of_a_descriptor_in_another_process_is_no_trap() -> None:
     """As a fork makes, for a moment: what is closed here goes on to have events."""
     core = new_core()
-    tls = context(NativeTls(core, core), is_server=True)
+    tls = context(NativeTls(core, core, core), is_server=True)
     for _ in range(5):
         client, near = tcp_pair()
         server, far = tcp_pair()
