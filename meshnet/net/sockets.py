@@ -6,7 +6,7 @@ import os
 import random
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -113,9 +113,15 @@ def inherited(descriptor: int) -> socket.socket:
     return sock
 
 
-async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket, Address], object]) -> None:
+async def accept_forever(
+    listener: socket.socket,
+    carry: Callable[[socket.socket, Address], object],
+    room: Callable[[], Awaitable[int]] | None = None,
+) -> None:
     """Calls `carry` with each accepted, non-blocking socket and its peer. Survives running out of descriptors, and
     whatever else may pass. Raises OSError when `listener` is none.
+
+    `room` says how many more there may be, and waits until there may: the others wait in the kernel.
 
     Cancelled, it takes those that still wait, for the kernel has told their clients that they are connected, and
     closes the listener.
@@ -124,7 +130,8 @@ async def accept_forever(listener: socket.socket, carry: Callable[[socket.socket
     try:
         while True:
             await trio.lowlevel.wait_readable(listener)
-            if code := _accept_some(listener, carry, _ACCEPT_BATCH):
+            most = _ACCEPT_BATCH if room is None else min(_ACCEPT_BATCH, await room())
+            if code := _accept_some(listener, carry, most):
                 trouble.tell(code)
                 await trio.sleep(ACCEPT_PAUSE)
     finally:

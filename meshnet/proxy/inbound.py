@@ -25,7 +25,6 @@ from meshnet.tunnel.protocol import Role, Tunnel
 
 _APP_CONNECT_TIMEOUT = 1.0  # seconds; the application is on this host
 _SERVED_CONNECT_TIMEOUT = 0.1  # under an order: then it is tried as ever, and seen by who looks
-_HANDSHAKE_TIMEOUT = 5.0
 _LONGEST_CHECK = 10.0
 
 
@@ -157,7 +156,8 @@ class ServedTunnel:
         credentials = state.identity.credentials
         if credentials is None:
             raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
-        channel = await state.relays.tls.accept(plain, credentials.server, _HANDSHAKE_TIMEOUT)
+        with state.arrivals:
+            channel = await state.relays.tls.accept(plain, credentials.server, state.arrivals.timeout)
         domain = _domain(state)
         if trust_domain(channel.identity) != domain:
             channel.close()

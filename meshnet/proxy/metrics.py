@@ -377,6 +377,7 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
         tunnels.add_metric([what], count)
     yield tunnels
     yield _gauge("meshnet_tunnel_waiting", "Connections that wait for their turn at a handshake.", waiting)
+    yield _gauge("meshnet_tunnel_arriving", "Handshakes under way that others have begun.", state.arrivals.under_way)
     if state.identity.credentials is not None:
         yield _gauge(
             "meshnet_cert_expiry_timestamp_seconds", "When our certificate ends.", state.identity.credentials.not_after

@@ -205,7 +205,7 @@ class Sidecar:
         async with trio.open_nursery() as nursery:
             for sock in listeners:
                 if direction is None:
-                    nursery.start_soon(sockets.accept_forever, sock, start)
+                    nursery.start_soon(sockets.accept_forever, sock, start, self.state.arrivals.room)
                 else:
                     accept = partial(self.state.relays.available[0].accept_forever, shared=shared)
                     nursery.start_soon(accept, sock, direction, start)

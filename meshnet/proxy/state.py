@@ -26,6 +26,7 @@ from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
 from meshnet.net.strand import in_task
+from meshnet.proxy.arrivals import Arrivals
 from meshnet.proxy.checks import Checks
 from meshnet.proxy.held import HeldSyns
 from meshnet.proxy.identity import Identity
@@ -125,6 +126,7 @@ class ProxyState:
         # Takes who asks for it through the rules; whoever answers for all processes takes the place of this.
         self.answer_readiness: Callable[[socket.socket], None] = socket.socket.close
         self.draining = False
+        self.arrivals = Arrivals()
         self.tunnels: set[ServedTunnel] = set()  # that peers have opened to us
 
     def speaks_as(self, client: Address) -> str:

@@ -12,6 +12,7 @@ GAUGES: Mapping[str, Callable[[float, float], float]] = {
     "meshnet_tcp_connections_open": operator.add,
     "meshnet_tunnels": operator.add,
     "meshnet_tunnel_waiting": operator.add,
+    "meshnet_tunnel_arriving": operator.add,
     "meshnet_build_info": max,  # 1 each
     "meshnet_breaker_state": max,  # each has breakers of its own: the worst
     "meshnet_endpoints": max,  # of healthy ones the fewest
