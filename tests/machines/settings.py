@@ -56,11 +56,11 @@ def fail_proof(machine: Machine) -> None:
 
 def fail_up(machine: Machine) -> None:
     """Beside settings changed by hand: the rules are those of before, and no keeper puts in what has failed."""
-    before, kept = state.rules(machine), f"{_FILE}.kept"
+    before, kept = state.rule_lines(machine), f"{_FILE}.kept"
     machine.run(f"[ ! -e {_FILE} ] || mv {_FILE} {kept}; cat >{_FILE}", stdin=_BY_HAND)
     with _wall(machine, "type nat hook output priority -150; tcp dport 15122 redirect to :9;"):
         said = machine.run("meshnet up", code=_ROLLED_BACK)
-    if "it stays: meshnet-rules.service stopped" not in said or state.rules(machine) != before:
+    if "it stays: meshnet-rules.service stopped" not in said or state.rule_lines(machine) != before:
         raise Failed(f"{machine.name}: {said}")
     machine.run(f"rm {_FILE}; [ ! -e {kept} ] || mv {kept} {_FILE}; meshnet up")
     _wait_for_keeper(machine)

@@ -54,6 +54,11 @@ def rules(machine: Machine) -> str:
     return machine.run("nft -a -s list ruleset 2>/dev/null")
 
 
+def rule_lines(machine: Machine) -> str:
+    """The same text is the same rules, be they put in anew."""
+    return machine.run("nft -s list ruleset 2>/dev/null")
+
+
 def captures(machine: Machine) -> bool:
     return "redirect to :15101" in rules(machine)
 
