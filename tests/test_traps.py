@@ -184,8 +184,8 @@ SPEED: dict[str, tuple[str, ...]] = {
 }
 
 
-# Where a run in CI, as root on a recent glibc, has what is asked for.
-NEED_MORE = {"tests/pod/conftest.py::_cluster", "tests/relay/native/test_idle.py::allocated"}
+# Where a run in CI, as root, has what is asked for.
+NEED_MORE = {"tests/pod/conftest.py::_cluster"}
 
 
 def names(trap: str) -> re.Pattern[str]:
