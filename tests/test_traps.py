@@ -180,6 +180,9 @@ SPEED: dict[str, tuple[str, ...]] = {
         "tests/relay/native/test_orders.py::test_a_client_whose_endpoint_is_silent_is_given_back_in_time",
     ),
     "a thread that waits and burns": ("tests/relay/contract.py::test_a_waiting_connection_costs_no_cpu",),
+    "a chain that is built and verified anew for each handshake": (
+        "tests/relay/native/test_handshakes.py::test_it_shows_its_own_certificate_and_not_the_bundle_s",
+    ),
     "a call that fails, and nobody looked": ("tests/relay/native/test_faults.py::test_every_call_may_fail",),
 }
 

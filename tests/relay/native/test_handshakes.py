@@ -2,16 +2,29 @@
 
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 
 from meshnet.errors import Reason
-from meshnet.net.python_tls import PythonTls
+from meshnet.net.python_tls import PythonChannel, PythonTls
 from meshnet.net.tls import Tls
 from meshnet.relay.native import NativeRelay
 from tests.relay.handshake_contract import fails
 from tests.relay.rig import tcp_pair, tunnel_pair
 from tests.world import SLOWNESS, eventually
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+async def test_it_shows_its_own_certificate_and_not_the_bundle_s(relay: NativeRelay, who: str) -> None:
+    """OpenSSL would look for its issuer there, and verify that chain, for each handshake: SSL_MODE_NO_AUTO_CHAIN."""
+    python = PythonTls()
+    pair = await (tunnel_pair(relay.tls, python) if who == "client" else tunnel_pair(python, relay.tls))
+    peer = (pair.server if who == "client" else pair.client).channel
+    assert isinstance(peer, PythonChannel)
+    shown = peer.sock._sslobj.get_unverified_chain()  # type: ignore[attr-defined] # the socket's own is of 3.13
+    pair.close()
+    assert len(shown) == 1
 
 
 async def test_a_relay_that_is_closed_cancels_the_handshakes_it_makes() -> None:
