@@ -202,6 +202,7 @@ class NativeRelay:
             through and _pieces(through),
             order,
         )
+        self._orders.add(order)
         return order
 
     def suspend_orders(self) -> None:

@@ -1,5 +1,6 @@
 """Connections that the core accepts: those under an order, and those that are for Python to decide about."""
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -40,14 +41,23 @@ class Door:
     async def accept_forever(self, core: "Core", listener: socket.socket) -> None:
         """See meshnet.net.sockets.accept_forever."""
         trouble = sockets.AcceptTrouble(listener)
-        handle = core.listen(os.dup(listener.fileno()), self._direction, self._shared, self)
+        fd = os.dup(listener.fileno())
+        try:
+            handle = core.listen(fd, self._direction, self._shared, self)
+        except BaseException:
+            os.close(fd)
+            raise
         try:
             while True:
                 await self._is_stuck.wait()
                 self._is_stuck = trio.Event()
                 trouble.tell(self._error)
                 await trio.sleep(sockets.ACCEPT_PAUSE)
-                handle.go_on()
+                try:
+                    handle.go_on()
+                except MemoryError:  # it may well be for want of memory that it is stuck
+                    self._error = errno.ENOMEM
+                    self._is_stuck.set()
         finally:
             sockets.accept_the_rest(listener, self._carry)
             handle.close()
@@ -68,11 +78,13 @@ class NativeOrder:
     handle: "Handle"
 
     def __init__(self, issuer: Issuer, in_force: "set[NativeOrder]", *, serves: bool) -> None:
-        """`serves`: what peers ask for, so the tunnel is on the side of the client."""
+        """`in_force`: which it leaves when it is revoked.
+
+        `serves`: what peers ask for, so the tunnel is on the side of the client.
+        """
         self._serves = serves
         self._issuer = issuer
         self._in_force = in_force
-        in_force.add(self)
 
     def revoke(self) -> int | None:
         self._in_force.discard(self)

@@ -46,8 +46,12 @@ static bool take_resets(struct core *core, PyObject *resets)
         Py_ssize_t size;
         if (PyBytes_AsStringAndSize(PyTuple_GetItem(resets, reason), &bytes, &size))
             return false;
-        if (size > FRAME_MAX_CONTROL || (size && !backlog_append(&core->resets[reason], bytes, (size_t)size))) {
+        if (size > FRAME_MAX_CONTROL) {
             PyErr_SetString(PyExc_ValueError, "a RESET of that size is none");
+            return false;
+        }
+        if (size && !backlog_append(&core->resets[reason], bytes, (size_t)size)) {
+            PyErr_NoMemory();
             return false;
         }
     }

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from meshnet.relay.native import NativeRelay
+from tests.relay.native.faults import Faults, watched
 from tests.world import Host, World
 
 RULES = """
@@ -19,6 +20,13 @@ table ip6 gate { chain out { type nat hook output priority -100;
 async def relay() -> AsyncIterator[NativeRelay]:
     async with NativeRelay() as native:
         yield native
+
+
+@pytest.fixture
+def faults() -> Iterator[Faults]:
+    """Where test_faults.py preloads its library."""
+    with watched() as it:
+        yield it
 
 
 @pytest.fixture(scope="module")

@@ -7,18 +7,23 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
-static const char *const names[] = {"recv",    "send",   "sendmsg", "epoll_ctl", "epoll_wait",
-                                    "shutdown", "accept4", "splice", "pipe2", "socket",
-                                    "connect", "setsockopt", "malloc", "calloc", "realloc"};
+static const char *const names[] = {"recv",          "send",        "sendmsg",    "epoll_ctl",  "epoll_wait",
+                                    "epoll_create1", "eventfd",     "shutdown",   "accept4",    "splice",
+                                    "pipe2",         "fcntl",       "socket",     "connect",    "setsockopt",
+                                    "getsockopt",    "getsockname", "malloc",     "calloc",     "realloc",
+                                    "pthread_create"};
 #define CALLS (sizeof names / sizeof *names)
 static atomic_ulong counts[CALLS], first[CALLS], last[CALLS];
 static atomic_int codes[CALLS];
@@ -35,6 +40,12 @@ static size_t number_of(const char *name)
             return which;
     }
     abort();
+}
+
+/* All those that can be made to fail, from 0 on; NULL behind the last. */
+const char *faults_name(unsigned long which)
+{
+    return which < CALLS ? names[which] : NULL;
 }
 
 /* The library's text lies there. */
@@ -100,6 +111,8 @@ WRAP(ssize_t, -1, sendmsg, (int fd, const struct msghdr *message, int flags), (f
 WRAP(int, -1, epoll_ctl, (int epoll, int what, int fd, struct epoll_event *event), (epoll, what, fd, event))
 WRAP(int, -1, epoll_wait, (int epoll, struct epoll_event *events, int most, int timeout),
      (epoll, events, most, timeout))
+WRAP(int, -1, epoll_create1, (int flags), (flags))
+WRAP(int, -1, eventfd, (unsigned count, int flags), (count, flags))
 WRAP(int, -1, shutdown, (int fd, int how), (fd, how))
 WRAP(int, -1, accept4, (int fd, struct sockaddr *peer, socklen_t *size, int flags), (fd, peer, size, flags))
 WRAP(ssize_t, -1, splice, (int from, off64_t *at, int to, off64_t *there, size_t size, unsigned flags),
@@ -109,6 +122,31 @@ WRAP(int, -1, socket, (int family, int type, int protocol), (family, type, proto
 WRAP(int, -1, connect, (int fd, const struct sockaddr *address, socklen_t size), (fd, address, size))
 WRAP(int, -1, setsockopt, (int fd, int level, int option, const void *value, socklen_t size),
      (fd, level, option, value, size))
+
+WRAP(int, -1, getsockopt, (int fd, int level, int option, void *value, socklen_t *size),
+     (fd, level, option, value, size))
+WRAP(int, -1, getsockname, (int fd, struct sockaddr *name, socklen_t *size), (fd, name, size))
+/* It returns its error, and leaves errno alone. */
+static int returned(void)
+{
+    int error = errno;
+    errno = 0;
+    return error;
+}
+
+WRAP(int, returned(), pthread_create,
+     (pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument),
+     (thread, attributes, run, argument))
+
+/* What comes behind the command is a number or a pointer, if there is anything. */
+int fcntl(int fd, int command, ...)
+{
+    va_list more;
+    va_start(more, command);
+    void *argument = va_arg(more, void *);
+    va_end(more);
+    return fails("fcntl", __builtin_return_address(0)) ? -1 : NEXT(fcntl)(fd, command, argument);
+}
 
 void *malloc(size_t size)
 {

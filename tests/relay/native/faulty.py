@@ -5,33 +5,31 @@ like a good one that is none, no descriptor is left open, and the relay goes on.
 """
 
 import contextlib
-import ctypes
 import errno
 import fcntl
 import gc
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
 import termios
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
 
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.net.tls import Channel
-from meshnet.relay import Facts, PlainLeg
-from meshnet.relay.native import NativeRelay, _core
+from meshnet.relay import PlainLeg
+from meshnet.relay.native import NativeRelay
 from meshnet.relay.native.reasons import REASONS
 from tests.relay.leaks import nothing_left
+from tests.relay.native.faults import EVER, MOST, OURS, Faults
 from tests.relay.native.test_lifetimes import new_core, plain_link
-from tests.relay.native.test_orders import ACCEPTED, ENDED, STUCK, Gate, closed_gate
 from tests.relay.rig import (
     Rig,
     context,
@@ -43,50 +41,14 @@ from tests.relay.rig import (
     tcp_pair,
     tunnel_pair,
 )
-from tests.world import SLOWNESS, Host, eventually, wait_for
+from tests.world import SLOWNESS, eventually, wait_for
 
 pytestmark = pytest.mark.netns
 RIGS = {"plain": plain_rig, "mesh": mesh_rig}
 MEGABYTE = 1 << 20
-MOST = {"converse": 40, "shake_hands": 40, "pour": 6}  # calls of one kind that are tried, one after the other
 Begin = Callable[[], None]
 Ends = list[tuple[Reason, EndedBy]]
 READ = 16 * (16384 - 4)  # PLAIN_READ of core.h
-EVER = 1 << 62
-
-
-@dataclass
-class Faults:
-    """The library in faults.c."""
-
-    library: ctypes.CDLL
-
-    def arm(self, call: str, code: int = 0, first: int = 1, last: int = 0) -> None:
-        """The calls from the `first` to the `last`, by default that one only, fail with the errno `code`; 0: none."""
-        self.library.faults_arm(call.encode(), ctypes.c_ulong(first), ctypes.c_ulong(last or first), code)
-
-    def count(self, call: str) -> int:
-        """Since it was armed."""
-        return int(self.library.faults_count(call.encode()))
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[Faults]:
-    library = ctypes.CDLL(None)
-    library.faults_count.restype = ctypes.c_ulong
-    with open("/proc/self/maps") as maps:
-        parts = [line.split()[0] for line in maps if line.rstrip().endswith(str(_core.__file__))]
-    ends = [int(end, 16) for part in parts for end in part.split("-")]
-    library.faults_watch(ctypes.c_size_t(min(ends)), ctypes.c_size_t(max(ends)))
-    it = Faults(library)
-    yield it
-    library.faults_forget()
-
-
-@pytest.fixture
-def faults() -> Iterator[Faults]:
-    with watched() as it:
-        yield it
 
 
 async def shake_hands(relay: NativeRelay, rig: str, ends: Ends, begin: Begin) -> None:
@@ -197,7 +159,6 @@ def _queued(sock: socket.socket) -> int:
 
 
 Scenario = Callable[[NativeRelay, str, Ends, Begin], Awaitable[None]]
-OURS = {errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC}
 # What the other side's relay hears when one side's kills their tunnel.
 BEHIND = {"plain": set[Reason](), "mesh": {Reason.TUNNEL_LOST}}
 
@@ -241,7 +202,7 @@ async def test_a_call_that_fails_ends_one_connection_at_most(
     relay: NativeRelay, faults: Faults, scenario: Scenario, rig: str, call: str, code: int, reasons: set[Reason]
 ) -> None:
     await scenario(relay, rig, [], lambda: faults.arm(call))
-    calls = min(faults.count(call), MOST[scenario.__name__])
+    calls = min(faults.count(call), MOST)
     assert calls, "the scenario makes no such call"
     gc.collect()
     before = descriptors()
@@ -271,7 +232,16 @@ async def test_a_call_that_fails_ends_one_connection_at_most(
     assert {reason for reason, _ in ends} <= {Reason.OK}
 
 
-@pytest.mark.parametrize(("call", "code"), [("pipe2", errno.EMFILE), ("splice", errno.EINVAL)])
+ELSEWHERE = {"epoll_wait", "pipe2", "fcntl", "getsockopt", "setsockopt"}  # below
+
+
+@pytest.mark.parametrize(("scenario", "rig"), sorted({case[:2] for case in CASES}, key=str))
+async def test_no_kind_of_call_is_left_out(relay: NativeRelay, faults: Faults, scenario: Scenario, rig: str) -> None:
+    await scenario(relay, rig, [], faults.count_all)
+    assert faults.made() - ELSEWHERE <= {case[2] for case in CASES}
+
+
+@pytest.mark.parametrize(("call", "code"), [("pipe2", errno.EMFILE), ("splice", errno.EINVAL), ("fcntl", errno.EPERM)])
 async def test_where_it_cannot_splice_it_copies(relay: NativeRelay, faults: Faults, call: str, code: int) -> None:
     ends: Ends = []
     started = time.monotonic()
@@ -279,6 +249,49 @@ async def test_where_it_cannot_splice_it_copies(relay: NativeRelay, faults: Faul
     assert faults.count(call), f"{faults.count('recv')} reads"
     if call == "pipe2":  # once refused, it is asked for again in a second
         assert faults.count(call) <= 1 + time.monotonic() - started
+    assert {reason for reason, _ in ends} == {Reason.OK}
+
+
+STARTS = [
+    ("malloc", errno.ENOMEM),
+    ("epoll_create1", errno.EMFILE),
+    ("eventfd", errno.EMFILE),
+    ("epoll_ctl", errno.ENOSPC),
+    ("pthread_create", errno.EAGAIN),
+    ("realloc", errno.ENOMEM),
+]
+
+
+@pytest.mark.parametrize(("call", "code"), STARTS, ids=[call for call, _ in STARTS])
+async def test_a_relay_that_cannot_start_says_why_and_leaves_nothing(faults: Faults, call: str, code: int) -> None:
+    async with nothing_left():
+        faults.arm(call)
+        async with NativeRelay():
+            calls = faults.count(call)
+        assert calls
+        for number in range(1, calls + 1):
+            faults.arm(call, code, number)
+            with pytest.raises(MemoryError if call == "realloc" else OSError) as caught:
+                await NativeRelay().__aenter__()
+            if isinstance(caught.value, OSError):
+                assert caught.value.errno == code
+            del caught
+        faults.arm(call)
+        assert not _threads("relay")
+
+
+def _threads(name: str) -> list[Path]:
+    tasks = Path("/proc/self/task").iterdir()
+    return [task for task in tasks if (task / "comm").read_text().strip() == name]
+
+
+@pytest.mark.parametrize("call", ["socket", "setsockopt", "getsockopt"])
+async def test_a_relay_that_cannot_ask_for_buffers_goes_without(faults: Faults, call: str) -> None:
+    ends: Ends = []
+    faults.arm(call, errno.ENOBUFS, last=EVER)
+    async with NativeRelay() as relay:
+        assert faults.count(call)
+        await pour(relay, "plain", ends, lambda: None)
     assert {reason for reason, _ in ends} == {Reason.OK}
 
 
@@ -304,42 +317,6 @@ async def test_what_ends_something_needs_no_memory(relay: NativeRelay, faults: F
         del link, door, core, both
 
 
-@pytest.mark.parametrize(("call", "code"), [("malloc", errno.ENOMEM), ("accept4", errno.EMFILE)])
-def test_who_cannot_be_taken_waits_and_is_not_lost(host: Host, faults: Faults, call: str, code: int) -> None:
-    with closed_gate(host) as gate:
-        faults.arm(call, code, first=2 if call == "malloc" else 1)  # the first one is of the command to listen
-        door = gate.open()
-        with gate.client() as client:
-            assert gate.until(1, STUCK) == [code]
-            door.go_on()
-            ((fd, _, _, port),) = gate.until(1, ACCEPTED)
-            os.close(fd)
-            assert port == client.getsockname()[1]
-        door.close()
-
-
-@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
-def test_connections_that_fail_without_end_keep_neither_bytes_nor_a_close_waiting(
-    host: Host, faults: Faults, shared: bool
-) -> None:
-    with closed_gate(host) as gate, gate.client():
-        faults.arm("accept4", errno.ECONNABORTED, last=EVER)
-        door = gate.core.listen(os.dup(gate.listener.fileno()), 0, shared, "door")
-        wait_for(lambda: faults.count("accept4") > 200)
-        begun = time.monotonic()
-        link, client, server = plain_link(gate.core)
-        with client, server:
-            client.setblocking(True)
-            server.setblocking(True)
-            while time.monotonic() < begun + 1.2:  # it looks at shared listeners once a second
-                client.sendall(b"x")
-                assert server.recv(1) == b"x"
-            link.abort(b"")
-        door.close()
-        gate.core.stop()
-        faults.arm("accept4")
-
-
 def test_a_relay_that_hears_of_no_events_ends_its_process() -> None:
     """It would hold all connections, and move no byte: whoever looks after the process starts it again."""
     done = subprocess.run(
@@ -355,8 +332,9 @@ def test_a_relay_that_hears_of_no_events_ends_its_process() -> None:
 
 _WITHOUT_EVENTS = """
 import errno, signal
-from tests.relay.native.faulty import watched
+from tests.relay.native.faults import watched
 from tests.relay.leaks import nothing_left
+from tests.relay.native.faults import EVER, MOST, OURS, Faults
 from tests.relay.native.test_lifetimes import new_core
 with watched() as faults:
     faults.arm("epoll_wait", errno.EBADF)
@@ -388,93 +366,3 @@ async def test_much_is_spliced(relay: NativeRelay, faults: Faults) -> None:
     await pour(relay, "plain", ends, lambda: faults.arm("splice"))
     assert faults.count("splice") > 1, f"{faults.count('recv')} reads, {faults.count('pipe2')} pipes"
     assert {reason for reason, _ in ends} == {Reason.OK}
-
-
-# What an order makes of it: it may be judged anew by Python, which has the client then, or begin and fail.
-ORDERED = [
-    ("malloc", errno.ENOMEM),
-    ("calloc", errno.ENOMEM),
-    ("realloc", errno.ENOMEM),
-    ("socket", errno.EMFILE),
-    ("setsockopt", errno.ENOMEM),
-    ("connect", errno.EADDRNOTAVAIL),
-    ("epoll_ctl", errno.ENOSPC),
-    ("recv", errno.ENOMEM),
-    ("send", errno.ENOBUFS),
-]
-
-
-@pytest.mark.parametrize(("call", "code"), ORDERED, ids=[f"{call}-{errno.errorcode[code]}" for call, code in ORDERED])
-def test_a_connection_under_an_order_is_carried_or_given_back(host: Host, faults: Faults, call: str, code: int) -> None:
-    with closed_gate(host) as gate:
-        door = gate.open()
-        order = gate.order(places=5)
-        before = descriptors()
-        faults.arm(call)
-        assert _ask(gate) == "the answer"
-        calls = faults.count(call)
-        for number in range(1, calls + 2):  # one more, for some are made only where the client is quick
-            faults.arm(call, code, number)
-            assert _ask(gate) in ("the answer", "given back", "reset"), number
-            faults.arm(call)
-            wait_for(lambda: order.state()[1] == 0, what="its place is free again")
-        wait_for(lambda: descriptors() == before, what="every descriptor closed")
-        assert _ask(gate) == "the answer"
-        door.close()
-
-
-def _ask(gate: Gate) -> str:
-    """What becomes of a connection that asks something."""
-    gate.heard.clear()
-    gate.links.clear()
-    while _served(gate):  # of one that was dialled and dropped
-        gate.app().close()
-    try:
-        client = gate.client()
-    except ConnectionResetError:  # already
-        return wait_for(lambda: _heard(gate), what="its end")
-    with client:
-        with contextlib.suppress(ConnectionResetError):
-            client.sendall(b"question")
-        if (said := wait_for(lambda: _heard(gate) or _served(gate))) != "served":
-            return said
-        with gate.app() as app, contextlib.suppress(OSError):
-            assert app.recv(64) in (b"question", b"")
-            app.sendall(b"the answer")
-            app.shutdown(socket.SHUT_WR)
-        # Its endpoint leg may have been dialled and dropped again: then Python has the client.
-        said = wait_for(lambda: _heard(gate) or _answered(client), what="its end")
-        if said != "answered":
-            return said
-        try:
-            answer = client.recv(64).decode()
-        except ConnectionResetError:
-            answer = "reset"
-    wait_for(lambda: _heard(gate), what="its end")
-    return answer or "reset"
-
-
-def _answered(client: socket.socket) -> str:
-    return "answered" if select.select([client], [], [], 0)[0] else ""
-
-
-def _served(gate: Gate) -> str:
-    return "served" if select.select([gate.server], [], [], 0)[0] else ""
-
-
-def _heard(gate: Gate) -> str:
-    """That Python has the client, or that the connection is over."""
-    gate.hear()
-    for _, kind, about in gate.heard:
-        if kind == STUCK:
-            return "stuck"
-        if kind == ACCEPTED:
-            os.close(about[0])
-            return "given back"
-        if kind == ENDED:
-            facts = Facts(*about)
-            if facts.client < 0:
-                return "reset"
-            os.close(facts.client)
-            return "given back"
-    return ""
