@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.timeout(300)  # each takes 10 to 20 s, and several times that where others use the machine, too
-@pytest.mark.parametrize("file", ["faulty.py", "faulty_doors.py"])
+@pytest.mark.parametrize("file", ["faulty.py", "faulty_doors.py", "faulty_tunnels.py"])
 def test_every_call_may_fail(tmp_path: Path, file: str) -> None:
     shim = tmp_path / "faults.so"
     run("gcc", "-shared", "-fPIC", "-O1", *STRICT, HERE / "faults.c", "-o", shim)

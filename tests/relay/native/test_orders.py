@@ -444,7 +444,7 @@ def test_an_order_for_what_is_no_address_is_refused(gate: Gate, bad: dict[str, A
         make(**bad)
 
 
-def _asleep(name: str) -> int:
+def asleep(name: str) -> int:
     """How many threads of that name are in epoll_wait: proc(5), /proc/pid/syscall."""
     waits = {"22", "232", "281", "441"}  # epoll_pwait of arm64; epoll_wait, epoll_pwait of x86-64; epoll_pwait2 of both
     threads = [thread for thread in Path("/proc/self/task").iterdir() if (thread / "comm").read_text().strip() == name]
@@ -466,7 +466,7 @@ def test_cores_that_share_a_listener_take_turns(host: Host) -> None:
     with listener:
         handles = [core.listen(os.dup(listener.fileno()), OUTBOUND, True, "door") for core in cores]
         for count in range(1, 21):
-            wait_for(lambda: _asleep("takes-turns") == 2, what="both cores wait for events")
+            wait_for(lambda: asleep("takes-turns") == 2, what="both cores wait for events")
             with host.connect(*DIALLED):
                 wait_for(lambda count=count: take() == count, what="it is accepted")
     assert list(map(len, taken)) == [10, 10]
