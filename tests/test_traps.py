@@ -145,6 +145,7 @@ SPEED: dict[str, tuple[str, ...]] = {
     "bulk that is copied": ("tests/relay/native/faulty.py::test_much_is_spliced",),
     "buffers that idle connections keep": (
         "tests/relay/native/test_idle.py::test_an_idle_tunnel_keeps_no_buffer",
+        "tests/relay/native/test_idle.py::test_a_tunnel_whose_peer_was_slow_keeps_no_buffer_for_it",
         "tests/relay/contract.py::test_what_was_read_before_the_hand_over_comes_first",
     ),
     "a slow reader's bytes in our memory": (
@@ -152,6 +153,7 @@ SPEED: dict[str, tuple[str, ...]] = {
     ),
     "edge-triggered epoll, and a FIN that comes in the same event as data": (
         "tests/relay/contract.py::test_a_fin_right_behind_data_loses_neither",
+        "tests/relay/native/test_hostile.py::test_an_end_right_behind_the_last_bytes_of_a_tunnel_is_found",
     ),
     "the first leg closed before the second is there": (
         "tests/relay/native/test_lifetimes.py::test_both_legs_may_be_full_of_events_before_the_link_begins",

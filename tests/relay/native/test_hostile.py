@@ -14,6 +14,7 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.net.python_tls import PythonTls
 from meshnet.relay.native import NativeRelay
 from tests.relay.lease_contract import SMALL, HalfRigMaker
+from tests.relay.native.test_orders import asleep
 from tests.relay.rig import (
     HalfRig,
     Peer,
@@ -26,6 +27,7 @@ from tests.relay.rig import (
     read_exactly,
     tunnel_pair,
 )
+from tests.world import SLOWNESS, eventually
 
 MEGABYTE = 1 << 20
 both_rigs = pytest.mark.parametrize("rig", [outbound_rig, inbound_rig])
@@ -73,6 +75,22 @@ async def test_what_belongs_between_leases_cannot_be_piled_up_in_one(
                 await it.peer.send(encode(frame) * 4000)
         outcome = await it.run.result()
         assert (outcome.reason, outcome.reusable) == (Reason.TUNNEL_PROTOCOL, False)
+
+
+async def test_an_end_right_behind_the_last_bytes_of_a_tunnel_is_found(relay: NativeRelay) -> None:
+    """Both wait in the kernel when the core reads on: one event has told of the two, and none will tell of the end."""
+    pair = await tunnel_pair(relay.tls, PythonTls())
+    peer = Peer(pair.server)
+    for _ in range(5):  # more than the core keeps for Python: it reads no further
+        await peer.send(encode(GoAway()) * 4000)
+    await eventually(lambda: asleep("relay") == 1, what="the core has read them")
+    await peer.send(encode(GoAway()))
+    peer.sock.close()
+    await eventually(lambda: asleep("relay") == 1, what="the core has heard of the end")
+    with trio.fail_after(10 * SLOWNESS):
+        while await pair.client.channel.receive():
+            pass
+    pair.close()
 
 
 async def test_a_peer_that_pings_and_never_reads_is_not_listened_to_for_ever(relay: NativeRelay) -> None:

@@ -35,9 +35,9 @@ def allocated() -> int:
     return int(found.field_7 + found.field_4)  # uordblks, hblkhd
 
 
-async def open_tunnel(relay: NativeRelay, ticket: Ticket | None = None) -> tuple[Channel, Channel]:
-    """Both ends. Who dialled has read everything, and written nothing since."""
-    near, far = tcp_pair()
+async def open_tunnel(relay: NativeRelay, ticket: Ticket | None = None, buffer: int = 0) -> tuple[Channel, Channel]:
+    """Both ends. Who dialled has read everything, and written nothing since. `buffer` as in tcp_pair."""
+    near, far = tcp_pair(buffer)
     served: list[Channel] = []
 
     async def accept(sock: socket.socket) -> None:
@@ -86,6 +86,24 @@ async def test_an_idle_tunnel_keeps_no_buffer(relay: NativeRelay) -> None:
     assert (opened - written) / TUNNELS < 4 * KIB  # it would be 16
     assert (written - before) / TUNNELS < BOTH_ENDS
     close(*tunnels)
+
+
+async def test_a_tunnel_whose_peer_was_slow_keeps_no_buffer_for_it(relay: NativeRelay) -> None:
+    waited = 2 * 1024 * KIB
+
+    async def fill_and_drain() -> tuple[Channel, Channel]:
+        dialled, served = await open_tunnel(relay, buffer=64 * KIB)
+        dialled.send_now(bytes(waited))
+        left = waited
+        while left:
+            left -= len(await served.receive())
+        return dialled, served
+
+    first = await fill_and_drain()  # and what the thread has for all of them is made
+    before = allocated()
+    second = await fill_and_drain()
+    assert allocated() - before < waited / 4
+    close(first, second)
 
 
 async def test_a_ticket_names_a_session_and_does_not_carry_it(relay: NativeRelay) -> None:
