@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -22,7 +23,7 @@ from tests.relay.rig import (
     read_exactly,
     reset,
 )
-from tests.world import eventually
+from tests.world import SLOWNESS, eventually
 
 RigMaker = Callable[..., contextlib.AbstractAsyncContextManager[Rig]]
 MEGABYTE = 1 << 20
@@ -377,12 +378,13 @@ async def _count_until_broken(app: trio.SocketStream, counts: list[int]) -> None
 
 
 async def _until_broken(app: trio.SocketStream) -> None:
-    """Raises OSError for an RST; returns on a FIN, unless an RST comes behind it."""
-    while await app.socket.recv(SMALL):
-        pass
-    while True:
-        await app.socket.send(b"anybody?")
-        await trio.sleep(0.001)
+    """Raises OSError for an RST, and TooSlowError if none comes: neither for a FIN, nor for what answers a send."""
+    with trio.fail_after(10 * SLOWNESS):
+        while await app.socket.recv(SMALL):
+            pass
+        while not (error := app.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)):
+            await trio.sleep(0.001)
+    raise OSError(error, os.strerror(error))
 
 
 async def _echo_through(it: Rig, size: int) -> None:
