@@ -185,6 +185,9 @@ SPEED: dict[str, tuple[str, ...]] = {
     "a chain that is built and verified anew for each handshake": (
         "tests/relay/native/test_handshakes.py::test_it_shows_its_own_certificate_and_not_the_bundle_s",
     ),
+    "a certificate that is read anew for each handshake": (
+        "tests/relay/native/test_handshakes.py::test_a_certificate_that_comes_again_is_not_read_again",
+    ),
     "a call that fails, and nobody looked": ("tests/relay/native/test_faults.py::test_every_call_may_fail",),
 }
 

@@ -27,6 +27,13 @@ async def test_it_shows_its_own_certificate_and_not_the_bundle_s(relay: NativeRe
     assert len(shown) == 1
 
 
+async def test_a_certificate_that_comes_again_is_not_read_again(relay: NativeRelay) -> None:
+    first, second = [await tunnel_pair(relay.tls, relay.tls) for _ in range(2)]
+    for pair in (first, second):
+        pair.close()
+    assert first.client.channel.identity is second.client.channel.identity
+
+
 async def test_a_relay_that_is_closed_cancels_the_handshakes_it_makes() -> None:
     socks = [tcp_pair() for _ in range(10)]
     reasons: list[Reason] = []
