@@ -172,6 +172,7 @@ SPEED: dict[str, tuple[str, ...]] = {
         "tests/relay/contract.py::test_half_close_passes_and_the_other_direction_goes_on",
         "tests/relay/contract.py::test_a_reset_reaches_the_other_application",
         "tests/relay/contract.py::test_every_byte_arrives_in_order_in_both_directions_at_once",
+        "tests/relay/native/test_hostile.py::test_small_frames_overtake_none_that_wait_for_a_slow_application",
         "tests/relay/contract.py::test_cancel_resets_both_legs_and_the_tally_is_exact",
     ),
     "a peer that dies during the handshake": (

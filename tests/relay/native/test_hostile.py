@@ -181,6 +181,22 @@ async def test_frames_at_the_limit_pass_in_any_pieces(relay: NativeRelay) -> Non
             assert await read_exactly(it.app, MAX_DATA) == data
 
 
+async def test_small_frames_overtake_none_that_wait_for_a_slow_application(relay: NativeRelay) -> None:
+    """A record has thousands of them: some wait while the application makes room, and others come behind them."""
+    words = bytes(range(251)) * 12
+    rounds = 200
+    async with inbound_rig(relay, buffer=4096) as it, trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            record = b"".join(it.peer.wire.data(1) + bytes([byte]) for byte in words)
+            for _ in range(rounds):
+                await it.peer.send(record)
+            await it.peer.send(it.peer.wire.fin())
+
+        nursery.start_soon(send)
+        assert await read_all(it.app) == words * rounds
+
+
 async def test_a_peer_may_update_its_keys_at_any_time(relay: NativeRelay) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     certificate, key, bundle = _files()
