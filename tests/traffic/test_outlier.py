@@ -36,7 +36,7 @@ def test_who_fails_is_ejected_told_and_not_tried_any_more(hosts: Hosts, name: Na
         eject(hosts, name, "api-1")
         view = hosts.endpoints(name)["api-1"]
         assert view.breaker == "closed"
-        assert 50 < view.ejected_for_seconds <= 60
+        assert 50 < view.ejected_for_seconds <= 90  # with the share that is drawn, outlier.jitter
         out = Records(hosts.sidecar(hosts.web))
         assert {who(hosts.web, name) for _ in range(6)} == {"api-2", "api-3"}
         assert all(len(record.attempts) == 1 for record in out.ended(6))
