@@ -76,6 +76,7 @@ def test_a_whole_conns_imports_only_the_floors_it_stands_on(sidecar: Sidecar) ->
         "meshnet_cli.filter_flags",
         "meshnet_cli.filters",
         "meshnet_cli.groups",
+        "meshnet_cli.listing",
         "meshnet_cli.main",
         "meshnet_cli.output",
         "meshnet_cli.table",

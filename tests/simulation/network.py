@@ -163,6 +163,9 @@ class Relay:
     def fits(self, _link: Link) -> bool:
         return True
 
+    def suspend_orders(self) -> None:
+        """It takes none."""
+
     async def run(self, link: Link, tally: Tally) -> Outcome:
         aborted = trio.Event()
         link.abort = aborted.set

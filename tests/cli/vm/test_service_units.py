@@ -17,6 +17,9 @@ pytestmark = pytest.mark.netns
 
 _BOOTED = """
 mkdir -p /run/systemd/system
+[ -d "$1.etc" ] || cp -a /etc "$1.etc"
+mount --bind "$1.etc" /etc
+getent group meshnet >/dev/null || groupadd --system meshnet
 mount --bind "$1" /etc/systemd/system
 shift
 exec "$@"
