@@ -5,11 +5,15 @@ import pwd
 import socket
 import struct
 import time
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from meshnet.errors import CommandError
 from meshnet.model.capture import KEEPER, KEEPER_USER, KeeperReport, KeeperRequest
+
+if TYPE_CHECKING:
+    import trio
 
 _MOST = 1 << 20
 _AGAIN = 0.05  # seconds
@@ -64,7 +68,7 @@ def _believed() -> set[int]:
         return {0, os.geteuid()}
 
 
-def peer_user(sock: socket.socket) -> int:
+def peer_user(sock: "socket.socket | trio.socket.SocketType") -> int:
     """SO_PEERCRED (unix(7)): who the other side was when it connected or began to listen."""
     _, user, _ = _CREDENTIALS.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     return int(user)

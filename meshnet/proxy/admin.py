@@ -6,7 +6,6 @@ Whoever may open it may look; what changes something is for root and our own use
 import grp
 import logging
 import os
-import struct
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Protocol
@@ -28,6 +27,7 @@ from meshnet.model.admin import (
     decode_request,
 )
 from meshnet.model.connection import Shape
+from meshnet.net.keeper import peer_user
 
 _log = logging.getLogger("meshnet.admin")
 
@@ -68,7 +68,7 @@ class AdminServer:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             await _send(stream, Refused(error=f"not a request: {error}", fix="use the same version of meshnet"))
             return
-        _log.debug("asked by user %d: %s", _user(stream), request)
+        _log.debug("asked by user %d: %s", peer_user(stream.socket), request)
         match request:
             case FollowConnections():
                 await self._follow(stream)
@@ -118,14 +118,7 @@ async def admin_listener(path: str) -> AsyncIterator[trio.SocketListener]:
 
 
 def _may_change(stream: trio.SocketStream) -> bool:
-    return _user(stream) in (0, os.geteuid())
-
-
-def _user(stream: trio.SocketStream) -> int:
-    """SO_PEERCRED (man unix): who the other side was when it connected, whatever it has become since."""
-    credentials = stream.socket.getsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_PEERCRED, struct.calcsize("iII"))
-    _, user, _ = struct.unpack("iII", credentials)
-    return int(user)
+    return peer_user(stream.socket) in (0, os.geteuid())
 
 
 async def _somebody_listens(path: str) -> bool:

@@ -1,8 +1,8 @@
 """What one process answers to those who ask over the admin socket, and for its metrics and health."""
 
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
 from itertools import islice
 
 import msgspec
@@ -206,7 +206,7 @@ def metadata(still_open: int, failed: int, plaintext: int) -> ConnectionListMeta
     """Of a list of now that has so many."""
     return ConnectionListMetadata(
         node=status.node_name(),
-        generated_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        generated_at=rfc3339(time.time()),
         open=still_open,
         failed=failed,
         plaintext=plaintext,

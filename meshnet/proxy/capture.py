@@ -10,8 +10,8 @@ Rules vanish weeks later (istio#61182, istio#56729): capture that was in place a
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import UTC, datetime
 from itertools import islice
 
 import trio
@@ -30,6 +30,7 @@ from meshnet.net.canary import begin_connect
 from meshnet.net.keeper import ask_keeper
 from meshnet.net.sock_diag import TcpSocket, host_of
 from meshnet.proxy.bypass import Bypass
+from meshnet.proxy.record import rfc3339
 from meshnet.proxy.uncaptured import list_uncaptured
 from meshnet.proxy.visits import InboundVisits
 
@@ -189,7 +190,7 @@ class CaptureProof:
                 self._proved.add(family)
             if before is None or before.result != proof.result:
                 _tell(proof, was_proved=family in self._proved)
-        self._proved_at = _now()
+        self._proved_at = rfc3339(time.time())
 
     async def _send(self, family: IpFamily) -> Proof:
         def proof(result: ProofResult, detail: str) -> Proof:
@@ -320,7 +321,3 @@ def _told(past: tuple[Direction, TcpSocket]) -> str:
     ends = Address(host_of(it.local), it.local_port), Address(host_of(it.remote), it.remote_port)
     client, server = ends if direction is Direction.OUTBOUND else reversed(ends)
     return f"{client} -> {server}"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

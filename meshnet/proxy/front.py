@@ -81,7 +81,6 @@ async def front(
         nursery.start_soon(capture.run)
         _log.info("relay: %s, %s", relay, ", ".join(f"not {name}: {why}" for name, why in missing.items()))
         _log.info("listening: %s", ", ".join(told.values()))
-
         yield answer_readiness
         nursery.cancel_scope.cancel()
 

@@ -7,11 +7,11 @@ first it knows by itself, for its question is refused then. So what is late is t
 import logging
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 
 from meshnet.decide.visits import Visits
 from meshnet.model.canary import IpFamily
 from meshnet.model.capture import Proof, VisitsView
+from meshnet.proxy.record import rfc3339
 
 _log = logging.getLogger("meshnet.capture")
 
@@ -54,7 +54,7 @@ class InboundVisits:
         return tuple(
             VisitsView(
                 family=family,
-                last=_rfc3339(self._at[family]),
+                last=rfc3339(self._at[family]),
                 every_seconds=round(visits.every, 3),
                 late=self._is_late(family),
             )
@@ -69,13 +69,9 @@ class InboundVisits:
         return self._visits[family].is_late(self._clock())
 
     def _told(self, family: IpFamily) -> str:
-        last = f"readiness was last asked for through the rules at {_rfc3339(self._at[family])}"
+        last = f"readiness was last asked for through the rules at {rfc3339(self._at[family])}"
         return f"{last}, before that every {self._visits[family].every:.0f} s" if self._is_late(family) else last
 
 
 def _name(family: IpFamily) -> str:
     return "IPv6" if family == "ipv6" else "IPv4"
-
-
-def _rfc3339(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

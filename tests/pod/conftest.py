@@ -213,3 +213,21 @@ def running(cluster: Cluster, server: Pod) -> Pod:
         cluster.running = cluster.client(CLIENT)
         cluster.running.start()
     return cluster.running
+
+
+def need_truthful_probes(pod: Pod) -> None:
+    """Of PROBED, whose files and program are what its probes ask for."""
+    work = pod.volumes / "work"
+    (work / "ready").write_text("")
+    pod.start()
+    assert pod.probe("app", "startupProbe")
+    assert pod.probe("app", "readinessProbe")
+    (work / "ready").unlink()
+    assert not pod.probe("app", "readinessProbe")
+    assert not pod.probe("app", "livenessProbe")
+    (work / "alive").write_text("")
+    assert pod.probe("app", "livenessProbe")
+    pod.processes["app"].kill()
+    assert not pod.probe("app", "startupProbe")  # the one of TCP, which a redirected port would have taken for well
+    assert not pod.probe("app", "readinessProbe")
+    assert pod.probe("meshnet-proxy", "livenessProbe")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.init.kernel import listening
 from tests.pod.caller import Caller, asks_once
-from tests.pod.conftest import PORT, PROBED, Cluster, client_manifest
+from tests.pod.conftest import PORT, PROBED, Cluster, client_manifest, need_truthful_probes
 from tests.pod.kubelet import Pod
 from tests.world import ProgramFailed, wait_for
 
@@ -87,20 +87,7 @@ def test_nothing_leaves_before_the_sidecar_is_there(client: Callable[..., Pod], 
 
 
 def test_probes_of_each_shape_tell_the_truth(client: Callable[..., Pod]) -> None:
-    pod = client(PROBED)
-    work = pod.volumes / "work"
-    (work / "ready").write_text("")
-    pod.start()
-    assert pod.probe("app", "readinessProbe")
-    (work / "ready").unlink()
-    assert not pod.probe("app", "readinessProbe")
-    assert not pod.probe("app", "livenessProbe")
-    (work / "alive").write_text("")
-    assert pod.probe("app", "livenessProbe")
-    pod.processes["app"].kill()
-    assert not pod.probe("app", "startupProbe")
-    assert not pod.probe("app", "readinessProbe")
-    assert pod.probe("meshnet-proxy", "livenessProbe")
+    need_truthful_probes(client(PROBED))
 
 
 def test_sigterm_with_the_application_still_calling_out(started: Pod, cluster: Cluster) -> None:

@@ -12,7 +12,7 @@ from meshnet.model.capture import CaptureStatus
 from meshnet_cli.client import ask
 from tests.init.kernel import COMMANDS, listening
 from tests.pod.caller import Caller, asks_once
-from tests.pod.conftest import API, API6, CLIENT, CURL, PORT, PROBED, Cluster
+from tests.pod.conftest import API, API6, CLIENT, CURL, PORT, PROBED, Cluster, need_truthful_probes
 from tests.pod.kubelet import Pod
 from tests.proxy.programs import ended_by_rst
 from tests.world import ProgramFailed, wait_for
@@ -182,21 +182,7 @@ def test_an_ordinary_sidecar_holds_the_application_back_and_stays_a_while_when_b
 
 
 def test_probes_of_each_shape_tell_the_truth(client: Callable[..., Pod]) -> None:
-    pod = client(PROBED)
-    work = pod.volumes / "work"
-    (work / "ready").write_text("")
-    pod.start()
-    assert pod.probe("app", "startupProbe")
-    assert pod.probe("app", "readinessProbe")
-    (work / "ready").unlink()
-    assert not pod.probe("app", "readinessProbe")
-    assert not pod.probe("app", "livenessProbe")
-    (work / "alive").write_text("")
-    assert pod.probe("app", "livenessProbe")
-    pod.processes["app"].kill()
-    assert not pod.probe("app", "startupProbe")  # the one of TCP, which a redirected port would have taken for well
-    assert not pod.probe("app", "readinessProbe")
-    assert pod.probe("meshnet-proxy", "livenessProbe")
+    need_truthful_probes(client(PROBED))
 
 
 def test_trap_4_init_that_runs_again_cuts_nothing(running: Pod, server: Pod) -> None:
