@@ -6,8 +6,8 @@ from meshnet.model.canary import IpFamily
 from meshnet.model.connection import Shape
 
 KEEPER = "\0meshnet/keeper"
-KEEPER_USER = "meshnet-rules"  # where a host's init system starts it; elsewhere it is root
 """Where the keeper of a network namespace's rules answers: an abstract UNIX socket, which is of that namespace."""
+KEEPER_USER = "meshnet-rules"  # where a host's init system starts it; elsewhere it is root
 
 ProofResult = Literal["captured", "not captured", "no answer", "no route", "not in the plan", "not tried"]
 
