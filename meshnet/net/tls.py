@@ -18,6 +18,7 @@ ALPN = "meshnet/1"
 
 # X509_V_ERR_* of openssl/x509_vfy.h
 _VERIFY_REASONS = {9: Reason.TLS_NOT_YET_VALID, 10: Reason.TLS_EXPIRED}
+_NOT_LOOKED_AT = {1, 17, 65, 66}  # unspecified, out of memory, invalid call, store lookup: it says nothing of the peer
 
 
 class Ticket(Protocol):
@@ -169,7 +170,9 @@ def handshake_timeout(seconds: float, is_client: bool) -> ConnectionFailed:
 
 
 def not_verified(code: int, message: str) -> ConnectionFailed:
-    """What X509_V_ERR_* `code` of the peer's certificate means to an operator."""
+    """What X509_V_ERR_* `code` of the peer's certificate means to an operator (openssl/x509_vfy.h)."""
+    if code in _NOT_LOOKED_AT:
+        return ConnectionFailed(Reason.TLS_HANDSHAKE, f"the peer's certificate was not verified: {message}")
     reason = _VERIFY_REASONS.get(code, Reason.TLS_PEER_IDENTITY)
     hint = "; are both clocks right?" if code in _VERIFY_REASONS else ""
     return ConnectionFailed(reason, f"the peer's certificate: {message}{hint}")

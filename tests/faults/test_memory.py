@@ -1,6 +1,7 @@
 """A sidecar that gets no more memory (RLIMIT_AS): it refuses what it cannot serve, or it ends and another begins."""
 
 import socket
+import time
 from contextlib import ExitStack
 
 import pytest
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.netns
 
 FEW, MANY = 5, 300  # clients that fail, after which it is seen what has become of the sidecar
 MOST = 3000  # clients
+LONG = 10.0  # seconds
 MORE = 1 << 18  # bytes, beyond what it has
 TOLD = {"ok", "peer.rst", "limit.host", "tls.handshake", "connect.timeout", "connect.refused", "tunnel.lost"}
 
@@ -40,9 +42,11 @@ def test_a_sidecar_without_memory_refuses_or_ends_and_never_lingers_deaf(
         with ExitStack() as stack:
             kept: list[socket.socket] = []
             with memory(sidecar, MORE):
-                failed = 0
+                failed, until = 0, time.monotonic() + LONG
                 for _ in range(MOST):
-                    if failed == failures or not sidecar.process.alive:
+                    # CPython may stand still for as long as it has no 32 bytes for an exception that is on its way
+                    # (exception_unwind of 3.11); what looks after it sees that: WatchdogSec, a liveness probe.
+                    if failed == failures or not sidecar.process.alive or (failed and time.monotonic() > until):
                         break
                     try:
                         kept.append(talks(caller, name, stack))
@@ -55,7 +59,8 @@ def test_a_sidecar_without_memory_refuses_or_ends_and_never_lingers_deaf(
                 sidecar.spawn()  # as what looks after it does
                 sidecar.wait_until_ready()
             else:
-                assert {reason(record).partition(" ")[0] for record in out.now() if record.reason} <= TOLD
+                told = {reason(it).partition(" ")[0]: it.reason.message for it in out.now() if it.reason}
+                assert not told.keys() - TOLD, told
                 for client in kept:
                     client.sendall(SECRET)
                     assert read(client, len(SECRET)) == SECRET

@@ -3,6 +3,8 @@
 import contextlib
 import select
 import socket
+import subprocess
+import sys
 
 import pytest
 import trio
@@ -200,3 +202,22 @@ def _stuff(sock: socket.socket) -> int:
         while True:
             taken += raw.send(bytes(SMALL))
     return taken
+
+
+_NEVER_CLOSED = """
+import trio
+from meshnet.relay.python import PythonRelay
+
+async def main():
+    PythonRelay(2).start()
+    raise MemoryError("nor for `close`")
+
+trio.run(main)
+"""
+
+
+def test_a_proxy_that_could_not_close_it_ends_all_the_same() -> None:
+    """It would be deaf, and what looks after it would take it for alive."""
+    ended = subprocess.run([sys.executable, "-c", _NEVER_CLOSED], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "MemoryError: nor for `close`" in ended.stderr

@@ -19,7 +19,8 @@ class RelayThread(RelayLoop):
         self._stopping = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.epoll.register(self._wake, select.EPOLLIN)
-        self._thread = threading.Thread(target=self._run, name=name)
+        # A daemon: a proxy that ends without `stop`, for want of memory, must not wait for this thread for ever.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
