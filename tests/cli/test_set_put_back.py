@@ -9,6 +9,7 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK
 from meshnet_cli.vm.unfinished import note_of_set
 from tests.cli.machine import Machine, talk
 from tests.proxy.programs import accept, listen
@@ -94,9 +95,12 @@ def test_set_is_ended_while_it_proves_the_rules(machine: Machine, peer: Host, nu
     before = Before(machine)
     with open_connection(machine, peer):
         with silence(machine):
-            process = start_set(machine)
-            process.popen.send_signal(number)
-            assert process.popen.wait(30) == (130 if number is signal.SIGINT else -number), process.output
+            for _ in range(5):
+                process = start_set(machine)
+                process.popen.send_signal(number)
+                if process.popen.wait(30) != EXIT_ROLLED_BACK:
+                    break  # on a busy machine the proof may be over by itself before the signal comes
+            assert process.popen.returncode == (130 if number is signal.SIGINT else -number), process.output
             wait_for(before.is_back, timeout=30.0, what="everything is as before")
         assert before.rules_are_kept()
 
