@@ -1,5 +1,6 @@
 """What the bench runs on: its processors, how quiet it is, and the spinners that keep it awake."""
 
+import functools
 import os
 import platform
 import re
@@ -7,6 +8,7 @@ import resource
 import ssl
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,12 +97,22 @@ def description(spinning: Sequence[int]) -> dict[str, str]:
     allowed = sorted(os.sched_getaffinity(0))
     where = f"everything pinned on processor {allowed[0]}" if len(allowed) == 1 else f"unpinned on {len(allowed)}"
     return {
+        "command": " ".join(["scripts/bench", *sys.argv[1:]]),
+        "source": _source(),
         "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, load average before {os.getloadavg()[0]:.1f}",
         "processors": f"{model[1] if model else platform.machine()}, {os.cpu_count()} of them; {where}",
         "spinners": f"on, {len(spinning)} of idle priority" if spinning else "off: virtual processors may have slept",
         "kernel": platform.release(),
         "Python": f"{platform.python_version()}, {ssl.OPENSSL_VERSION}",
     }
+
+
+@functools.cache  # once: what --write writes is no change
+def _source() -> str:
+    """The commit that was measured, and whether the files are others by now."""
+    named = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    done = subprocess.run(named, capture_output=True, text=True, check=False)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else "no checkout of git"
 
 
 def quietness(looks: Sequence[tuple[Noise, float]], samples: Sequence[Sample]) -> str:

@@ -32,6 +32,7 @@ kernel's own threads. A verdict needs every round on one side of the target (wit
   tracking and address translation. It is no peer in the ratios.
 - One sidecar, plain: that of the client; it dials the server itself.
 - Both ways: bytes that came and bytes that went, both counted at the client.
+- p99 takes 1,000 units in each round, p99.9 10,000: where there were fewer there is no figure.
 - Others' use of the processors is what `/proc/stat` shows beyond our own processes; *stolen* is the hypervisor's.
 - meshnet writes its access log (JSON, one line a connection a side), the peers write none.
 - Memory is what the sidecars' PSS grows by, freshly started, over 1,000 connections, opened 16 at a time, that have
