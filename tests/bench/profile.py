@@ -10,6 +10,7 @@ import click
 from tests.bench import load
 from tests.bench.load import LoadFailed, Result, Subject
 from tests.bench.rounds import Plan
+from tests.bench.steps import steps
 from tests.bench.subjects import absent, subject
 from tests.bench.table import MESHNET
 from tests.bench.tests import CPU, MODES, TESTS, Test
@@ -18,6 +19,7 @@ from tests.bench.tools import Tool, perf, py_spy, strace, threads
 _SECONDS = 3.0  # of each tool
 _TOOLS: dict[str, Tool] = {
     "CPU time by thread, all sidecars": threads,
+    "CPU time by step, all sidecars (perf)": steps,
     "Python functions, while the GIL is held (py-spy)": py_spy,
     "Symbols, user [.] and kernel [k] (perf)": perf,
     "System calls (strace)": strace,

@@ -36,7 +36,7 @@ def py_spy(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, u
         return [_missing("py-spy", "pip install py-spy")]
     files = [directory / f"{pid}.stacks" for pid in pids]
     options = ("--gil", "--rate", "200", "--duration", str(int(seconds)), "--format", "raw", "--function")
-    said = _while_loaded(
+    said = while_loaded(
         [
             [program, "record", "--pid", str(pid), *options, "--output", str(file)]
             for pid, file in zip(pids, files, strict=True)
@@ -56,7 +56,7 @@ def perf(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, uni
     data = directory / "perf.data"
     # A virtual machine may have no counters; a clock it has. `sleep` says for how long.
     what = ("-e", "cpu-clock", "-F", "999", "-o", str(data), "-p", ",".join(map(str, pids)))
-    said = _while_loaded([[program, "record", *what, "--", "sleep", str(seconds)]], seconds, drive)
+    said = while_loaded([[program, "record", *what, "--", "sleep", str(seconds)]], seconds, drive)
     fields = ("--stdio", "-F", "overhead,dso,sym", "-t", "|", "-i", str(data))
     shown = subprocess.run([program, "report", *fields], capture_output=True, text=True)
     return symbols(shown.stdout) or [f"perf saw nothing: {said or shown.stderr}"]
@@ -109,6 +109,12 @@ def _thread_times(pids: Sequence[int]) -> dict[tuple[int, str], tuple[int, int]]
     return found
 
 
+def cpu_seconds(pids: Sequence[int]) -> float:
+    """What they have used so far."""
+    ticks = sum(sum(times) for times in _thread_times(pids).values())
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
 def functions(stacks: Sequence[str]) -> list[str]:
     """From py-spy's raw form: frames from the outermost on, `;` between them, then how many samples."""
     own, within = Counter[str](), Counter[str]()
@@ -155,7 +161,7 @@ def calls(table: str, units: float, unit: str) -> list[str]:
     return [*head, f"| call | for each {unit} | of them errors |", "|---|---|---|", *rows]
 
 
-def _while_loaded(commands: Sequence[Sequence[str]], seconds: float, drive: Drive) -> str:
+def while_loaded(commands: Sequence[Sequence[str]], seconds: float, drive: Drive) -> str:
     """Runs them side by side, with load all the time; what they complained about, if anything failed."""
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for command in commands]
     try:
