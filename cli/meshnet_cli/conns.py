@@ -58,7 +58,9 @@ EVENT_WIDTH = len("+ close")
 @click.option("--recent", type=DURATION, default="60s", show_default=True, help="How far back failed ones are shown.")
 @click.option("--all", "everything", is_flag=True, help="Also every ended one that the sidecar still remembers.")
 @sort_option(*dict.fromkeys((*SORT_KEYS, *groups.SORT_KEYS)))
-@click.option("--top", type=click.IntRange(min=1), metavar="N", help="Only the first N.")
+@click.option(
+    "--top", type=click.IntRange(min=1), metavar="N", help="Only the first N by --sort; without it the newest."
+)
 @click.option(
     "--by",
     type=Parsed("keys", groups.parse_keys),
@@ -142,19 +144,22 @@ def command(
     if by:
         _print_groups(matching, by, sort, top, output, header=not no_header)
     elif to_kill:
-        still_open = _sorted([connection for connection in matching if filters.is_open(connection)], sort)[:top]
+        still_open = _top([connection for connection in matching if filters.is_open(connection)], sort, top)
         kill.kill(socket_path, still_open, names, output, timeout=timeout, yes=yes, header=not no_header)
     else:
         when = "" if everything else f" in the last {reach:g}s"
         earliest = None if everything else filters.moment(found.metadata.generated_at, -reach)
         notes = [_totals(matching, found.known, when), *_forgotten(found.metadata, earliest, well=well)]
-        _print(found.metadata, _sorted(matching, sort)[:top], names, output, notes, header=not no_header)
+        _print(found.metadata, _top(matching, sort, top), names, output, notes, header=not no_header)
     if exit_code and matching:
         click.get_current_context().exit(1)
 
 
-def _sorted(connections: Sequence[Connection], sort: str | None) -> Sequence[Connection]:
-    return sorted(connections, key=SORT_KEYS[sort], reverse=True) if sort else connections
+def _top(connections: Sequence[Connection], sort: str | None, top: int | None) -> Sequence[Connection]:
+    """As they came they are in the order of time."""
+    if sort:
+        return sorted(connections, key=SORT_KEYS[sort], reverse=True)[:top]
+    return connections[-top:] if top else connections
 
 
 def _print_groups(

@@ -18,19 +18,16 @@ from meshnet_cli.output import (
 )
 from meshnet_cli.table import Colors, print_table
 
-STATES = {"closed": "healthy", "open": "ejected", "half-open": "probing"}
-"""What a breaker's state means for its endpoint."""
-
 COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "SERVICE": lambda endpoint: endpoint.service,
     "ENDPOINT": lambda endpoint: _address(endpoint),
     "TUNNEL": lambda endpoint: endpoint.tunnel,
     "WEIGHT": lambda endpoint: str(endpoint.weight),
-    "STATE": lambda endpoint: _state(endpoint),
+    "STATE": lambda endpoint: endpoint.state,
     "CONNS": lambda endpoint: str(endpoint.connections),
     "PENDING": lambda endpoint: str(endpoint.pending),
     "FAILS": lambda endpoint: str(endpoint.failures),
-    "EJECTED_FOR": lambda endpoint: age(_out_for(endpoint)) if _state(endpoint) == "ejected" else "-",
+    "EJECTED_FOR": lambda endpoint: age(_out_for(endpoint)) if endpoint.state == "ejected" else "-",
     "CHECK": lambda endpoint: endpoint.check or "-",
     "LAST_ERROR": lambda endpoint: _error(endpoint) or "-",
     "CONNECT": lambda endpoint: "-" if endpoint.connect_ms is None else f"{endpoint.connect_ms:.1f}ms",
@@ -53,7 +50,7 @@ SORT_KEYS: Mapping[str, Callable[[EndpointView], float]] = {
 
 @click.command(
     epilog="\b\nExamples:\n  meshnet endpoints\n  meshnet endpoints api:8080 -o wide\n"
-    "  meshnet endpoints -o jsonl | jq 'select(.breaker != \"closed\")'",
+    "  meshnet endpoints -o jsonl | jq 'select(.state != \"healthy\")'",
 )
 @click.argument("service", default="")
 @sort_option(*SORT_KEYS)
@@ -111,26 +108,13 @@ def _error(endpoint: EndpointView) -> str:
     return (checks_say and endpoint.check_error) or endpoint.last_error or endpoint.dns_problem or endpoint.check_error
 
 
-def state_name(breaker: str, weight: int) -> str:
-    """What a person calls an endpoint with that breaker and weight."""
-    if breaker == "closed" and not weight:
-        return "draining"
-    return STATES.get(breaker, breaker)
-
-
-def _state(endpoint: EndpointView) -> str:
-    if not endpoint.endpoint:
-        return "unresolved"
-    return "ejected" if endpoint.ejected_for_seconds else state_name(endpoint.breaker, endpoint.weight)
-
-
 def _out_for(endpoint: EndpointView) -> float:
     return max(endpoint.open_for_seconds, endpoint.ejected_for_seconds)
 
 
 def _totals(items: Sequence[EndpointView]) -> str:
-    states = Counter(map(_state, items))
-    well = sum(_state(endpoint) == "healthy" and endpoint.check in ("", "passing") for endpoint in items)
+    states = Counter(endpoint.state for endpoint in items)
+    well = sum(endpoint.state == "healthy" and endpoint.check in ("", "passing") for endpoint in items)
     failing = sum(endpoint.check in ("failing", "panic") for endpoint in items)
     counts = [("ejected", states["ejected"]), ("draining", states["draining"]), ("failing checks", failing)]
     return ", ".join([f"{well} of {len(items)} healthy", *(f"{count} {what}" for what, count in counts if count)]) + "."

@@ -7,10 +7,9 @@ import click
 import msgspec
 
 from meshnet.errors import CommandError
-from meshnet.model.admin import Ping
+from meshnet.model.admin import Ping, endpoint_state
 from meshnet.model.ping import EndpointPing, PingResult
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
-from meshnet_cli.endpoints import state_name
 from meshnet_cli.output import (
     DURATION,
     chosen_columns,
@@ -28,7 +27,7 @@ _LONGER = 2.0  # seconds that the sidecar may take to end what it has opened
 COLUMNS: Mapping[str, Callable[[EndpointPing], str]] = {
     "ENDPOINT": lambda it: it.endpoint,
     "TUNNEL": lambda it: it.tunnel,
-    "STATE": lambda it: "ejected" if it.ejected_for_seconds else state_name(it.breaker, it.weight),
+    "STATE": lambda it: endpoint_state(it.breaker, it.weight, it.ejected_for_seconds),
     "CHECK": lambda it: it.check or "-",
     "TCP": lambda it: milliseconds(it.tcp_ms),
     "TLS": lambda it: milliseconds(it.tls_ms),

@@ -252,7 +252,18 @@ class Status(Shape, frozen=True):
         return not self.draining and set(self.not_ready_because) <= set(capture)
 
 
+def endpoint_state(breaker: str, weight: int, ejected_for_seconds: float) -> str:
+    """What a person calls an endpoint of which that is so: healthy, ejected, probing or draining."""
+    if ejected_for_seconds:
+        return "ejected"
+    if breaker == "closed" and not weight:
+        return "draining"
+    return {"closed": "healthy", "open": "ejected", "half-open": "probing"}.get(breaker, breaker)
+
+
 class EndpointView(Shape, frozen=True):
+    """`state` follows from the rest: that of `endpoint_state`, or unresolved, where no address of a name is known."""
+
     service: str
     endpoint: str  # empty for a name of which no address is known
     tunnel: str
@@ -271,6 +282,11 @@ class EndpointView(Shape, frozen=True):
     check_error: str = ""  # of the last check, if it failed or said nothing
     dns_name: str = ""  # whose address it is, where the Service gives a name
     dns_problem: str = ""  # why that could not be asked for the last time: what was known of it stays
+    state: str = ""
+
+    def __post_init__(self) -> None:
+        state = endpoint_state(self.breaker, self.weight, self.ejected_for_seconds) if self.endpoint else "unresolved"
+        msgspec.structs.force_setattr(self, "state", state)
 
 
 class Candidate(Shape, frozen=True):

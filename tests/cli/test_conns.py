@@ -158,6 +158,8 @@ def test_an_unknown_column_is_a_usage_error_with_a_suggestion(meshnet: Meshnet) 
         ("--sort age", "k7f2 k7f9 k802 k801"),
         ("--sort rx --top 2", "k801 k7f2"),
         ("--sort tx --top 1 --not --to api", "k7f9"),
+        ("--top 2", "k801 k802"),
+        ("--top 9 --failed", "k802"),
     ],
 )
 def test_filters_choose_rows(meshnet: Meshnet, sidecar: Sidecar, flags: str, ids: str) -> None:

@@ -108,6 +108,7 @@ def test_json_jsonl_and_name_carry_the_same_endpoints(meshnet: Meshnet, sidecar:
     assert json.loads(meshnet("endpoints", "-o", "json").output) == json.loads(msgspec.json.encode(ALL))
     lines = meshnet("endpoints", "-o", "jsonl").output.splitlines()
     assert [msgspec.json.decode(line, type=EndpointView) for line in lines] == [HEALTHY, EJECTED, PROBING]
+    assert [json.loads(line)["state"] for line in lines] == ["healthy", "ejected", "probing"]
     assert meshnet("endpoints", "-o", "name").output == "10.9.0.3:8080\n10.9.0.7:8080\n10.9.0.4:5432\n"
 
 
