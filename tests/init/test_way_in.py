@@ -2,9 +2,17 @@
 
 import signal
 import sys
+from collections.abc import Sequence
 
+import msgspec
 import pytest
 
+from meshnet.errors import CommandError
+from meshnet.model.settings import CaptureSection, Settings
+from meshnet_init.keep.way_in import captured_ways_in, need_way_in
+from meshnet_init.plan import Host as HostFacts
+from meshnet_init.plan import make_plan
+from meshnet_init.rule import Rule
 from tests.init.kept import Kept
 from tests.init.kernel import INBOUND, connect, listening
 from tests.init.test_fail import Site
@@ -51,6 +59,23 @@ def _excludes(kept: Kept) -> bool:
 def _again(kept: Kept) -> None:
     assert kept.process is not None
     kept.process.popen.send_signal(signal.SIGHUP)
+
+
+def _plan(**capture: object) -> Sequence[Rule]:
+    return make_plan(Settings(capture=msgspec.convert(capture, CaptureSection)), HostFacts()).rules
+
+
+@pytest.mark.parametrize("port", [22, 2222])
+def test_also_those_of_some_networks_alone_are_somebodys_way_in(port: int) -> None:
+    for_nobody = _plan(exclude_inbound_ports=[str(port)])
+    for_some = _plan(exclude_inbound_ports=[], inbound_cidrs=["10.0.0.0/8"])
+    for_all = _plan(exclude_inbound_ports=[])
+    for wanted, before in [(for_some, for_nobody), (for_all, for_nobody), (for_all, for_some)]:
+        with pytest.raises(CommandError, match=f"would capture port {port}"):
+            need_way_in(wanted, [before], {port})
+    for wanted, before in [(for_some, for_some), (for_some, for_all), (for_nobody, for_all), (for_all, for_all)]:
+        need_way_in(wanted, [before], {port})
+    assert [captured_ways_in(rules, {port}) for rules in (for_nobody, for_some, for_all)] == [[], [port], [port]]
 
 
 def test_on_sighup_the_settings_stay_as_they_were_until_the_risk_is_accepted(reached: Kept) -> None:

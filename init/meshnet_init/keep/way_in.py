@@ -5,7 +5,7 @@ from collections.abc import Collection
 from meshnet.errors import CommandError
 from meshnet.model.canary import INBOUND_CANARY
 from meshnet_init.rule import Rule
-from meshnet_init.sidecar import captured_inbound, turns_inbound
+from meshnet_init.sidecar import captured_from_anywhere, captured_inbound, turns_inbound
 
 Rules = Collection[Rule]
 
@@ -19,21 +19,22 @@ def need_way_in(wanted: Rules, before: Collection[Rules], ways_in: Collection[in
     captured = [rules for rules in before if any(map(turns_inbound, rules))]
     if not captured:
         return
-    taken = captured_ways_in(wanted, ways_in)
-    lost = next((port for port in taken if not any(_captures(rules, port) for rules in captured)), None)
-    if lost is not None:
-        raise CommandError(
-            f"they would capture port {lost}, by which SSH may reach this host; the rules stay as they are",
-            why="a new login would depend on the sidecar",
-            fix=f"add {lost} to capture.exclude_inbound_ports; or if you know another way in: "
-            "sudo meshnet up --accept-risk=lose-ssh",
-        )
+    for captures in (captured_from_anywhere, _captures_our_canary):
+        for port in sorted(ways_in):
+            if captures(wanted, port) and not any(captures(rules, port) for rules in captured):
+                raise CommandError(
+                    f"they would capture port {port}, by which SSH may reach this host; the rules stay as they are",
+                    why="a new login would depend on the sidecar",
+                    fix=f"add {port} to capture.exclude_inbound_ports; or if you know another way in: "
+                    "sudo meshnet up --accept-risk=lose-ssh",
+                )
 
 
 def captured_ways_in(rules: Rules, ways_in: Collection[int]) -> list[int]:
-    """Those of these ports that the rules capture."""
-    return [port for port in sorted(ways_in) if _captures(rules, port)]
+    """Those of these ports that the rules capture, if only for some who call."""
+    return [port for port in sorted(ways_in) if captured_from_anywhere(rules, port)]
 
 
-def _captures(rules: Rules, port: int) -> bool:
+def _captures_our_canary(rules: Rules, port: int) -> bool:
+    """For the many: beside it rules of before may have captured only what comes from a few, and now do all."""
     return any(captured_inbound(rules, port, source) for source in INBOUND_CANARY.values())
