@@ -4,6 +4,7 @@ What a sidecar makes of it is in tests/proxy/test_asked_orders.py. These also ru
 """
 
 import contextlib
+import errno
 import socket
 import struct
 import time
@@ -37,6 +38,7 @@ pytestmark = pytest.mark.netns
 
 FLOW = Flow(Direction.OUTBOUND, "127.0.0.1", Address(*DIALLED))
 TARGET = Target(Address("127.0.0.1", 9), 0, False, 5.0)
+IMPATIENT = Target(Address("127.0.0.1", 9), 0, False, 0.2)
 OPENING = (b'{"host":"10.0.0.1","port":80,"source":"127.0.0.1:', b'","id":"', b'"}')
 
 
@@ -93,8 +95,8 @@ class Stand:
         self.depot.park(pair.client.channel)
         return pair, Peer(pair.server)
 
-    def order(self, suffix: str = "") -> None:
-        self.relay.order(FLOW, TARGET, 1000, self.told, Through(self.depot, OPENING, suffix))
+    def order(self, suffix: str = "", target: Target = TARGET) -> None:
+        self.relay.order(FLOW, target, 1000, self.told, Through(self.depot, OPENING, suffix))
 
     def call(self, data: bytes = b"") -> socket.socket:
         client = self.host.connect(*DIALLED)
@@ -265,10 +267,10 @@ async def test_who_has_said_something_is_not_asked_and_comes_back(stand: Stand) 
     await converse(client, peer)
 
 
-@pytest.mark.parametrize("how", ["refused", "lost", "breach"])
+@pytest.mark.parametrize("how", ["refused", "lost", "breach", "silent"])
 async def test_a_client_whose_endpoint_is_not_reached_is_given_back_with_its_words(stand: Stand, how: str) -> None:
     pair, peer = await stand.tunnel()
-    stand.order()
+    stand.order(target=IMPATIENT if how == "silent" else TARGET)
     with stand.call(b"early") as client:
         await asked(peer)
         assert await peer.read() == b"early"
@@ -277,7 +279,7 @@ async def test_a_client_whose_endpoint_is_not_reached_is_given_back_with_its_wor
         elif how == "lost":
             peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             peer.sock.close()
-        else:
+        elif how == "breach":
             await peer.send(encode(Fin()))
         facts, outcome = await stand.told.one()
         assert (facts.early, facts.sent, facts.connected) == (b"early", 0, 0.0)
@@ -289,6 +291,9 @@ async def test_a_client_whose_endpoint_is_not_reached_is_given_back_with_its_wor
     if how == "refused":
         assert facts.reset == b'{"reason":"connect.refused"}'
         await stand.counts(1, 0)
+    elif how == "silent":
+        assert facts.error == errno.ETIMEDOUT
+        await eventually(lambda: [back.channel for back in stand.back] == [pair.client.channel], what="it comes back")
     else:
         assert outcome.reason is expected[how]
         await eventually(lambda: [back.channel for back in stand.back] == [pair.client.channel], what="it comes back")
