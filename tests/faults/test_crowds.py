@@ -31,6 +31,7 @@ pytestmark = [pytest.mark.netns, pytest.mark.timeout(2400)]
 FULL = {"hold": 20_000, "slow": 5_000, "stuck": 1_000}  # by the generator's names for them
 PART = float(os.environ.get("MESHNET_CROWD", "0.15"))
 MOST = {"hold": 32, "slow": 96, "stuck": 96}  # KiB of a sidecar's memory for each, whatever it is that it does not read
+KERNELS = 160_000  # pages that the kernel has for TCP when all of them are there: 151,041 were seen
 DESCRIPTORS = 2  # of a sidecar for each connection
 SPARE = 500  # for what a process holds beside
 UNEVEN = 1.5
@@ -51,6 +52,10 @@ def test_a_crowd_is_never_made_smaller_but_shared_by_more_processes() -> None:
 def test_a_crowd_of_idle_slow_and_stuck_clients_costs_little_memory_each_and_who_means_well_nothing(
     world: World, mesh: Mesh, request: pytest.FixtureRequest, record_property: Callable[[str, object], None]
 ) -> None:
+    # With fewer the kernel resets connections, of whomever: seen with 110,000, and none of it was the sidecars'.
+    # Its own share is 3/32 of memory (tcp_init_mem); from within a namespace tcp_mem cannot be read.
+    may_have = os.sysconf("SC_PHYS_PAGES") * 3 // 32
+    assert may_have > KERNELS * PART, f"MESHNET_CROWD={may_have / KERNELS:.2f} at most: see net.ipv4.tcp_mem"
     web, api = world.host("web"), world.host("api")
     load = build(world.directory)
     names = {
@@ -96,7 +101,8 @@ def test_a_crowd_of_idle_slow_and_stuck_clients_costs_little_memory_each_and_who
             grown = [(now - was) / count for now, was in zip(settled(sidecars), before, strict=True)]
             told.append(f"{count} {kind} in {took:.0f} s: {grown[0]:.1f} and {grown[1]:.1f} KiB each")
             assert max(grown) < MOST[kind], told
-        assert all(sidecar.status().open_connections > sum(crowd.values()) for sidecar in sidecars)
+        here = [sidecar.status().open_connections for sidecar in sidecars]
+        assert min(here) > sum(crowd.values()), (here, *map(ends_of, books))
         whole = [kib >> 10 for kib in memory(sidecars)]
         for holder in holders:
             well()
@@ -107,8 +113,7 @@ def test_a_crowd_of_idle_slow_and_stuck_clients_costs_little_memory_each_and_who
     record_property("measured", "; ".join(told))
     for each in books:
         each.balance()
-        ends = Counter((port_of(line), line.reason.code) for line in each.told() if line.reason is not None)
-        assert ends == {(names[kind].port, "ok"): count for kind, count in crowd.items()} | {
+        assert ends_of(each) == {(names[kind].port, "ok"): count for kind, count in crowd.items()} | {
             (quick.port, "ok"): len(waits) + 1,
         }
     still_alive(mesh, request)
@@ -176,6 +181,11 @@ def settled(sidecars: Sequence[Sidecar]) -> list[int]:
 
     wait_for(still, timeout=PATIENCE, what="that no memory grows")
     return memory(sidecars)
+
+
+def ends_of(books: Books) -> Counter[tuple[int, str]]:
+    """By the service's port, and why."""
+    return Counter((port_of(line), str(line.reason.code)) for line in books.told() if line.reason is not None)
 
 
 def port_of(line: Connection) -> int:
