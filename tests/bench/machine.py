@@ -91,13 +91,13 @@ def free_memory() -> int:
     return int(found[1])
 
 
-def description(spinning: Sequence[int]) -> dict[str, str]:
+def description(spinning: Sequence[int], command: str = "scripts/bench") -> dict[str, str]:
     """What there is to know before anything was measured."""
     model = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     allowed = sorted(os.sched_getaffinity(0))
     where = f"everything pinned on processor {allowed[0]}" if len(allowed) == 1 else f"unpinned on {len(allowed)}"
     return {
-        "command": " ".join(["scripts/bench", *sys.argv[1:]]),
+        "command": " ".join([command, *sys.argv[1:]]),
         "source": _source(),
         "when": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, load average before {os.getloadavg()[0]:.1f}",
         "processors": f"{model[1] if model else platform.machine()}, {os.cpu_count()} of them; {where}",

@@ -35,4 +35,7 @@ def test_the_mesh_with_most_services_is_that_of_the_target() -> None:
 
 
 def test_what_is_told_of_the_machine_names_no_peer_that_may_not_be_measured() -> None:
-    assert list(machine.description([])) == ["when", "processors", "spinners", "kernel", "Python"]
+    about = machine.description([], "scripts/bench --growth")
+    assert list(about) == ["command", "source", "when", "processors", "spinners", "kernel", "Python"]
+    assert about["command"].startswith("scripts/bench --growth")
+    assert about["source"].startswith(("commit ", "no checkout of git"))

@@ -66,7 +66,7 @@ def main(context: click.Context, write: bool) -> None:
         with tempfile.TemporaryDirectory(prefix="meshnet-bench-") as directory:
             program = load.build(Path(directory))
             with machine.spinners(program, True) as spinning:
-                about = machine.description(spinning)
+                about = machine.description(spinning, "scripts/bench --growth")
                 noise, waited = machine.wait_until_quiet(program, spinning, _PATIENCE)
                 about["quiet"] = (
                     f"waited {waited:.0f} s; then others used {noise.others:.0%} of the processors' time, "
