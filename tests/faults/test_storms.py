@@ -151,7 +151,8 @@ def test_a_crowd_of_stuck_clients_and_fifty_slow_ones_cost_little_memory_and_nob
         assert time.monotonic() - began < 5
         assert heard > 50 * 512 * SLOW
         assert max(grown) / len(clients) < 128, grown  # KiB; of 44 at the clients' side
-        assert [sidecar.status().open_connections for sidecar in sidecars] == [len(clients)] * 2
+        ended = [line.reason for sidecar in sidecars for line in sidecar.connections() if line.reason]
+        assert [sidecar.status().open_connections for sidecar in sidecars] == [len(clients)] * 2, ended
         for client in clients:
             reset(client)
 
@@ -181,5 +182,7 @@ def fill(apps: Sequence[socket.socket], slow: Sequence[socket.socket]) -> int:
 def _goes(app: socket.socket, said: bytes) -> bool:
     try:
         return bool(app.send(said))
+    except ConnectionError:
+        return False  # seen on busy machines, not explained: that no client lost by it is seen by how many are open
     except BlockingIOError:
         return False
