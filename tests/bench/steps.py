@@ -1,14 +1,12 @@
 """What a unit of work costs by step: the system call that a sample of the clock fell into, or the thread's own code."""
 
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from meshnet_cli.demo.sandbox import search_path
-from tests.bench.tools import Drive, cpu_seconds, while_loaded
+from tests.bench.tools import Drive, cpu_seconds, find_program, missing, while_loaded
 
 STEPS = {
     "accept": "accept4 accept",
@@ -30,9 +28,9 @@ _FROM_KERNEL = re.compile(r"\[k\w*|vmlinux|\[guest\.kernel")
 
 def steps(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, unit: str) -> Sequence[str]:
     """Samples of perf with their kernel stacks, as microseconds of the CPU time that /proc tells for the same load."""
-    program = shutil.which("perf", path=search_path())
+    program = find_program("perf")
     if not program:
-        return ["perf is not installed, so this part is empty: apt-get install linux-perf"]
+        return [missing("perf", "apt-get install linux-perf")]
     data = directory / "steps.data"
     what = ("-e", "cpu-clock", "-F", "1999", "-g", "-o", str(data), "-p", ",".join(map(str, pids)))
     spent, units = cpu_seconds(pids), 0.0

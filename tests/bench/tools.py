@@ -31,9 +31,9 @@ class Tool(Protocol):
 
 def py_spy(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, unit: str) -> Sequence[str]:
     """Samples with the GIL held, by Python function: its own, and with what it calls. System calls are for perf."""
-    program = _program("py-spy")
+    program = find_program("py-spy")
     if not program:
-        return [_missing("py-spy", "pip install py-spy")]
+        return [missing("py-spy", "pip install py-spy")]
     files = [directory / f"{pid}.stacks" for pid in pids]
     options = ("--gil", "--rate", "200", "--duration", str(int(seconds)), "--format", "raw", "--function")
     said = while_loaded(
@@ -50,9 +50,9 @@ def py_spy(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, u
 
 def perf(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, unit: str) -> Sequence[str]:
     """On-CPU samples by symbol."""
-    program = _program("perf")
+    program = find_program("perf")
     if not program:
-        return [_missing("perf", "apt-get install linux-perf")]
+        return [missing("perf", "apt-get install linux-perf")]
     data = directory / "perf.data"
     # A virtual machine may have no counters; a clock it has. `sleep` says for how long.
     what = ("-e", "cpu-clock", "-F", "999", "-o", str(data), "-p", ",".join(map(str, pids)))
@@ -64,9 +64,9 @@ def perf(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, uni
 
 def strace(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, unit: str) -> Sequence[str]:
     """How often each system call is made for a unit of work; being traced is slow, so a second of it is enough."""
-    program = _program("strace")
+    program = find_program("strace")
     if not program:
-        return [_missing("strace", "apt-get install strace")]
+        return [missing("strace", "apt-get install strace")]
     output = directory / "calls"
     targets = [option for pid in pids for option in ("-p", str(pid))]
     command = [program, "-c", "-f", "-S", "calls", "-o", str(output), *targets]
@@ -175,11 +175,11 @@ def _traced(pid: int) -> bool:
     return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
 
 
-def _program(name: str) -> str | None:
+def find_program(name: str) -> str | None:
     return shutil.which(name, path=search_path())
 
 
-def _missing(name: str, line: str) -> str:
+def missing(name: str, line: str) -> str:
     return f"{name} is not installed, so this part is empty: {line}"
 
 
