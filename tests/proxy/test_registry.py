@@ -102,6 +102,7 @@ async def test_those_with_one_id_are_found_open_ones_and_the_newest_first(regist
     end(old)
     for number in range(100):  # so that it lies deeper than the others
         end(begin(registry, str(number)))
+    ended.opened_at += 1  # or all have ended in one millisecond
     end(ended, Reason.PEER_RST)
     found = await registry.find("same")
     assert [it.state for it in found] == [State.CONNECTING, State.CONNECTING, State.REFUSED, State.CLOSED]
