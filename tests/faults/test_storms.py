@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from meshnet.model.connection import Connection
 from tests.bench.load import pss
 from tests.faults.books import Books
 from tests.faults.causes import SECRET
 from tests.faults.conftest import once
 from tests.proxy.programs import accept, ask, echo, listen, read, reason, reset
 from tests.traffic.conftest import Hosts, Name, traffic
-from tests.world import Host, Sidecar, wait_for
+from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -145,25 +144,17 @@ def test_a_crowd_of_stuck_clients_and_fifty_slow_ones_cost_little_memory_and_nob
         server.settimeout(30.0)
         apps = [stack.enter_context(accept(server)) for _ in clients]
         slow = clients[:SLOW]
-        try:
-            heard = fill(apps, slow)
-        except ConnectionError as error:  # seen on busy machines, and not explained: say what the sidecars know
-            ended = wait_for(lambda: ended_by(sidecars), what=f"a sidecar that tells of it ({error})")
-            raise AssertionError(ended) from error
+        heard = fill(apps, slow)
         grown = [pss([pid]) - was for pid, was in zip(pids, before, strict=True)]
         began = time.monotonic()
         assert ask(hosts.web, quick.address, quick.port, SECRET) == SECRET
         assert time.monotonic() - began < 5
         assert heard > 50 * 512 * SLOW
         assert max(grown) / len(clients) < 128, grown  # KiB; of 44 at the clients' side
-        assert [sidecar.status().open_connections for sidecar in sidecars] == [len(clients)] * 2, ended_by(sidecars)
+        for sidecar in sidecars:  # of the last answer one may hear a moment later than its client
+            wait_for(lambda each=sidecar: each.status().open_connections == len(clients))
         for client in clients:
             reset(client)
-
-
-def ended_by(sidecars: Sequence[Sidecar]) -> list[Connection]:
-    """What they tell of connections that ended badly."""
-    return [line for sidecar in sidecars for line in sidecar.connections() if line.reason]
 
 
 def fill(apps: Sequence[socket.socket], slow: Sequence[socket.socket]) -> int:

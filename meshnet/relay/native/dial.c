@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <unistd.h>
@@ -254,6 +255,21 @@ void dial_on_event(struct leg *leg, uint32_t events)
         plain_on_event(leg, events);
 }
 
+/* What has come by now counts, though nobody has been told yet: a busy host may have kept this thread waiting, and the
+ * application may have accepted what would be dialled anew.
+ */
+static void look_once_more(struct leg *leg)
+{
+    struct tunnel *tunnel = leg->tunnel;
+    struct pollfd seen = {.fd = tunnel ? tunnel->fd : leg->fd, .events = tunnel ? POLLIN : POLLOUT};
+    if (poll(&seen, 1, 0) <= 0)
+        return;
+    if (tunnel)
+        tunnel_on_event(tunnel, (uint32_t)seen.revents); /* as those of epoll: epoll_ctl(2) */
+    else
+        dial_on_event(leg, (uint32_t)seen.revents);
+}
+
 /* Those that are out of time. */
 void dial_give_up(struct core *core)
 {
@@ -262,6 +278,10 @@ void dial_give_up(struct core *core)
     core->dial_due = 0;
     for (struct link *link = core->dialling, *next; link; link = next) {
         next = link->next_dialling;
+        if (link->dial_until <= core->now)
+            look_once_more(&link->endpoint);
+        if (!link->dialling_place)
+            continue;
         if (link->dial_until <= core->now)
             hand_back(link, ETIMEDOUT);
         else if (!core->dial_due || link->dial_until < core->dial_due)

@@ -249,6 +249,15 @@ def test_a_client_whose_endpoint_is_silent_is_given_back_in_time(gate: Gate, sil
         os.close(other.client)
 
 
+def test_an_endpoint_that_is_up_is_not_given_up_though_nobody_has_looked_in_time(gate: Gate) -> None:
+    """As on a busy host: to dial it anew would have it see a connection that comes and goes."""
+    gate.order(patience=0.0)  # over before the first look; on this host it is connected at once
+    with gate.client() as client, gate.app() as app:
+        converse(client, app)
+    (facts,) = gate.facts()
+    assert (facts.reason, facts.client) == (OK, -1)
+
+
 def test_a_client_that_gives_up_while_its_endpoint_is_dialled(gate: Gate, silent: tuple[str, int]) -> None:
     gate.order(target=silent)
     client = gate.client()
