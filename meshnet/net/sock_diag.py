@@ -2,16 +2,15 @@
 
 import socket
 import struct
-from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple, TypeVar
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 from meshnet.codec import netlink
 
-T = TypeVar("T")
-
 _NETLINK_SOCK_DIAG, _SOCK_DIAG_BY_FAMILY = 4, 20
 _REQUEST = struct.Struct("=BBBBI48x")  # struct inet_diag_req_v2
-_ANSWER = struct.Struct("=BB2x2s2s16s16s12xIIIII")  # struct inet_diag_msg
+_ENDS = struct.Struct(">BB2xHH16s16s")  # the beginning of struct inet_diag_msg: ports in the network's order
+_OWNER = struct.Struct("=64xII")  # its end
 _V4_MAPPED: Final = bytes(10) + b"\xff\xff"
 _MOST = 1 << 17
 _INFO = 2  # INET_DIAG_INFO: the attribute with a struct tcp_info
@@ -44,22 +43,12 @@ class TcpInfo(NamedTuple):
 
 def tcp_sockets() -> list[TcpSocket]:
     """Those of both families that listen or are established; not of one moment. Raises OSError."""
-    return _both(lambda found, _: found, 0)
+    return [found for found, _ in _dump(0)]
 
 
 def tcp_sockets_with_info() -> list[tuple[TcpSocket, TcpInfo | None]]:
     """As `tcp_sockets`, which need not ask each socket. None of one that listens."""
-    return _both(lambda found, rest: (found, _info(rest) if found.state != LISTEN else None), 1 << _INFO - 1)
-
-
-def _both(make: Callable[[TcpSocket, memoryview], T], extensions: int) -> list[T]:
-    """What `make` makes of each socket and its attributes."""
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as asked:
-        return [
-            make(found, rest)
-            for family in (socket.AF_INET, socket.AF_INET6)
-            for found, rest in _dump(asked, family, extensions)
-        ]
+    return [(found, _info(rest) if found.state != LISTEN else None) for found, rest in _dump(1 << _INFO - 1)]
 
 
 def _info(attributes: memoryview) -> TcpInfo | None:
@@ -73,29 +62,30 @@ def host_of(packed: bytes) -> str:
     return socket.inet_ntop(socket.AF_INET if len(packed) == 4 else socket.AF_INET6, packed)
 
 
-def _dump(asked: socket.socket, family: int, extensions: int) -> Iterator[tuple[TcpSocket, memoryview]]:
-    body = _REQUEST.pack(family, socket.IPPROTO_TCP, extensions, 0, 1 << ESTABLISHED | 1 << LISTEN)
-    asked.sendto(netlink.message(_SOCK_DIAG_BY_FAMILY, netlink.REQUEST | netlink.DUMP, body), (0, 0))
+def _dump(extensions: int) -> Iterator[tuple[TcpSocket, memoryview]]:
+    """And the attributes of each."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as asked:
+        for family in (socket.AF_INET, socket.AF_INET6):
+            body = _REQUEST.pack(family, socket.IPPROTO_TCP, extensions, 0, 1 << ESTABLISHED | 1 << LISTEN)
+            asked.sendto(netlink.message(_SOCK_DIAG_BY_FAMILY, netlink.REQUEST | netlink.DUMP, body), (0, 0))
+            yield from _answers(asked)
+
+
+def _answers(asked: socket.socket) -> Iterator[tuple[TcpSocket, memoryview]]:
     while True:
         for kind, answer in netlink.messages(asked.recv(_MOST)):
             if kind == netlink.DONE:
                 return
             if kind == netlink.ERROR:
                 raise OSError(netlink.errno_in(answer), "the kernel does not list its TCP sockets")
-            family, state, sport, dport, source, target, _, _, _, uid, inode = _ANSWER.unpack_from(answer)
-            found = TcpSocket(
-                state,
-                _packed(family, source),
-                int.from_bytes(sport, "big"),
-                _packed(family, target),
-                int.from_bytes(dport, "big"),
-                uid,
-                inode,
-            )
-            yield found, answer[_ANSWER.size :]
+            family, state, local_port, remote_port, local, remote = _ENDS.unpack_from(answer)
+            if family == socket.AF_INET:
+                local, remote = local[:4], remote[:4]
+            else:
+                local, remote = _unmapped(local), _unmapped(remote)
+            found = TcpSocket(state, local, local_port, remote, remote_port, *_OWNER.unpack_from(answer))
+            yield found, answer[_OWNER.size :]
 
 
-def _packed(family: int, address: bytes) -> bytes:
-    if family == socket.AF_INET:
-        return address[:4]
+def _unmapped(address: bytes) -> bytes:
     return address[12:] if address.startswith(_V4_MAPPED) else address

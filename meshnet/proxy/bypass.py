@@ -6,6 +6,7 @@ an application is called by this host itself. What should have been captured and
 
 import socket
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from meshnet.decide.bypass import CaptureScope
@@ -41,6 +42,7 @@ class Bypass:
         self._outbound_port = settings.proxy.outbound_port
         self._addresses = addresses
         self._pids = pids
+        self._own: set[TcpSocket] = set()  # the sidecar's, of those that were found beside it at the last look
         self._served: set[int] = set()  # ports that were listened at; who is called there calls nobody
         self.is_taken = False
         """Whether others reached somebody at capture.readiness_port at the last look, who would have answered in the
@@ -61,38 +63,38 @@ class Bypass:
         return self._not_own(self._beside(tcp_sockets()))
 
     def _beside(self, every: Sequence[TcpSocket]) -> list[Beside]:
-        established = [found for found in every if found.state != LISTEN]
         self._served |= {found.local_port for found in every if found.state == LISTEN}
+        established = [found for found in every if found.state != LISTEN]
         captured = {
             (found.remote, found.remote_port) for found in established if found.local_port == self._outbound_port
         }
-        # Where the sidecar speaks in its client's name (capture.original_source) the other end is of this host, too.
         ends = {(each.local, each.local_port) for each in established}
-        return [
-            found
-            for each in established
-            if (found := self._judged(each)) is not None
-            and (each.local, each.local_port) not in captured
-            and not (found.direction is Direction.INBOUND and (each.remote, each.remote_port) in ends)
-            and not self._is_local(each.remote)
-        ]
-
-    def _judged(self, found: TcpSocket) -> Beside | None:
-        """The way it took past the sidecar, if it did; None for what is no application's."""
-        if found.local.startswith(_LOOPBACK) or found.local_port in self._own_ports or found.remote in _CANARIES:
-            return None
-        if found.local_port in self._served:
-            return Beside(Direction.INBOUND, found, self.scope.leaves_inbound(found.local_port, found.remote))
-        leaves = self.scope.leaves_outbound(found.remote, found.remote_port, found.uid)
-        return Beside(Direction.OUTBOUND, found, leaves)
+        is_local = cache(self._is_local)
+        leaves_inbound, leaves_outbound = cache(self.scope.leaves_inbound), cache(self.scope.leaves_outbound)
+        beside: list[Beside] = []
+        for each in established:
+            # Of many sockets most are the sidecar's, or come through it: these are told by what costs least.
+            if each.local_port in self._own_ports or (each.local, each.local_port) in captured:
+                continue
+            if each.local.startswith(_LOOPBACK) or each.remote in _CANARIES or is_local(each.remote):
+                continue
+            if each.local_port not in self._served:
+                leaves = leaves_outbound(each.remote, each.remote_port, each.uid)
+                beside.append(Beside(Direction.OUTBOUND, each, leaves))
+            # Where the sidecar speaks in its client's name (capture.original_source) the other end is here, too.
+            elif (each.remote, each.remote_port) not in ends:
+                beside.append(Beside(Direction.INBOUND, each, leaves_inbound(each.local_port, each.remote)))
+        return beside
 
     def _not_own(self, found: Iterable[Beside]) -> list[Beside]:
-        """Without the sidecar's own: looking for these takes long where it has many connections."""
+        """Without the sidecar's own. To look for these takes long where it has many: what was its own stays so."""
         some = list(found)
-        if some:
-            own = self._own_inodes()
-            some = [each for each in some if each.socket.inode not in own]
-        return some
+        own = {each.socket for each in some} & self._own
+        if len(own) < len(some):
+            inodes = self._own_inodes()
+            own |= {each.socket for each in some if each.socket.inode in inodes}
+        self._own = own
+        return [each for each in some if each.socket not in own]
 
     def _own_inodes(self) -> set[int]:
         return {inode for pid in self._pids() for inode in socket_inodes(pid)}
