@@ -220,6 +220,7 @@ struct core {
     uint64_t now;
     struct pipes pipes;
     int near_option; /* that bounds receive buffers, or 0: near.c */
+    const struct link *near_alone; /* the one that it does not bound, or NULL */
     struct link *links;
     struct tunnel *tunnels;
     struct link *ready;
@@ -349,6 +350,6 @@ void pipes_close(struct pipes *pipes);
 /* near.c */
 #define NEAR_READ (32 * 1024) /* bytes that make it worth a look */
 int near_option(void);
-void near_bound(const struct core *core, int fd);
+void near_bound(const struct leg *leg, int fd);
 
 #endif

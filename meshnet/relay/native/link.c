@@ -71,6 +71,8 @@ void link_end(struct link *link)
         link->next->place = link->place;
     if (link->lingers)
         core_stop_lingering(core, link);
+    if (core->near_alone == link)
+        core->near_alone = NULL;
     atomic_store(&link->ended_at, core->now);
     if (link->order) {
         dial_forget(link);

@@ -3,6 +3,9 @@
  * The kernel sizes a receive buffer by what is read in a round trip, and takes the time that bytes lie in the buffer
  * for a part of the trip. So between near hosts it grows to the end of tcp_rmem, 32 MiB in recent kernels, and what is
  * copied out of it has long left every cache. Far peers need such a window; a near one only fills it.
+ *
+ * One alone is left to the kernel: while there is a window the sender sends, in its own time; later it is for whoever
+ * reads, and with that opens the window, to do it. Only several push each other out of the caches.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -50,8 +53,9 @@ int near_option(void)
 /* Before the buffer has grown, which it does with the second large read: to make it smaller the kernel would have to
  * drop what is on its way. One that has grown by small reads is left alone.
  */
-void near_bound(const struct core *core, int fd)
+void near_bound(const struct leg *leg, int fd)
 {
+    struct core *core = leg->link->core;
     struct tcp_info info = {0};
     int buffer = 0;
     socklen_t size = sizeof buffer;
@@ -59,6 +63,10 @@ void near_bound(const struct core *core, int fd)
         return;
     buffer = NEAR_ASKS;
     size = sizeof info;
-    if (!getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) && info.tcpi_min_rtt < NEAR_US)
+    if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) || info.tcpi_min_rtt >= NEAR_US)
+        return;
+    if (core->near_alone)
         setsockopt(fd, SOL_SOCKET, core->near_option, &buffer, sizeof buffer);
+    else
+        core->near_alone = leg->link;
 }

@@ -239,9 +239,9 @@ void tunnel_read(struct tunnel *tunnel)
         }
         if (size < CIPHER_READ && !tunnel->hung_up)
             tunnel->readable = false;
-        if (size >= NEAR_READ && !tunnel->looked_near) {
+        if (size >= NEAR_READ && tunnel->leg && !tunnel->looked_near) {
             tunnel->looked_near = true;
-            near_bound(core, tunnel->fd);
+            near_bound(tunnel->leg, tunnel->fd);
         }
         tunnel->cipher = core->cipher;
         tunnel->cipher_size = (size_t)size;

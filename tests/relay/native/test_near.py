@@ -1,4 +1,4 @@
-"""How much of a stream may wait in the kernel: little of a near peer's, what the kernel finds right of a far one's."""
+"""How much of a stream may wait in the kernel: little of near peers', what the kernel finds right of a far one's."""
 
 import contextlib
 import fcntl
@@ -7,7 +7,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -64,6 +64,31 @@ def watched(sock: socket.socket) -> Iterator[socket.socket]:
         yield look
 
 
+@contextlib.asynccontextmanager
+async def another(relay: NativeRelay) -> AsyncIterator[tuple[Rig, socket.socket]]:
+    """A near stream that was there first, and the leg that its bytes come in by."""
+    looks: list[socket.socket] = []
+
+    def look(it: Rig) -> None:
+        assert isinstance(it.first.link.client, PlainLeg)
+        looks.append(it.first.link.client.sock.dup())
+
+    async with plain_rig(relay, prepare=look) as it:
+        await pump(it.client, it.server)
+        with looks.pop() as leg:
+            yield it, leg
+
+
+async def test_one_stream_alone_is_left_to_the_kernel_and_the_next_one_once_it_has_ended(relay: NativeRelay) -> None:
+    for _ in range(2):
+        async with another(relay) as (it, alone):
+            async with another(relay) as (_, second):
+                assert buffer_of(second) <= BOUND
+            with trio.fail_after(10):
+                while buffer_of(alone) <= BOUND:
+                    await pump(it.client, it.server)
+
+
 async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_it(
     relay: NativeRelay, host: Host
 ) -> None:
@@ -75,7 +100,7 @@ async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_
             looks.append(leg.sock.dup())
 
     with host.entered():
-        async with plain_rig(relay, prepare=look) as it:
+        async with another(relay), plain_rig(relay, prepare=look) as it:
             before = buffer_of(looks[1])
             await pump(it.client, it.server)
             assert buffer_of(looks[0]) <= BOUND
@@ -89,7 +114,7 @@ async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_
 
 
 async def test_so_are_those_of_tunnels(relay: NativeRelay) -> None:
-    async with mesh_rig(relay) as it:
+    async with another(relay), mesh_rig(relay) as it:
         await pump(it.client, it.server)
         tunnel = it.last.link.client
         assert not isinstance(tunnel, PlainLeg)
