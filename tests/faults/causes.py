@@ -8,6 +8,7 @@ import resource
 import socket
 import stat
 import struct
+import subprocess
 import termios
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from pathlib import Path
 from tests.proxy.peer import TUNNEL_PORT
 from tests.traffic.conftest import Hosts
 from tests.world import Host, Sidecar, wait_for
+
+HOUR = 3600  # seconds
 
 SECRET = b"for the endpoint alone"
 """What clients say to meshed endpoints; no frame between hosts may hold it."""
@@ -66,6 +69,45 @@ def descriptors(sidecar: Sidecar, more: int) -> Iterator[None]:
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@contextmanager
+def small_disk(directory: Path) -> Iterator[Path]:
+    """The directory, which is made, is one of its own."""
+    directory.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", directory], check=True)
+    try:
+        yield directory
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)  # somebody may just write to it
+
+
+@contextmanager
+def full(disk: Path) -> Iterator[None]:
+    """Not a byte more goes onto the disk."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass  # now it is
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
+def wrong_clock(directory: Path) -> Path:
+    """A library there that makes a program's clock wrong: see `off_by`."""
+    library, source = directory / "clock.so", Path(__file__).with_name("clock.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-o", library, source], check=True)
+    return library
+
+
+def off_by(clock: Path, seconds: int) -> dict[str, str]:
+    """The environment of such a program."""
+    return {"LD_PRELOAD": str(clock), "CLOCK_OFF_BY": str(seconds)}
 
 
 @contextmanager

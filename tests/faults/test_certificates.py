@@ -1,13 +1,12 @@
 """Certificates that are no good, and clocks that are wrong: neither side speaks, and both say why."""
 
-import subprocess
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from meshnet.control.authority import Authority, Issued
-from tests.faults.causes import SECRET
+from tests.faults.causes import HOUR, SECRET, off_by, wrong_clock
 from tests.faults.conftest import once
 from tests.faults.strange import another_host, strange
 from tests.proxy.programs import Records, accept, converse, listen, nobody_came, reason
@@ -17,7 +16,6 @@ from tests.world import Sidecar, wait_for
 
 pytestmark = pytest.mark.netns
 
-HOUR = 3600
 ONE_ATTEMPT = {"attempts": 1}
 
 
@@ -104,15 +102,7 @@ def test_a_certificate_of_another_id_is_not_spoken_to_and_may_call_as_who_it_is(
 
 @pytest.fixture(scope="session")
 def clock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What makes a program's clock wrong."""
-    library = tmp_path_factory.mktemp("clock") / "clock.so"
-    source = Path(__file__).with_name("clock.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-o", library, source], check=True)
-    return library
-
-
-def off_by(clock: Path, seconds: int) -> dict[str, str]:
-    return {"LD_PRELOAD": str(clock), "CLOCK_OFF_BY": str(seconds)}
+    return wrong_clock(tmp_path_factory.mktemp("clock"))
 
 
 @once

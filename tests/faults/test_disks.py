@@ -1,9 +1,7 @@
 """A disk is full where the sidecar keeps the last good mesh, and where its log goes."""
 
 import mmap
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -11,7 +9,7 @@ import pytest
 
 from meshnet.codec.snapshot import decode_snapshot
 from meshnet.model.connection import Connection
-from tests.faults.causes import SECRET
+from tests.faults.causes import SECRET, full, small_disk
 from tests.faults.conftest import once
 from tests.faults.strange import another_host, strange
 from tests.proxy.programs import ask, echo
@@ -25,24 +23,8 @@ _TO_LOG = 'log=$1 && shift && exec "$@" >>"$log"'
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A small one of its own."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path], check=True)
-    yield tmp_path
-    subprocess.run(["umount", tmp_path], check=True)
-
-
-@contextmanager
-def full(disk: Path) -> Iterator[None]:
-    """Not a byte more goes onto the disk."""
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file:
-        try:
-            while file.write(bytes(4096)):
-                pass
-        except OSError:
-            pass  # now it is
-    yield
-    filler.unlink()
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 @once

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from meshnet.control.authority import CERTIFICATE, save_issued
 from meshnet_cli.demo.wire import Capture
 from meshnet_cli.demo.world import Host, wait_for
-from tests.faults.causes import descriptors, rule
+from tests.faults.causes import HOUR, descriptors, full, off_by, rule
 from tests.soak.judge import GRACE, Fault
 from tests.soak.stage import ADDRESSES, DEAD, Stage
 
@@ -60,6 +60,9 @@ class Faults:
             Kind("nobody answers a SYN for a moment", self._lose_syns, False),
             Kind("no descriptor left for a moment", self._lack_descriptors, True),
             Kind("certificate replaced by nonsense, and renewed", self._garble, False),
+            Kind("certificate of another id for a moment", self._misname, True),
+            Kind("sidecar restarted with its clock an hour behind, and set right", self._turn_back, True),
+            Kind("disk full while the mesh changes", self._fill, False),
             Kind("garbage on every port", self._garbage, False),
             Kind("storm of connections to a dead service", self._storm, False),
         ]
@@ -98,11 +101,14 @@ class Faults:
         self._start(host)
 
     def _start(self, host: Host) -> None:
-        # The ports may be taken for a moment longer than the process is there.
-        wait_for(lambda: not host.listens(self._stage.sidecar(host).settings.proxy.outbound_port))
+        self._wait_for_ports(host)
         began = time.monotonic()
         self._stage.sidecar(host).start()
         self.started[host.name] = began, time.monotonic()
+
+    def _wait_for_ports(self, host: Host) -> None:
+        """They may be taken for a moment longer than the process is there."""
+        wait_for(lambda: not host.listens(self._stage.sidecar(host).settings.proxy.outbound_port))
 
     def _stop(self, host: Host) -> None:
         os.kill(self._stage.pid(host), signal.SIGSTOP)
@@ -150,6 +156,32 @@ class Faults:
         self._wait(self._dice.uniform(0.1, 1.0))
         assert sidecar.status().certificate.serial == before
         self._renew(host)
+
+    def _misname(self, host: Host) -> None:
+        """Its peers take it for somebody else, and do not speak to it."""
+        mesh, sidecar = self._stage.mesh, self._stage.sidecar(host)
+        before = sidecar.status().certificate.serial
+        issued = mesh.authority.issue(mesh.identity("somebody-else"), now=datetime.now(UTC))
+        save_issued(issued, sidecar.config.parent)
+        wait_for(lambda: sidecar.status().certificate.serial != before, what="the other certificate")
+        self._wait(self._dice.uniform(0.1, 1.0))
+        self._renew(host)
+
+    def _turn_back(self, host: Host) -> None:
+        """For it no certificate is valid yet, so it is not ready."""
+        sidecar = self._stage.sidecar(host)
+        sidecar.stop()
+        self._wait_for_ports(host)
+        sidecar.spawn(**off_by(self._stage.clock, -HOUR))
+        wait_for(lambda: host.listens(sidecar.settings.proxy.outbound_port), timeout=20.0, what="the sidecar of then")
+        self._wait(self._dice.uniform(0.1, 1.0))
+        self._restart(host)
+
+    def _fill(self, host: Host) -> None:
+        with full(self._stage.disk):
+            self._change(host)
+            self._wait(self._dice.uniform(0.1, 1.0))
+        self._change(host)
 
     def _garbage(self, host: Host) -> None:
         """From a host that is in no mesh: what comes back does not matter, nor whether anything does."""

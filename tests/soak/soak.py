@@ -12,6 +12,7 @@ from meshnet_cli.demo.wire import Capture
 from meshnet_cli.demo.world import Host, World, wait_for
 from tests.bench.load import pss
 from tests.faults.books import access_lines, held
+from tests.faults.causes import small_disk
 from tests.soak.clients import GREETERS, Clients
 from tests.soak.faults import Faults
 from tests.soak.judge import idle_clients, summary, unexplained
@@ -43,7 +44,7 @@ class Usage:
 def soak(seconds: float, seed: int, tell: Callable[[str], None]) -> Report:
     """Raises ProgramFailed or TimeoutError when something does not come up, or does not come back."""
     tell(f"seed {seed}")
-    with World() as world, Stage(world) as stage:
+    with World() as world, small_disk(world.directory / "disk") as disk, Stage(world, disk) as stage:
         with Capture(world.switch, SECRET) as wire:
             faults = Faults(stage, wire, random.Random(seed), tell)
             with Clients(stage) as clients:

@@ -1,6 +1,7 @@
 """Three hosts in a mesh and everything that runs on them: `web` calls, `api` and `twin` serve."""
 
 import signal
+from pathlib import Path
 from typing import Self
 
 from meshnet.model.resource import (
@@ -14,6 +15,7 @@ from meshnet.model.resource import (
 )
 from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.world import Host, Process, World, wait_for
+from tests.faults.causes import wrong_clock
 from tests.soak.talk import Talker
 from tests.soak.websocket import EchoServer
 from tests.traffic import servers
@@ -35,9 +37,9 @@ CONTENT = bytes(range(256)) * 8192
 
 
 class Stage:
-    """Built at once; leaving it ends what `World` would not."""
+    """Built at once; leaving it ends what `World` would not. On `disk` the sidecars keep the last good mesh."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, disk: Path) -> None:
         self.world = world
         self.web, self.api, self.twin = (world.host(name) for name in ("web", "api", "twin"))
         self.hosts = (self.web, self.api, self.twin)
@@ -47,8 +49,12 @@ class Stage:
         self.revision = 0
         self.write()
         self.keepers: dict[str, Process] = {}
+        self.clock = wrong_clock(world.directory)
+        self.disk = disk
         for host in self.hosts:
-            self.mesh.sidecar(host, start=False, proxy={"drain_timeout": "1s"}, admin={"memory_mib": 1}).spawn()
+            kept = {"last_good": str(disk / f"{host.name}.json")}
+            proxy, admin = {"drain_timeout": "1s"}, {"memory_mib": 1}
+            self.mesh.sidecar(host, start=False, proxy=proxy, admin=admin, mesh=kept).spawn()
         for host in self.hosts:
             sidecar = self.sidecar(host)
             sidecar.wait_until_ready()
