@@ -50,7 +50,8 @@
 #define MAX_INBOX (64 * 1024) /* bytes that wait for Python before a tunnel is read no further */
 #define MAX_HELD (1024 * 1024) /* the same of bytes that wait for a peer who makes us answer, and does not read */
 #define LINGER_NS 1000000000u /* a lease may still wait for the end that the tunnel's peer owes */
-#define QUIET_NS 50000000u    /* news that nobody waits for may wait for more of its kind */
+#define YOUNG_NS 50000000u    /* what is over by then has never been told as open */
+#define QUIET_NS 20000000u    /* news that nobody waits for may wait for more of its kind */
 #define QUIET_MOST 256        /* until there are so many */
 #define ORDER_BUCKETS 1024
 #define DIRECTION_SERVED 2    /* of orders for what peers ask for; listeners have others */

@@ -4,8 +4,8 @@
  * for a part of the trip. So between near hosts it grows to the end of tcp_rmem, 32 MiB in recent kernels, and what is
  * copied out of it has long left every cache. Far peers need such a window; a near one only fills it.
  *
- * One alone is left to the kernel: while there is a window the sender sends, in its own time; later it is for whoever
- * reads, and with that opens the window, to do it. Only several push each other out of the caches.
+ * A connection alone is left to the kernel: while there is a window the sender sends, in its own time; later it is for
+ * whoever reads, and with that opens the window, to do it. Only several push each other out of the caches.
  */
 #define _GNU_SOURCE
 #include "core.h"
@@ -17,6 +17,7 @@
 #include <unistd.h>
 
 #define NEAR_US 300
+#define NEAR_QUIET_NS 1000000000u /* since its last bytes: others are not beside it any more */
 #define NEAR_ASKS (512 * 1024) /* the kernel makes twice as much of it: 3 GB/s at NEAR_US */
 
 static int most_by_itself(void)
@@ -50,6 +51,11 @@ int near_option(void)
     return found;
 }
 
+static bool is_quiet(const struct link *link)
+{
+    return link->core->now - atomic_load(&link->moved_at) > NEAR_QUIET_NS;
+}
+
 /* Before the buffer has grown, which it does with the second large read: to make it smaller the kernel would have to
  * drop what is on its way. One that has grown by small reads is left alone.
  */
@@ -65,7 +71,7 @@ void near_bound(const struct leg *leg, int fd)
     size = sizeof info;
     if (getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &size) || info.tcpi_min_rtt >= NEAR_US)
         return;
-    if (core->near_alone)
+    if (core->near_alone && core->near_alone != leg->link && !is_quiet(core->near_alone))
         setsockopt(fd, SOL_SOCKET, core->near_option, &buffer, sizeof buffer);
     else
         core->near_alone = leg->link;

@@ -18,7 +18,7 @@ void young_add(struct link *link)
 {
     struct core *core = link->core;
     pthread_mutex_lock(&core->lock);
-    link->young_until = core->now + QUIET_NS;
+    link->young_until = core->now + YOUNG_NS;
     link->next_young = NULL;
     link->young_place = core->last_young;
     *core->last_young = link;

@@ -79,6 +79,31 @@ async def another(relay: NativeRelay) -> AsyncIterator[tuple[Rig, socket.socket]
             yield it, leg
 
 
+async def test_a_connection_alone_is_left_to_the_kernel_in_both_directions(relay: NativeRelay) -> None:
+    looks: list[socket.socket] = []
+
+    def look(it: Rig) -> None:
+        for leg in (it.first.link.client, it.first.link.endpoint):
+            assert isinstance(leg, PlainLeg)
+            looks.append(leg.sock.dup())
+
+    async with plain_rig(relay, prepare=look) as it:
+        with looks[0], looks[1], trio.fail_after(10):
+            while buffer_of(looks[0]) <= BOUND or buffer_of(looks[1]) <= BOUND:
+                await pump(it.client, it.server)
+                await pump(it.server, it.client)
+
+
+async def test_one_that_is_idle_is_beside_nobody(relay: NativeRelay) -> None:
+    async with another(relay):
+        buffer = BOUND
+        with trio.fail_after(20):
+            while buffer == BOUND:
+                async with another(relay) as (it, leg):
+                    await pump(it.client, it.server)
+                    buffer = buffer_of(leg)
+
+
 async def test_one_stream_alone_is_left_to_the_kernel_and_the_next_one_once_it_has_ended(relay: NativeRelay) -> None:
     for _ in range(2):
         async with another(relay) as (it, alone):
