@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-SKIPS = {"skip", "skipif", "importorskip", "xfail", "SkipTest"}
+SKIPS = {"skip", "skipif", "importorskip", "xfail", "SkipTest", "deep"}  # the last is left out unless it is asked for
 PLUGINS = ("tests/world.py",)
 
 

@@ -164,7 +164,12 @@ SPEED: dict[str, tuple[str, ...]] = {
     "a wheel that needs more than libc": (
         "tests/relay/test_wheel.py::test_the_built_extension_needs_libc_and_nothing_else",
     ),
+    "an installation that needs a compiler, or libssl's headers": (
+        "tests/cli/test_without_core.py::test_check_says_what_is_missing_and_what_mends_it",
+        "tests/cli/test_without_core.py::test_two_such_hosts_call_each_other_through_a_tunnel",
+    ),
     "a fallback that nobody is told of": (
+        "tests/cli/test_without_core.py::test_the_python_relay_serves_and_log_and_status_say_why",
         "tests/relay/test_ladder.py::test_where_the_core_is_not_built_it_says_so",
         "tests/relay/test_ladder.py::test_the_fastest_or_the_one_that_was_asked_for",
     ),

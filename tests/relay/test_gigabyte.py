@@ -19,7 +19,7 @@ BLOCK = os.urandom(MEGABYTE + 7)  # said again and again: no buffer's size divid
 _TWICE = BLOCK * 2
 
 
-@pytest.fixture(params=["native", pytest.param("python", marks=pytest.mark.deep)])
+@pytest.fixture(params=["native", "python"])
 async def relay(request: pytest.FixtureRequest) -> AsyncIterator[Relay]:
     async with NativeRelay() if request.param == "native" else PythonRelay(threads=1) as relay:
         yield relay

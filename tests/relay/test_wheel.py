@@ -10,7 +10,9 @@ _LIBC = re.compile(r"libc\.(so|musl-\w+\.so)|ld-linux|ld-musl|libpthread\.so|lib
 
 
 def test_the_built_extension_needs_libc_and_nothing_else() -> None:
-    """OpenSSL is found at run time, and Python's own symbols are the limited API's."""
+    """OpenSSL is found at run time. That Python's own symbols are the limited API's the compiler sees to, by -Werror
+    and Py_LIMITED_API (tests/relay/native/builds.py).
+    """
     built = Path(str(_core.__file__))
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", run("readelf", "--dynamic", "--wide", built))
     assert needed
