@@ -25,7 +25,7 @@ def messages(data: bytes) -> Iterator[tuple[int, memoryview]]:
         if length < header or at + length > size:
             return
         yield kind, view[at + header : at + length]
-        at += length + 3 & ~3
+        at += _aligned(length)
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -122,9 +122,13 @@ class Faults:
         self._stage.world.switch.configure(f"link set {port} up")
 
     def _renew(self, host: Host) -> None:
+        self._certify(host, host.name)
+
+    def _certify(self, host: Host, name: str) -> None:
+        """Its sidecar gets a new certificate, as the sidecar of `name`."""
         mesh, sidecar = self._stage.mesh, self._stage.sidecar(host)
         before = sidecar.status().certificate.serial
-        save_issued(mesh.authority.issue(mesh.identity(host.name), now=datetime.now(UTC)), sidecar.config.parent)
+        save_issued(mesh.authority.issue(mesh.identity(name), now=datetime.now(UTC)), sidecar.config.parent)
         wait_for(lambda: sidecar.status().certificate.serial != before, what="the new certificate")
 
     def _change(self, host: Host) -> None:
@@ -159,11 +163,7 @@ class Faults:
 
     def _misname(self, host: Host) -> None:
         """Its peers take it for somebody else, and do not speak to it."""
-        mesh, sidecar = self._stage.mesh, self._stage.sidecar(host)
-        before = sidecar.status().certificate.serial
-        issued = mesh.authority.issue(mesh.identity("somebody-else"), now=datetime.now(UTC))
-        save_issued(issued, sidecar.config.parent)
-        wait_for(lambda: sidecar.status().certificate.serial != before, what="the other certificate")
+        self._certify(host, "somebody-else")
         self._wait(self._dice.uniform(0.1, 1.0))
         self._renew(host)
 

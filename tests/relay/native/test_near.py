@@ -65,21 +65,8 @@ def watched(sock: socket.socket) -> Iterator[socket.socket]:
 
 
 @contextlib.asynccontextmanager
-async def another(relay: NativeRelay) -> AsyncIterator[tuple[Rig, socket.socket]]:
-    """A near stream that was there first, and the leg that its bytes come in by."""
-    looks: list[socket.socket] = []
-
-    def look(it: Rig) -> None:
-        assert isinstance(it.first.link.client, PlainLeg)
-        looks.append(it.first.link.client.sock.dup())
-
-    async with plain_rig(relay, prepare=look) as it:
-        await pump(it.client, it.server)
-        with looks.pop() as leg:
-            yield it, leg
-
-
-async def test_a_connection_alone_is_left_to_the_kernel_in_both_directions(relay: NativeRelay) -> None:
+async def another(relay: NativeRelay) -> AsyncIterator[tuple[Rig, socket.socket, socket.socket]]:
+    """A near stream that was there first, and its legs: its bytes come in by the first one."""
     looks: list[socket.socket] = []
 
     def look(it: Rig) -> None:
@@ -88,8 +75,16 @@ async def test_a_connection_alone_is_left_to_the_kernel_in_both_directions(relay
             looks.append(leg.sock.dup())
 
     async with plain_rig(relay, prepare=look) as it:
-        with looks[0], looks[1], trio.fail_after(10):
-            while buffer_of(looks[0]) <= BOUND or buffer_of(looks[1]) <= BOUND:
+        await pump(it.client, it.server)
+        client, endpoint = looks
+        with client, endpoint:
+            yield it, client, endpoint
+
+
+async def test_a_connection_alone_is_left_to_the_kernel_in_both_directions(relay: NativeRelay) -> None:
+    async with another(relay) as (it, client, endpoint):
+        with trio.fail_after(10):
+            while buffer_of(client) <= BOUND or buffer_of(endpoint) <= BOUND:
                 await pump(it.client, it.server)
                 await pump(it.server, it.client)
 
@@ -99,15 +94,15 @@ async def test_one_that_is_idle_is_beside_nobody(relay: NativeRelay) -> None:
         buffer = BOUND
         with trio.fail_after(20):
             while buffer == BOUND:
-                async with another(relay) as (it, leg):
+                async with another(relay) as (it, leg, _):
                     await pump(it.client, it.server)
                     buffer = buffer_of(leg)
 
 
 async def test_one_stream_alone_is_left_to_the_kernel_and_the_next_one_once_it_has_ended(relay: NativeRelay) -> None:
     for _ in range(2):
-        async with another(relay) as (it, alone):
-            async with another(relay) as (_, second):
+        async with another(relay) as (it, alone, _):
+            async with another(relay) as (_, second, _):
                 assert buffer_of(second) <= BOUND
             with trio.fail_after(10):
                 while buffer_of(alone) <= BOUND:
