@@ -81,6 +81,22 @@ async def another(relay: NativeRelay) -> AsyncIterator[tuple[Rig, socket.socket,
             yield it, client, endpoint
 
 
+@contextlib.asynccontextmanager
+async def moving(it: Rig) -> AsyncIterator[None]:
+    """Never quiet for long meanwhile, however slow the machine, or a sanitizer, makes everything."""
+    over = trio.Event()
+
+    async def move() -> None:
+        while not over.is_set():
+            await it.client.send_all(b"x")
+            await read_exactly(it.server, 1)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(move)
+        yield
+        over.set()
+
+
 async def test_a_connection_alone_is_left_to_the_kernel_in_both_directions(relay: NativeRelay) -> None:
     async with another(relay) as (it, client, endpoint):
         with trio.fail_after(10):
@@ -102,7 +118,7 @@ async def test_one_that_is_idle_is_beside_nobody(relay: NativeRelay) -> None:
 async def test_one_stream_alone_is_left_to_the_kernel_and_the_next_one_once_it_has_ended(relay: NativeRelay) -> None:
     for _ in range(2):
         async with another(relay) as (it, alone, _):
-            async with another(relay) as (_, second, _):
+            async with moving(it), another(relay) as (_, second, _):
                 assert buffer_of(second) <= BOUND
             with trio.fail_after(10):
                 while buffer_of(alone) <= BOUND:
@@ -120,7 +136,7 @@ async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_
             looks.append(leg.sock.dup())
 
     with host.entered():
-        async with another(relay), plain_rig(relay, prepare=look) as it:
+        async with another(relay) as (other, *_), moving(other), plain_rig(relay, prepare=look) as it:
             before = buffer_of(looks[1])
             await pump(it.client, it.server)
             assert buffer_of(looks[0]) <= BOUND
@@ -134,7 +150,7 @@ async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_
 
 
 async def test_so_are_those_of_tunnels(relay: NativeRelay) -> None:
-    async with another(relay), mesh_rig(relay) as it:
+    async with another(relay) as (other, *_), moving(other), mesh_rig(relay) as it:
         await pump(it.client, it.server)
         tunnel = it.last.link.client
         assert not isinstance(tunnel, PlainLeg)
