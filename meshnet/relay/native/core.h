@@ -331,6 +331,7 @@ void link_settle(struct link *link);
 void link_cut(struct link *link);
 void link_count(struct leg *leg, size_t size);
 bool link_is_full(const struct leg *leg);
+int link_fd(const struct leg *leg); /* its own, or its tunnel's */
 void link_pull(struct leg *leg);
 
 /* plain.c */
@@ -351,6 +352,6 @@ void pipes_close(struct pipes *pipes);
 /* near.c */
 #define NEAR_READ (32 * 1024) /* bytes that make it worth a look */
 int near_option(void);
-void near_bound(const struct leg *leg, int fd);
+void near_bound(const struct leg *leg);
 
 #endif

@@ -53,7 +53,7 @@ void dial_settle(struct link *link)
 {
     const struct leg *leg = &link->endpoint;
     if (leg->tunnel || !leg->closed)
-        note_port(link, leg->tunnel ? leg->tunnel->fd : leg->fd);
+        note_port(link, link_fd(leg));
     if (!keep_alive(&link->client) || (!link->order->local && !keep_alive(&link->endpoint)))
         link_fail(link, REASON_INTERNAL, BY_PROXY, errno);
 }
@@ -261,7 +261,7 @@ void dial_on_event(struct leg *leg, uint32_t events)
 static void look_once_more(struct leg *leg)
 {
     struct tunnel *tunnel = leg->tunnel;
-    struct pollfd seen = {.fd = tunnel ? tunnel->fd : leg->fd, .events = tunnel ? POLLIN : POLLOUT};
+    struct pollfd seen = {.fd = link_fd(leg), .events = tunnel ? POLLIN : POLLOUT};
     if (poll(&seen, 1, 0) <= 0)
         return;
     if (tunnel)

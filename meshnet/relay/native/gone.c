@@ -33,7 +33,7 @@ static bool look_at(struct leg *leg, uint64_t silence)
     struct tunnel *tunnel = leg->tunnel;
     if (leg->over || (tunnel ? tunnel->lost || tunnel->closed : leg->closed))
         return false;
-    enum state state = state_of(tunnel ? tunnel->fd : leg->fd, silence);
+    enum state state = state_of(link_fd(leg), silence);
     if (state == GONE) {
         if (tunnel)
             tunnel_gone(tunnel);

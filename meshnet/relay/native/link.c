@@ -47,6 +47,11 @@ bool link_is_full(const struct leg *leg)
     return leg->dialling || (leg->tunnel ? leg->tunnel->held.size > 0 : leg->held.size || leg->pipe);
 }
 
+int link_fd(const struct leg *leg)
+{
+    return leg->tunnel ? leg->tunnel->fd : leg->fd;
+}
+
 void link_pull(struct leg *leg)
 {
     if (leg->tunnel)

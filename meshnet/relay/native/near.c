@@ -59,8 +59,9 @@ static bool is_quiet(const struct link *link)
 /* Before the buffer has grown, which it does with the second large read: to make it smaller the kernel would have to
  * drop what is on its way. One that has grown by small reads is left alone.
  */
-void near_bound(const struct leg *leg, int fd)
+void near_bound(const struct leg *leg)
 {
+    int fd = link_fd(leg);
     struct core *core = leg->link->core;
     struct tcp_info info = {0};
     int buffer = 0;

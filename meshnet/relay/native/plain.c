@@ -170,7 +170,7 @@ void plain_pull(struct leg *leg)
             leg->readable = false;
         if (size >= NEAR_READ && !leg->looked_near) {
             leg->looked_near = true;
-            near_bound(leg, leg->fd);
+            near_bound(leg);
         }
         if (leg->peer->tunnel) {
             lease_write(leg->peer, core->plain, (size_t)size);

@@ -241,7 +241,7 @@ void tunnel_read(struct tunnel *tunnel)
             tunnel->readable = false;
         if (size >= NEAR_READ && tunnel->leg && !tunnel->looked_near) {
             tunnel->looked_near = true;
-            near_bound(tunnel->leg, tunnel->fd);
+            near_bound(tunnel->leg);
         }
         tunnel->cipher = core->cipher;
         tunnel->cipher_size = (size_t)size;
