@@ -180,6 +180,7 @@ class RelayContract:
             nursery.start_soon(it.client.send_all, bytes(16 * MEGABYTE))
             assert await read_exactly(it.server, 16 * MEGABYTE) == bytes(16 * MEGABYTE)
 
+    @pytest.mark.unsanitized
     async def test_a_stuck_reader_stops_the_writer_and_loses_nothing(self, relay: Relay, rig: RigMaker) -> None:
         memory = _resident()
         async with rig(relay, buffer=SMALL) as it:

@@ -1,6 +1,7 @@
 """The native relay built anew, beside the one that is installed: with other flags, in a copy of the tree."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,14 @@ NATIVE = ROOT / "meshnet" / "relay" / "native"
 SOURCES = sorted(NATIVE.glob("*.c"))
 FUZZERS = {"frame": "fuzz_frames.c", "open": "fuzz_open.c"}
 """The targets of libFuzzer, by the file of the core that each of them is for."""
+FAULTS = Path(__file__).with_name("faults.c")
+CONTRACT = ["tests/relay/native", "tests/relay/test_relays.py", "-k", "native"]
+CONTRACT += [f"--ignore=tests/relay/native/test_{name}.py" for name in ("sanitizers", "faults")]
+"""The tests of the native relay, but for those that build it anew."""
 STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror"]
 
 
-def build(compiler: str, output: Path, *flags: str) -> None:
+def build(compiler: str, output: Path, *flags: str | Path) -> None:
     include = f"-I{sysconfig.get_path('include')}"
     limited = "-DPy_LIMITED_API=0x030B0000"
     run(compiler, "-shared", "-fPIC", "-O1", "-g", *STRICT, *flags, limited, include, *map(str, SOURCES), "-o", output)
@@ -38,7 +43,7 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def copy(folder: Path, *flags: str) -> None:
+def copy(folder: Path, *flags: str | Path) -> None:
     """The tree in `folder`, its native relay built with `flags`."""
     for top in ("meshnet", "cli", "init", "tests"):
         shutil.copytree(ROOT / top, folder / top, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -46,12 +51,18 @@ def copy(folder: Path, *flags: str) -> None:
     build("gcc", folder / "meshnet" / "relay" / "native" / "_core.abi3.so", *flags, "-fno-omit-frame-pointer")
 
 
-def start(folder: Path, *wrapper: str, left_out: str, **environment: str) -> "subprocess.Popen[str]":
-    """The tests of the native relay in a copy of the tree, but for those `left_out`; their output is a pipe."""
-    command = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "900"]
-    command += ["tests/relay/native", "tests/relay/test_relays.py", "-k", f"native and not ({left_out})"]
+def with_faults() -> list[str | Path]:
+    """Flags that make a native relay whose calls can be made to fail: the linker turns them to those of faults.c."""
+    names = re.search(r"names\[\] = \{(.*?)\};", FAULTS.read_text(), re.DOTALL)
+    assert names
+    return [FAULTS, *(f"-Wl,--wrap={name}" for name in re.findall(r"\w+", names[1]))]
+
+
+def start(folder: Path, *wrapper: str, tests: list[str], **environment: str) -> "subprocess.Popen[str]":
+    """`tests`, pytest's arguments, in a copy of the tree; their output is a pipe."""
+    command = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return subprocess.Popen(
-        command,
+        [*command, "--timeout", "900", *tests],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

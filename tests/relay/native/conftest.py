@@ -24,7 +24,7 @@ async def relay() -> AsyncIterator[NativeRelay]:
 
 @pytest.fixture
 def faults() -> Iterator[Faults]:
-    """Where test_faults.py preloads its library."""
+    """In a relay that test_faults.py has built."""
     with watched() as it:
         yield it
 

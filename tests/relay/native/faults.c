@@ -1,17 +1,15 @@
-/* A program that this is preloaded into has its native relay's system calls counted, and some of them fail.
+/* The native relay's own system calls, counted, and some of them failing.
  *
- * Only of those that the library itself makes: who calls is told by the address to return to. What OpenSSL and Python
- * ask for is theirs.
+ * It is linked together with the relay, whose calls the linker gives to those below (ld's --wrap, builds.py): what
+ * OpenSSL and Python ask for is theirs, and a sanitizer still sees every call that goes through.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -27,11 +25,6 @@ static const char *const names[] = {"recv",          "send",        "sendmsg",  
 #define CALLS (sizeof names / sizeof *names)
 static atomic_ulong counts[CALLS], first[CALLS], last[CALLS];
 static atomic_int codes[CALLS];
-static atomic_uintptr_t low, high;
-
-extern void *__libc_malloc(size_t size);
-extern void *__libc_calloc(size_t count, size_t size);
-extern void *__libc_realloc(void *memory, size_t size);
 
 static size_t number_of(const char *name)
 {
@@ -48,13 +41,6 @@ const char *faults_name(unsigned long which)
     return which < CALLS ? names[which] : NULL;
 }
 
-/* The library's text lies there. */
-void faults_watch(uintptr_t from, uintptr_t to)
-{
-    low = from;
-    high = to;
-}
-
 /* Of the calls from now on the `from`th to the `to`th fail with `code`; 0: none does. */
 void faults_arm(const char *name, unsigned long from, unsigned long to, int code)
 {
@@ -69,7 +55,6 @@ void faults_arm(const char *name, unsigned long from, unsigned long to, int code
 /* All calls are as they are without this. */
 void faults_forget(void)
 {
-    low = high = 0;
     for (size_t which = 0; which < CALLS; which++)
         codes[which] = 0;
 }
@@ -80,11 +65,8 @@ unsigned long faults_count(const char *name)
     return counts[number_of(name)];
 }
 
-static bool fails(const char *name, const void *caller)
+static bool fails(const char *name)
 {
-    uintptr_t at = (uintptr_t)caller;
-    if (at < low || at >= high)
-        return false;
     size_t which = number_of(name);
     unsigned long count = ++counts[which];
     if (!codes[which] || count < first[which] || count > last[which])
@@ -93,16 +75,12 @@ static bool fails(const char *name, const void *caller)
     return true;
 }
 
-#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 #define WRAP(type, failed, name, parameters, arguments)                                                               \
-    type name parameters                                                                                              \
+    extern type __real_##name parameters;                                                                             \
+    extern type __wrap_##name parameters;                                                                             \
+    type __wrap_##name parameters                                                                                     \
     {                                                                                                                 \
-        static _Atomic(__typeof__(&name)) next;                                                                       \
-        if (fails(#name, __builtin_return_address(0)))                                                                \
-            return failed;                                                                                            \
-        if (!next)                                                                                                    \
-            next = NEXT(name);                                                                                        \
-        return next arguments;                                                                                        \
+        return fails(#name) ? failed : __real_##name arguments;                                                       \
     }
 
 WRAP(ssize_t, -1, recv, (int fd, void *bytes, size_t size, int flags), (fd, bytes, size, flags))
@@ -138,27 +116,19 @@ WRAP(int, returned(), pthread_create,
      (pthread_t *thread, const pthread_attr_t *attributes, void *(*run)(void *), void *argument),
      (thread, attributes, run, argument))
 
+WRAP(void *, NULL, malloc, (size_t size), (size))
+WRAP(void *, NULL, calloc, (size_t count, size_t size), (count, size))
+WRAP(void *, NULL, realloc, (void *memory, size_t size), (memory, size))
+
+extern int __real_fcntl(int fd, int command, ...);
+extern int __wrap_fcntl(int fd, int command, ...);
+
 /* What comes behind the command is a number or a pointer, if there is anything. */
-int fcntl(int fd, int command, ...)
+int __wrap_fcntl(int fd, int command, ...)
 {
     va_list more;
     va_start(more, command);
     void *argument = va_arg(more, void *);
     va_end(more);
-    return fails("fcntl", __builtin_return_address(0)) ? -1 : NEXT(fcntl)(fd, command, argument);
-}
-
-void *malloc(size_t size)
-{
-    return fails("malloc", __builtin_return_address(0)) ? NULL : __libc_malloc(size);
-}
-
-void *calloc(size_t count, size_t size)
-{
-    return fails("calloc", __builtin_return_address(0)) ? NULL : __libc_calloc(count, size);
-}
-
-void *realloc(void *memory, size_t size)
-{
-    return fails("realloc", __builtin_return_address(0)) ? NULL : __libc_realloc(memory, size);
+    return fails("fcntl") ? -1 : __real_fcntl(fd, command, argument);
 }

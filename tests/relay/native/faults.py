@@ -1,4 +1,4 @@
-"""The library of faults.c, which test_faults.py preloads: what the native relay calls is counted, and made to fail."""
+"""What faults.c says of the calls of the native relay that it is linked with (builds.py), and makes of them."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ OURS = {errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC}
 
 @dataclass
 class Faults:
-    """The library in faults.c."""
+    """The relay's own library, which faults.c is a part of."""
 
     library: ctypes.CDLL
 
@@ -48,13 +48,8 @@ class Faults:
 
 @contextlib.contextmanager
 def watched() -> Iterator[Faults]:
-    library = ctypes.CDLL(None)
+    library = ctypes.CDLL(str(_core.__file__))
     library.faults_count.restype = ctypes.c_ulong
     library.faults_name.restype = ctypes.c_char_p
-    with open("/proc/self/maps") as maps:
-        parts = [line.split()[0] for line in maps if line.rstrip().endswith(str(_core.__file__))]
-    ends = [int(end, 16) for part in parts for end in part.split("-")]
-    library.faults_watch(ctypes.c_size_t(min(ends)), ctypes.c_size_t(max(ends)))
-    it = Faults(library)
-    yield it
+    yield Faults(library)
     library.faults_forget()

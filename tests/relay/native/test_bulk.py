@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 
+import pytest
 import trio
 
 from meshnet.errors import Reason
@@ -49,6 +50,7 @@ async def test_counters_can_be_read_at_any_time_by_anybody(relay: NativeRelay) -
     assert len(seen) > 3
 
 
+@pytest.mark.unsanitized
 async def test_pipes_are_not_kept_for_those_who_needed_one(relay: NativeRelay) -> None:
     """Who has the same user has a share in them, pipe(7): another worker, another pod."""
     before = pipes()

@@ -8,14 +8,11 @@ from pathlib import Path
 import pytest
 
 from meshnet.codec.frames import HEADER_SIZE, Data, Fin, GoAway, Open, Opened, Pong, Refused, Reset, encode
-from tests.relay.native.builds import FUZZERS, NATIVE, copy, run, start
+from tests.relay.native.builds import CONTRACT, FUZZERS, NATIVE, copy, run, start
 
 pytestmark = pytest.mark.deep
 
 FUZZ_SECONDS = int(os.environ.get("MESHNET_FUZZ_SECONDS", "120"))
-# What has a deadline that is too short for it under valgrind, a hundred times slower; and what builds anew.
-LEFT_OUT = "sanitizers or builds or parsers or fuzzer or slow_application or every_call_may_fail"
-
 
 OPEN = Open(host="10.0.0.2", port=8080, service="api:8080", source="10.0.0.1:40000", id="8s0t4zfm", deadline=2000)
 
@@ -55,7 +52,7 @@ def test_the_contract_is_clean_under_valgrind(tmp_path: Path) -> None:
     log = tmp_path / "memcheck"
     memcheck = ("valgrind", f"--log-file={log}", "--num-callers=40", "--error-limit=no", "--fullpath-after=")
     memcheck += ("--leak-check=full", "--show-leak-kinds=definite,indirect")
-    with start(tmp_path, *memcheck, left_out=LEFT_OUT, MESHNET_TEST_SLOWNESS="15") as process:
+    with start(tmp_path, *memcheck, tests=[*CONTRACT, "-m", "not deep"], MESHNET_TEST_SLOWNESS="15") as process:
         output = process.communicate()[0]
     reported = re.split(r"^==\d+== $", log.read_text(errors="replace"), flags=re.MULTILINE)
     ours = "\n".join(block for block in reported if "/meshnet/relay/native/" in block)

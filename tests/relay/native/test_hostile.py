@@ -93,6 +93,7 @@ async def test_an_end_right_behind_the_last_bytes_of_a_tunnel_is_found(relay: Na
     pair.close()
 
 
+@pytest.mark.unsanitized
 async def test_a_peer_that_pings_and_never_reads_is_not_listened_to_for_ever(relay: NativeRelay) -> None:
     pair = await tunnel_pair(PythonTls(), relay.tls, SMALL)
     peer, own = Peer(pair.client), pair.server.channel

@@ -72,6 +72,7 @@ def close(*tunnels: tuple[Channel, Channel]) -> None:
             end.close()
 
 
+@pytest.mark.unsanitized
 async def test_an_idle_tunnel_keeps_no_buffer(relay: NativeRelay) -> None:
     close(await open_tunnel(relay))  # what is made once is made
     gc.collect()
