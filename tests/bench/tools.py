@@ -35,7 +35,7 @@ def py_spy(pids: Sequence[int], seconds: float, directory: Path, drive: Drive, u
     if not program:
         return [missing("py-spy", "pip install py-spy")]
     files = [directory / f"{pid}.stacks" for pid in pids]
-    options = ("--gil", "--rate", "200", "--duration", str(int(seconds)), "--format", "raw", "--function")
+    options = ("--gil", "--rate", "1000", "--duration", str(int(seconds)), "--format", "raw", "--function")
     said = while_loaded(
         [
             [program, "record", "--pid", str(pid), *options, "--output", str(file)]
