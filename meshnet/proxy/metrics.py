@@ -194,7 +194,7 @@ class Metrics:
         yield _counter("meshnet_config_nacks", "Mesh files that were refused.", self.config_refused)
         yield _counter("meshnet_ejections", "Endpoints that were ejected as outliers.", self.ejections)
         yield _counter("meshnet_cert_renewals", "Certificates taken up since start.", self.renewals)
-        text = "How late the event loop was, looked at now and then."
+        text = "How long each turn of the event loop took, or how late it began."
         yield family("meshnet_event_loop_lag_seconds", text, (), [((), self.lag)])
         build = GaugeMetricFamily("meshnet_build_info", "The version that runs.", labels=["version"])
         build.add_metric([__version__], 1)

@@ -109,7 +109,7 @@ class LagWatch:
         self._before = [_lags(host) for host in self._hosts]
 
     def worst(self) -> str:
-        """Milliseconds, as a bound: a loop's lag is looked at eight times a second, and counted in buckets."""
+        """Milliseconds, as a bound: the lag of each turn of a loop is counted in buckets."""
         worst = 0.0
         for host, before in zip(self._hosts, self._before, strict=True):
             now = _lags(host)
