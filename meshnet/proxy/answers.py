@@ -1,7 +1,7 @@
 """What one process answers to those who ask over the admin socket, and for its metrics and health."""
 
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from itertools import islice
 
@@ -97,11 +97,11 @@ class OwnAnswers:
                 return self._levels.set(question)
 
     @asynccontextmanager
-    async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
+    async def follow(self) -> AsyncIterator[AsyncIterable[ConnectionEvent]]:
         registry = self._state.registry
         follower = registry.follow()
         try:
-            yield follower.receive
+            yield follower
         finally:
             registry.unfollow(follower)
 

@@ -31,11 +31,27 @@ class Observer(Protocol):
 
 
 class Follower:
-    """One reader of events. It never makes the proxy wait: what does not fit is counted and told."""
+    """One reader of events. It never makes the proxy wait: what does not fit is counted, and told in its place."""
 
     def __init__(self) -> None:
-        self._send, self.receive = trio.open_memory_channel[ConnectionEvent](_FOLLOWER_BUFFER)
+        self._send, self._receive = trio.open_memory_channel[ConnectionEvent](_FOLLOWER_BUFFER)
         self._lost = 0
+
+    def __aiter__(self) -> "Follower":
+        return self
+
+    async def __anext__(self) -> ConnectionEvent:
+        return self.take() or await self._receive.receive()
+
+    def take(self) -> ConnectionEvent | None:
+        """The next event, where there is one. Behind what did fit it is how many did not."""
+        try:
+            return self._receive.receive_nowait()
+        except trio.WouldBlock:
+            if not self._lost:
+                return None
+            lost, self._lost = self._lost, 0
+            return ConnectionEvent(event="lost", count=lost)
 
     def tell(self, event: ConnectionEvent) -> None:
         try:

@@ -97,5 +97,6 @@ def test_a_registry_keeps_it_and_tells_it_to_who_follows() -> None:
     here.passed(passed)
     assert (here.opened_total, here.failed_total, list(here.open)) == (1, 0, [])
     assert list(here.listing(recent=60.0, everything=True).connections) == [passed.view()]
-    event = follower.receive.receive_nowait()
+    event = follower.take()
+    assert event
     assert (event.event, event.connection) == ("close", passed.view())

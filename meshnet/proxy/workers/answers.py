@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
@@ -124,7 +124,7 @@ class JointAnswers:
                 return answer
 
     @asynccontextmanager
-    async def follow(self) -> AsyncIterator[trio.MemoryReceiveChannel[ConnectionEvent]]:
+    async def follow(self) -> AsyncIterator[AsyncIterable[ConnectionEvent]]:
         """A reader that is slow makes the workers wait with their next event, and they count what they cannot keep."""
         send, receive = trio.open_memory_channel[ConnectionEvent](0)
         async with trio.open_nursery() as nursery:
