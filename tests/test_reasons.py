@@ -37,6 +37,12 @@ def test_no_test_is_to_produce_what_is_no_reason() -> None:
     assert set(PRODUCED) <= set(Reason)
 
 
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_is_documented_with_its_cause_and_its_cure(reason: Reason) -> None:
+    advice = ADVICE[reason]
+    assert f"| `{reason}` | {advice.cause} | {advice.cure} |\n" in (ROOT.parent / "docs" / "reasons.md").read_text()
+
+
 def test_a_mark_that_is_not_true_fails_its_test() -> None:
     record = Connection(
         id="k802",

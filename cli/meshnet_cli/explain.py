@@ -12,7 +12,8 @@ from meshnet.model.admin import ConnectionList, ExplainConnection, ExplainRoute,
 from meshnet.model.connection import Connection, Direction, Shape
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
-from meshnet_cli.explain_capture import explain_capture, route_lines
+from meshnet_cli.explain_capture import explain_capture, is_address
+from meshnet_cli.explain_lines import capture_lines, route_lines
 from meshnet_cli.legs import endpoint_legs
 from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
@@ -26,6 +27,14 @@ class TcpView(Shape, frozen=True):
     rtt_us: int
     rtt_var_us: int
     retransmits: int
+
+
+class ReasonExplanation(Shape, frozen=True):
+    code: str
+    cause: str
+    cure: str
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "ReasonExplanation"
 
 
 class Explanation(Connection, frozen=True, kw_only=True):
@@ -50,9 +59,10 @@ class Explanation(Connection, frozen=True, kw_only=True):
 
 @click.command(
     epilog="\b\nExamples:\n  meshnet explain k802\n  meshnet explain $(meshnet conns --failed --top 1 -o name)\n"
-    "  sudo meshnet explain 10.96.0.10:8080\n  sudo meshnet explain 10.0.0.7 10.0.0.1:5432",
+    "  meshnet explain breaker.open\n  sudo meshnet explain 10.96.0.10:8080\n"
+    "  sudo meshnet explain api:8080\n  sudo meshnet explain 10.0.0.7 10.0.0.1:5432",
 )
-@click.argument("what", nargs=-1, required=True, metavar="ID | [FROM] HOST:PORT")
+@click.argument("what", nargs=-1, required=True, metavar="ID | REASON | [FROM] HOST:PORT")
 @output_options
 @admin_options
 def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: float) -> None:
@@ -61,17 +71,27 @@ def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: fl
     ID is as `meshnet conns` shows it; it is the same on both hosts. The endpoints that are listed below are those of
     its service as they are now.
 
-    With HOST:PORT instead: whether a connection to there would be captured, by which rule, or why not; and where it
-    would go then: the service, its endpoints in order of preference, and why some are passed over. It comes FROM this
-    host unless you say so, or it goes to this host. The kernel's rules are read for that, ours and those of other
-    programs, which takes the right to.
+    With a REASON code, as breaker.open: what it means, and what to do about it.
+
+    With HOST:PORT, or a service with its port, instead: whether a connection to there would be captured, by which rule,
+    or why not; and where it would go then: the service, its endpoints in order of preference, and why some are passed
+    over. It comes FROM this host unless you say so, or it goes to this host: then the sidecar says of a caller that you
+    name whether policy lets it in. The kernel's rules are read for that, ours and those of other programs, which takes
+    the right to.
     """
     id, *more = what
+    if not more and id in set(Reason):
+        _print_reason(Reason(id), output)
+        return
     if more or ":" in id:
         if len(what) > 2:
             raise click.UsageError("at most FROM and HOST:PORT")
-        explain_capture("" if not more else id, what[-1], output, socket_path, timeout)
+        found = explain_capture("" if not more else id, what[-1], socket_path, timeout)
+        text = "\n".join(map(printable, capture_lines(found)))
+        print_as(output, found, [found], name=lambda it: it.target, table=lambda: click.echo(text))
         return
+    if is_address(id):
+        raise CommandError(f"{id} is an address without a port", fix=f"meshnet explain {id}:80", code=2)
     try:
         connection = ask(socket_path, ExplainConnection(id=id), Connection, timeout=timeout)
     except CommandError as error:
@@ -91,6 +111,15 @@ def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: fl
             print_connections(explanation.others, TABLE)
 
     print_as(output, explanation, [explanation], name=lambda it: it.id, table=table)
+
+
+def _print_reason(code: Reason, output: str) -> None:
+    found = ReasonExplanation(code, *ADVICE[code])
+
+    def table() -> None:
+        click.echo(f"{'reason':<11} {found.code}\n{'cause':<11} {found.cause}\n{'what to do':<11} {found.cure}")
+
+    print_as(output, found, [found], name=lambda it: it.code, table=table)
 
 
 def _others(connection: Connection, known: Sequence[Connection]) -> tuple[Connection, ...]:

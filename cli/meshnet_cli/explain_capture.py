@@ -4,17 +4,15 @@ The kernel's own rules are asked, not the plan: those that are there, ours and o
 """
 
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-import click
 import msgspec
 
 from meshnet.errors import CommandError
 from meshnet.model.address import Address, canonical_host
-from meshnet.model.admin import Candidate, ExplainRoute, RouteView
+from meshnet.model.admin import AdmissionView, ExplainAdmission, ExplainRoute, RouteView
 from meshnet_cli.client import ask
-from meshnet_cli.output import print_json, print_json_line, printable
 
 if TYPE_CHECKING:  # these reach for the kernel: --help must not wait for that
     from meshnet_init.foreign import Foreign
@@ -51,19 +49,28 @@ class CaptureExplanation(msgspec.Struct, frozen=True, kw_only=True, rename="came
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     route: RouteView | None = None  # where it would go, if a sidecar runs and it leaves this host
+    admission: AdmissionView | None = None  # whether it would be let in, if a sidecar runs and it comes here
     api_version: str = "meshnet.dev/v1"
     kind: str = "CaptureExplanation"
 
 
-def explain_capture(source: str, target: str, output: str, socket_path: str, timeout: float) -> None:
-    """Prints it. Raises CommandError: code 2 for what is no address, 5 without the right to read rules."""
-    found = _explained(source, target)
+def explain_capture(source: str, target: str, socket_path: str, timeout: float) -> CaptureExplanation:
+    """Raises CommandError: code 2 for what is no address, 5 without the right to read rules.
+
+    `target` may be a service of the mesh with its port, as the sidecar's tables name it.
+    """
+    address = _service_address(target, socket_path, timeout)
+    found = _explained(source, address or target)
     if found.direction == "outbound":
-        found = _routed(found, socket_path, timeout)
-    if output in {"json", "jsonl"}:
-        (print_json if output == "json" else print_json_line)(found)
-        return
-    click.echo("\n".join(map(printable, _lines(found))))
+        return _routed(found, target if address else found.target, socket_path, timeout)
+    return _admitted(found, socket_path, timeout) if found.source else found
+
+
+def is_address(text: str) -> bool:
+    try:
+        return bool(canonical_host(text.strip("[]")))
+    except ValueError:
+        return False
 
 
 def _explained(source: str, target: str) -> CaptureExplanation:
@@ -111,13 +118,38 @@ def _explained(source: str, target: str) -> CaptureExplanation:
     )
 
 
-def _routed(found: CaptureExplanation, socket_path: str, timeout: float) -> CaptureExplanation:
+def _service_address(target: str, socket_path: str, timeout: float) -> str:
+    """HOST:PORT of the service that `target` names, if it names one. Raises CommandError if that has none."""
+    if is_address(target.rpartition(":")[0]):
+        return ""
     try:
-        route = ask(socket_path, ExplainRoute(target=found.target), RouteView, timeout=timeout)
+        address = ask(socket_path, ExplainRoute(target=target), RouteView, timeout=timeout).target
+    except CommandError:
+        return ""  # no sidecar runs, or it knows no such service: it may be a name in DNS
+    if not is_address(address.rpartition(":")[0]):
+        why = "its endpoints are reached by their own addresses alone"
+        raise CommandError(f"{target} has no address", why=why, fix="meshnet endpoints lists them", code=2)
+    return address
+
+
+def _routed(found: CaptureExplanation, target: str, socket_path: str, timeout: float) -> CaptureExplanation:
+    try:
+        route = ask(socket_path, ExplainRoute(target=target), RouteView, timeout=timeout)
     except CommandError as error:
-        note = f"the sidecar does not say where it would go: {error.what}"
-        return msgspec.structs.replace(found, notes=(*found.notes, note))
-    return msgspec.structs.replace(found, route=route)
+        return _noted(found, f"the sidecar does not say where it would go: {error.what}")
+    return _noted(msgspec.structs.replace(found, route=route), f"whether it is let in there: meshnet ping {target}")
+
+
+def _admitted(found: CaptureExplanation, socket_path: str, timeout: float) -> CaptureExplanation:
+    try:
+        asked = ExplainAdmission(source=found.source, target=found.target)
+        return msgspec.structs.replace(found, admission=ask(socket_path, asked, AdmissionView, timeout=timeout))
+    except CommandError as error:
+        return _noted(found, f"the sidecar does not say whether it would be let in: {error.what}")
+
+
+def _noted(found: CaptureExplanation, note: str) -> CaptureExplanation:
+    return msgspec.structs.replace(found, notes=(*found.notes, note))
 
 
 def _call(target: Address, source: str) -> "tuple[Call, list[str]]":
@@ -165,15 +197,14 @@ def _address(text: str) -> Address:
 
 def _host(text: str) -> str:
     """An address, or the first that a name stands for."""
-    try:
+    if is_address(text):
         return canonical_host(text.strip("[]"))
-    except ValueError:
-        pass
     try:
         return canonical_host(str(socket.getaddrinfo(text, None, type=socket.SOCK_STREAM)[0][4][0]))
     except (OSError, ValueError, IndexError, UnicodeError) as error:
         why = getattr(error, "strerror", "") or "no name like that is known"
-        raise CommandError(f"{text!r} is no address", why=why, fix="write an IP address, or a name", code=2) from error
+        fix = "write an IP address, a name, or a service with its port: meshnet endpoints lists them"
+        raise CommandError(f"{text!r} is no address", why=why, fix=fix, code=2) from error
 
 
 def _step(step: "Step", reasons: "Mapping[Rule, str]") -> RuleStep:
@@ -185,67 +216,3 @@ def _step(step: "Step", reasons: "Mapping[Rule, str]") -> RuleStep:
     return RuleStep(
         rule.chain, step.number, matches(rule) or "everything", action(rule), why, step.counted.packets, step.whom
     )
-
-
-def _lines(it: CaptureExplanation) -> Iterator[str]:
-    source = it.source or ("a program here" if it.direction == "outbound" else "elsewhere")
-    yield f"{source} -> {it.target}  {it.direction}  {it.verdict}"
-    yield ""
-    for other in it.others:
-        if other.ahead:
-            yield f"first asked {_other(other)}"
-    for step in it.unless:
-        yield f"unless      {step.whom}: {_verdict(step)} by {_rule(step)}"
-    if it.rule is not None:
-        yield f"decides     {_rule(it.rule)}: {_verdict(it.rule)}, {it.rule.hits} hits"
-    elif it.backend:
-        yield "decides     no rule of ours is about it: left alone"
-    for other in it.others:
-        if not other.ahead:
-            yield f"asked later {_other(other)}"
-    if it.route is not None:
-        yield from route_lines(it.route)
-    for text in it.notes:
-        yield f"note        {text}"
-    for text in it.unread:
-        yield f"not read    {text}"
-
-
-def route_lines(route: RouteView) -> Iterator[str]:
-    """Where a connection would go, and its endpoints, the best first."""
-    count = len(route.candidates) + route.more
-    among = f"{route.balance} among {count} endpoints" if route.route == "service" else route.route
-    yield f"route       {': '.join(filter(None, (route.service and f'{route.service}, {among}', route.detail)))}"
-    for place, each in enumerate(route.candidates):
-        label = "endpoints" if not place else ""
-        yield f"{label:<11} {each.endpoint}  {_candidate(each)}"
-    if route.more:
-        yield f"{'':<11} and {route.more} more"
-
-
-def _candidate(each: Candidate) -> str:
-    if each.why_not:
-        return f"passed over: {each.why_not}"
-    warming = f", {each.warmth:.0%} of it while it is warming" if each.warmth < 1 else ""
-    parts = [
-        "in plain TCP" if each.tunnel == "none" else f"by tunnel ({each.tunnel})",
-        each.near and {"zone": "same zone", "region": "same region", "any": "far"}[each.near],
-        f"weight {each.weight}{warming}",
-        f"{each.connections} connections",
-        "" if each.connect_ms is None else f"connects in {each.connect_ms:.1f} ms",
-        f"score {each.score:.3g}",
-    ]
-    return ", ".join(filter(None, parts))
-
-
-def _verdict(step: RuleStep) -> str:
-    return "left alone" if step.action == "return" else f"captured ({step.action})"
-
-
-def _rule(step: RuleStep) -> str:
-    why = f" ({step.why})" if step.why else ""
-    return f"rule {step.number} of {step.chain}{why}: {step.match}"
-
-
-def _other(other: "Foreign") -> str:
-    return f"table {other.table}, {other.chain}, priority {other.priority}: {other.text}"

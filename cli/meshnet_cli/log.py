@@ -33,7 +33,7 @@ def command() -> None:
 
 @command.command(
     "level",
-    epilog="\b\nExamples:\n  meshnet log level\n  sudo meshnet log level debug --for 10m\n"
+    epilog="\b\nExamples:\n  meshnet log level\n  sudo meshnet log level access=debug --for 10m\n"
     "  sudo meshnet log level tunnel=debug proxy=warning\n  sudo meshnet log level tunnel=default",
 )
 @click.argument("wishes", nargs=-1, type=Parsed("level", parse_wish), metavar="[[SUBSYSTEM=]LEVEL]...")
@@ -50,6 +50,8 @@ def level_command(
     """
     if lasts is not None and not any(wish.level for wish in wishes):
         raise click.UsageError("--for goes with a level, as in: meshnet log level debug --for 10m")
+    if lasts == 0:
+        raise click.UsageError("--for 0s is no time; without --for a level lasts until the sidecar ends")
     answer = None
     for wish in wishes:
         seconds = (lasts or 0.0) if wish.level else 0.0

@@ -38,8 +38,15 @@ class ExplainConnection(Shape, frozen=True, tag="explain"):
 
 
 class ExplainRoute(Shape, frozen=True, tag="explain-route"):
-    """Where an outbound connection to `target` (HOST:PORT) would go now."""
+    """Where an outbound connection to `target` would go now: HOST:PORT, or a service's name with its port."""
 
+    target: str
+
+
+class ExplainAdmission(Shape, frozen=True, tag="explain-admission"):
+    """Whether a connection from `source`, an address, would be let in to `target` (HOST:PORT), an application here."""
+
+    source: str
     target: str
 
 
@@ -114,6 +121,7 @@ Question = (
     ListConnections
     | ExplainConnection
     | ExplainRoute
+    | ExplainAdmission
     | GetStatus
     | ListEndpoints
     | Drain
@@ -315,6 +323,32 @@ class RouteView(Shape, frozen=True):
     more: int = 0  # endpoints that are not listed
     api_version: str = "meshnet.dev/v1"
     kind: str = "Route"
+
+
+class Admission(Shape, frozen=True):
+    """For one kind of caller. `identity` is empty for plain text; `reason` for those who are let in."""
+
+    identity: str
+    allowed: bool
+    policy: str = ""
+    reason: str = ""
+    detail: str = ""
+
+
+class AdmissionView(Shape, frozen=True):
+    """`callers`: as whom something at `source` would call: in plain text, and as each identity that the mesh has there.
+
+    `more`: identities that are not listed.
+    """
+
+    source: str
+    target: str
+    service: str
+    mode: str
+    callers: tuple[Admission, ...] = ()
+    more: int = 0
+    api_version: str = "meshnet.dev/v1"
+    kind: str = "Admission"
 
 
 class EndpointList(Shape, frozen=True):

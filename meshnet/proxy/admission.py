@@ -2,17 +2,32 @@
 
 import functools
 import ipaddress
+from typing import Protocol
 
 from meshnet.decide.access import Call
 from meshnet.errors import ConnectionFailed, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.model.service import Mode
-from meshnet.proxy.record import Record
 from meshnet.proxy.state import ProxyState
 
 
-def admit(identity: str, target: Address, record: Record, state: ProxyState, *, tunnelled: bool) -> None:
+class Asked(Protocol):
+    """Of a record, what is asked and what is noted."""
+
+    @property
+    def direction(self) -> Direction: ...
+
+    @property
+    def source(self) -> Address: ...
+
+    phase: Phase
+    service: str
+    call: Call | None
+    policy: str
+
+
+def admit(identity: str, target: Address, record: Asked, state: ProxyState, *, tunnelled: bool) -> None:
     """Raises ConnectionFailed: loop, not_local, authn.*, authz.denied.
 
     The call is put on the record first: a policy change that races this check finds it there and asks again.

@@ -9,14 +9,16 @@ import msgspec
 import trio
 
 from meshnet.errors import EndedBy, Reason
-from meshnet.model.address import parse_address
+from meshnet.model.address import canonical_host, parse_address
 from meshnet.model.admin import (
     Accepted,
+    AdmissionView,
     ConnectionEvent,
     ConnectionKey,
     ConnectionList,
     ConnectionListMetadata,
     Drain,
+    ExplainAdmission,
     ExplainConnection,
     ExplainRoute,
     FamilyList,
@@ -31,14 +33,13 @@ from meshnet.model.admin import (
     Question,
     Refused,
     Reload,
-    RouteView,
     SetLogLevel,
 )
 from meshnet.model.connection import Connection, Security, Shape
 from meshnet.model.uncaptured import UncapturedList
 from meshnet.proxy import status
 from meshnet.proxy.capture import CaptureProof
-from meshnet.proxy.explain import explain_route, trace
+from meshnet.proxy.explain import explain_admission, explain_route, trace
 from meshnet.proxy.levels import LogLevels
 from meshnet.proxy.passed import Passed
 from meshnet.proxy.ping import ping, with_capture
@@ -69,7 +70,9 @@ class OwnAnswers:
             case ExplainConnection(id=connection_id):
                 return await self._explain(connection_id)
             case ExplainRoute(target=target):
-                return self._explain_route(target)
+                return explain_route(target, self._state)
+            case ExplainAdmission(source=source, target=target):
+                return self._explain_admission(source, target)
             case GetStatus():
                 return status.status(self._state, self._listeners, self._capture)
             case ListEndpoints(service=service):
@@ -145,12 +148,11 @@ class OwnAnswers:
             items=msgspec.Raw(b"[%b]" % b",".join(pieces)),  # type: ignore[arg-type] # they are encoded already
         )
 
-    def _explain_route(self, target: str) -> RouteView | Refused:
+    def _explain_admission(self, source: str, target: str) -> AdmissionView | Refused:
         try:
-            address = parse_address(target)
+            return explain_admission(canonical_host(source), parse_address(target), self._state)
         except ValueError as error:
-            return Refused(error=str(error), fix="write HOST:PORT, as in 10.0.0.1:80")
-        return explain_route(address, self._state)
+            return Refused(error=str(error), fix="write an address, and HOST:PORT, as in 10.0.0.1:80")
 
     async def _kill(self, keys: Iterable[ConnectionKey]) -> int:
         """How many it was done to: those that have ended meanwhile, or are about to, are left alone."""

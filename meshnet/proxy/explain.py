@@ -1,20 +1,25 @@
 """A connection told step by step, from its record; and where one would go that is not there yet."""
 
 import time
+from dataclasses import dataclass
 
+from meshnet.decide.access import Call
 from meshnet.decide.locality import distance
 from meshnet.decide.route import Passthrough, Refuse, ToService, route
 from meshnet.decide.truth import refused
-from meshnet.errors import Reason
+from meshnet.errors import ConnectionFailed, Phase, Reason
 from meshnet.model.address import Address, parse_address
-from meshnet.model.admin import Candidate, RouteView
+from meshnet.model.admin import Admission, AdmissionView, Candidate, Refused, RouteView
 from meshnet.model.canary import is_canary
 from meshnet.model.connection import Connection, Direction, Security
 from meshnet.model.service import NOWHERE, Endpoint, ServicePort
+from meshnet.proxy.admission import admit
 from meshnet.proxy.candidates import DOUBTFUL, Candidates, Out
+from meshnet.proxy.named import named, what_can_be_named
 from meshnet.proxy.state import ProxyState
 
 _LISTED = 100  # candidates
+_CALLERS = 10
 _NEAR = ("zone", "region", "any")
 
 
@@ -73,8 +78,17 @@ def _told_by_connect(it: Connection) -> str:
     return f", and failed with {'ECONNREFUSED' if refused(it.reason.code) else 'EHOSTUNREACH'}"
 
 
-def explain_route(target: Address, state: ProxyState) -> RouteView:
+def explain_route(target: str, state: ProxyState) -> RouteView | Refused:
     """Where a connection to `target` would go now, and why every other endpoint is passed over."""
+    address, service = named(target, state.snapshot)
+    if service is not None:
+        return _to_service(str(address or service.name), service, service.endpoints, state)
+    if address is None:
+        return Refused(error=f"no service {target} here", fix=what_can_be_named(target, state.snapshot))
+    return _to_address(address, state)
+
+
+def _to_address(target: Address, state: ProxyState) -> RouteView:
     match route(state.snapshot, target, state.own_ports, state.is_local(target.host)):
         case Refuse(reason=reason, detail=detail):
             return RouteView(target=str(target), route="refused", detail=f"{reason}: {detail}")
@@ -82,10 +96,10 @@ def explain_route(target: Address, state: ProxyState) -> RouteView:
             detail = "no service has this address: it is dialled as it is, in plain text"
             return RouteView(target=str(target), route="passthrough", detail=detail)
         case ToService(service=service, pinned=pinned):
-            return _to_service(target, service, (pinned,) if pinned else service.endpoints, state)
+            return _to_service(str(target), service, (pinned,) if pinned else service.endpoints, state)
 
 
-def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint, ...], state: ProxyState) -> RouteView:
+def _to_service(target: str, service: ServicePort, endpoints: tuple[Endpoint, ...], state: ProxyState) -> RouteView:
     candidates = Candidates(service, state, set(), time.monotonic())
     if endpoints is not service.endpoints:
         candidates.failing = ()  # it was named
@@ -97,7 +111,7 @@ def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint
     if not willing and any(out in DOUBTFUL for out in outs):
         detail = "all are out: those that are ejected or fail checks would be used all the same"
     return RouteView(
-        target=str(target),
+        target=target,
         route="service" if endpoints is service.endpoints else "endpoint",
         detail=detail,
         service=service.name,
@@ -105,6 +119,44 @@ def _to_service(target: Address, service: ServicePort, endpoints: tuple[Endpoint
         candidates=tuple(found[:_LISTED]),
         more=max(0, len(found) - _LISTED),
     )
+
+
+def explain_admission(source: str, target: Address, state: ProxyState) -> AdmissionView:
+    """Whether an application of this host may be called from `source`, as anybody that the mesh knows there."""
+    service = state.service_at(target)
+    endpoints = (endpoint for found in state.snapshot.services for endpoint in found.endpoints)
+    identities = sorted({"", *(endpoint.identity for endpoint in endpoints if endpoint.address.host == source)})
+    return AdmissionView(
+        source=source,
+        target=str(target),
+        service=service.name if service else "",
+        mode=str(state.mode_of(service)),
+        callers=tuple(_admission(identity, source, target, state) for identity in identities[:_CALLERS]),
+        more=max(0, len(identities) - _CALLERS),
+    )
+
+
+@dataclass
+class _Supposed:
+    """A connection that there is not; admission notes on it what it finds."""
+
+    source: Address
+    direction: Direction = Direction.INBOUND
+    phase: Phase = Phase.AUTHZ
+    service: str = ""
+    call: Call | None = None
+    policy: str = ""
+
+
+def _admission(identity: str, source: str, target: Address, state: ProxyState) -> Admission:
+    asked = _Supposed(Address(source, 0))
+    try:
+        admit(identity, target, asked, state, tunnelled=bool(identity))
+    except ConnectionFailed as failure:
+        return Admission(
+            identity=identity, allowed=False, policy=failure.policy, reason=failure.reason, detail=failure.detail
+        )
+    return Admission(identity=identity, allowed=True, policy=asked.policy)
 
 
 def _candidate(endpoint: Endpoint, out: Out | None, candidates: Candidates, state: ProxyState) -> Candidate:

@@ -17,7 +17,7 @@ from meshnet.decide.bypass import CaptureScope
 from meshnet.decide.names import nameless
 from meshnet.decide.route import Passthrough, Refuse, ToService, route
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason, TunnelError
-from meshnet.model.address import Address, parse_address
+from meshnet.model.address import Address
 from meshnet.model.admin import Refused
 from meshnet.model.connection import Direction, ReasonView
 from meshnet.model.ping import EndpointPing, PingResult
@@ -25,6 +25,7 @@ from meshnet.model.service import Endpoint, ServicePort, TunnelKind
 from meshnet.net import sockets
 from meshnet.proxy.admission import admit
 from meshnet.proxy.capture import CaptureProof
+from meshnet.proxy.named import named, what_can_be_named
 from meshnet.proxy.patience import Patience
 from meshnet.proxy.record import new_id
 from meshnet.proxy.state import ProxyState
@@ -43,10 +44,9 @@ async def ping(target: str, timeout: float, state: ProxyState) -> PingResult | R
     result = PingResult(target=target, address="", route="refused")
     try:
         state.need_mesh()
-        address, service = _target(target, state)
+        address, service = named(target, state.snapshot)
         if address is None and service is None:
-            how = "meshnet endpoints lists services; an address goes too, as in 10.0.0.1:80"
-            return Refused(error=f"no service {target} here", fix=how)
+            return Refused(error=f"no service {target} here", fix=what_can_be_named(target, state.snapshot))
         result = structs.replace(result, address=str(address or ""), capture=_leaves(address, state))
         way = _way(address, service, state)
     except ConnectionFailed as failure:
@@ -87,17 +87,6 @@ def with_capture(result: PingResult, capture: CaptureProof) -> PingResult:
     captured = capture.captures("ipv6" if result.address.startswith("[") else "ipv4")
     why = {True: "", False: "the rules are not in force: sudo meshnet rules verify", None: "it is not proved"}[captured]
     return structs.replace(result, captured=captured, capture=why)
-
-
-def _target(target: str, state: ProxyState) -> tuple[Address | None, ServicePort | None]:
-    """The address; of a service that was named, one of its own if it has any."""
-    try:
-        return parse_address(target), None
-    except ValueError:
-        pass
-    snapshot = state.snapshot
-    service = next((service for service in snapshot.services if service.name == target), None)
-    return next((address for address, found in snapshot.by_address.items() if found is service), None), service
 
 
 def _way(address: Address | None, service: ServicePort | None, state: ProxyState) -> ToService | Address:

@@ -1,5 +1,6 @@
 """Every connection that is open, the ones that ended lately, and who wants to hear of them."""
 
+import logging
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +17,8 @@ from meshnet.proxy.packed import Packed
 from meshnet.proxy.passed import Passed
 from meshnet.proxy.past import Cursor, Past
 from meshnet.proxy.record import Record, rfc3339
+
+_access = logging.getLogger("meshnet.access")
 
 _FOLLOWER_BUFFER = 1024  # events a slow reader may lag behind before it is told that it lost some
 
@@ -115,6 +118,17 @@ class Registry:
 
     def connected(self, record: Record) -> None:
         """Both legs are up; a follower sees it with everything that is known by now."""
+        if _access.isEnabledFor(logging.DEBUG):
+            _access.debug(
+                "opened %r: %s %s -> %s, service %r, endpoint %s, as %r",
+                record.id,
+                record.direction,
+                record.source,
+                record.original,
+                record.service,
+                record.endpoint,
+                record.source_identity,
+            )
         if self._followers:
             self._tell("open", record)
 

@@ -123,6 +123,13 @@ def test_every_reason_has_a_cause_and_a_cure(meshnet: Meshnet, sidecar: Sidecar,
     assert not {"SERVICE", "ID"} & set(told["cure"].split())
 
 
+@pytest.mark.parametrize("reason", Reason)
+def test_a_reason_code_is_explained_without_a_connection_or_a_sidecar(meshnet: Meshnet, reason: Reason) -> None:
+    said = meshnet("explain", reason).stdout
+    assert ADVICE[reason].cause in said
+    assert ADVICE[reason].cure in said
+
+
 def test_a_service_name_that_looks_like_a_placeholder_is_kept(meshnet: Meshnet, sidecar: Sidecar) -> None:
     destination = msgspec.structs.replace(REFUSED.destination, service="ID:1")
     sidecar.will_answer(msgspec.structs.replace(REFUSED, destination=destination))

@@ -51,6 +51,7 @@ def test_what_is_asked_for(meshnet: Meshnet, sidecar: Sidecar, words: str, reque
         ("prxy=debug", "'prxy' is not one of access, admin"),
         ("=debug", "'' is not one of access, admin"),
         ("--for 10m", "--for goes with a level"),
+        ("debug --for 0s", "--for 0s is no time"),
         ("proxy=default --for 10m", "--for goes with a level"),
     ],
 )

@@ -13,12 +13,14 @@ from msgspec import structs
 from meshnet import __version__
 from meshnet.model.admin import (
     Accepted,
+    AdmissionView,
     CertificateStatus,
     ConfigStatus,
     ConnectionEvent,
     ConnectionList,
     Drain,
     EndpointList,
+    ExplainAdmission,
     ExplainConnection,
     ExplainRoute,
     Family,
@@ -95,7 +97,9 @@ class JointAnswers:
             case ExplainConnection(id=connection_id):
                 return await self._explain(connection_id)
             case ExplainRoute():
-                return await self._explain_route(question)
+                return await self._first(question, RouteView)
+            case ExplainAdmission():
+                return await self._first(question, AdmissionView)
             case GetStatus():
                 return await self._status()
             case ListEndpoints():
@@ -199,11 +203,11 @@ class JointAnswers:
             return chosen
         return unknown(connection_id, self._lost(), len(self._workers) - len(lines))
 
-    async def _explain_route(self, question: ExplainRoute) -> Shape:
+    async def _first(self, question: Question, kind: type[Shape]) -> Shape:
         """As the first worker that answers sees it; each has breakers and connections of its own."""
         for line in (await self._lines(self._all(question))).values():
             try:
-                return msgspec.json.decode(line, type=RouteView)
+                return msgspec.json.decode(line, type=kind)
             except msgspec.ValidationError:
                 return msgspec.json.decode(line, type=Refused)
         return Refused(error="no worker answers", fix="meshnet status")
