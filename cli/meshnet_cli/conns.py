@@ -149,7 +149,8 @@ def command(
     else:
         when = "" if everything else f" in the last {reach:g}s"
         earliest = None if everything else filters.moment(found.metadata.generated_at, -reach)
-        notes = [_totals(matching, found.known, when), *_forgotten(found.metadata, earliest, well=well)]
+        notes = [_totals(matching, found.known, when), *_past(found.metadata)]
+        notes += _forgotten(found.metadata, earliest, well=well)
         _print(found.metadata, _top(matching, sort, top), names, output, notes, header=not no_header)
     if exit_code and matching:
         click.get_current_context().exit(1)
@@ -208,6 +209,11 @@ def _forgotten(metadata: ConnectionListMetadata, earliest: float | None, *, well
     for what, moment in (("ended", back), ("failed", failed_back)):
         if moment and (earliest is None or filters.moment(moment) > earliest):
             yield f"Of what {what} before {moment} not all is remembered (admin.memory_mib)."
+
+
+def _past(metadata: ConnectionListMetadata) -> Iterator[str]:
+    if count := metadata.uncaptured:
+        yield f"{count} open got past the sidecar: meshnet conns --uncaptured lists {'it' if count == 1 else 'them'}."
 
 
 def _only_open_or_failed(wanted: Filter) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import click
 import msgspec
 
-from meshnet.model.admin import Family, FamilyList, GetMetrics
-from meshnet_cli.client import admin_options, ask
+from meshnet.errors import CommandError
+from meshnet.model.admin import EndpointList, Family, FamilyList, GetMetrics, ListEndpoints
+from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.output import (
     DURATION,
     chosen_columns,
@@ -89,6 +90,7 @@ def command(
     retries for which the budget had no room.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
+    need_service(service, socket_path, timeout)
     found = next(stats(socket_path, interval, timeout))
     shown = chosen(found, service, sort)
 
@@ -97,6 +99,18 @@ def command(
         click.echo("\n".join(lines))
 
     print_as(output, shown, shown.items, name=lambda it: it.service, table=table)
+
+
+def need_service(service: str, socket_path: str, timeout: float) -> None:
+    """Raises CommandError if neither the mesh nor the metrics know one of that name."""
+    if service:
+        families, _ = _look(socket_path, timeout)
+        if not chosen(stat(families, families, 1.0), service, None).items:  # it may just not have been called yet
+            found = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)
+            if not found.items:
+                why = "the sidecar knows none, and has counted nothing of one"
+                fix = "meshnet endpoints lists them all"
+                raise CommandError(f"no service {service!r}", why=why, fix=fix, code=EXIT_FAILED)
 
 
 def stats(socket_path: str, interval: float, timeout: float) -> Iterator[Stat]:
@@ -114,6 +128,8 @@ def chosen(found: Stat, service: str, sort: str | None) -> Stat:
     items = [it for it in found.items if service in ("", it.service, it.service.rpartition(":")[0])]
     if sort:
         items.sort(key=SORT_KEYS[sort], reverse=True)
+    if service:  # the times of all would be read as its own
+        found = msgspec.structs.replace(found, connect=items[0].connect if len(items) == 1 else None)
     return msgspec.structs.replace(found, items=tuple(items))
 
 

@@ -12,7 +12,7 @@ import click
 from meshnet_cli.client import admin_options
 from meshnet_cli.output import chosen_columns, output_options, print_json_line, sort_option, table_options
 from meshnet_cli.rates import Stat
-from meshnet_cli.stat import COLUMNS, SORT_KEYS, TABLE, WIDE, chosen, interval_option, stat_lines, stats
+from meshnet_cli.stat import COLUMNS, SORT_KEYS, TABLE, WIDE, chosen, interval_option, need_service, stat_lines, stats
 from meshnet_cli.table import cut
 
 # Of every terminal since the VT100 and xterm (console_codes(4)): another screen, and no cursor on it; and back.
@@ -52,6 +52,7 @@ def command(
     if output in {"json", "name"}:
         raise click.UsageError("top goes with -o table, wide or jsonl; meshnet stat has the others")
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
+    need_service(service, socket_path, timeout)
     looks = islice((chosen(found, service, sort or "opened") for found in stats(socket_path, interval, timeout)), count)
     try:
         if output == "jsonl":

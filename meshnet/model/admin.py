@@ -154,6 +154,7 @@ class ConnectionListMetadata(Shape, frozen=True):
     forgotten: int = 0
     reaches_back: str = ""
     failed_reach_back: str = ""
+    uncaptured: int = 0  # open ones beside these, that should have come through the sidecar; as of the last look
 
 
 class ConnectionList(Shape, frozen=True):

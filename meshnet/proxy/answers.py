@@ -142,6 +142,7 @@ class OwnAnswers:
             forgotten=past.well.forgotten + past.failed.forgotten,
             reaches_back=_moment(max(past.well.since, past.failed.since)),
             failed_reach_back=_moment(past.failed.since),
+            uncaptured=self._capture.past if self._capture else 0,
         )
         return ConnectionList(
             metadata=told,

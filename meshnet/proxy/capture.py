@@ -106,6 +106,11 @@ class CaptureProof:
         if self._interval is not None:
             self._visits.came(family)
 
+    @property
+    def past(self) -> int:
+        """Open connections that should have come through the sidecar, at the last look."""
+        return len(self._past)
+
     async def uncaptured(self) -> UncapturedList:
         """What does not come through the sidecar, and why. Raises OSError where the kernel does not tell."""
         older = {found for _, found in self._older} if self._settled else None

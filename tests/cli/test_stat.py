@@ -60,6 +60,11 @@ def test_the_table_has_a_row_for_each_service_and_the_totals(meshnet: Meshnet, s
     )
 
 
+def test_the_totals_of_one_service_are_its_own(meshnet: Meshnet) -> None:
+    assert meshnet("stat", "db", "--interval", "20ms").output.endswith("\n2 open, 0 opened/s, 0 failed/s.\n")
+    assert "connect p50 1.0ms p99 2.5ms" in meshnet("stat", "api:8080", "--interval", "20ms").output.splitlines()[-1]
+
+
 def test_wide_adds_totals_and_one_service_is_found_without_its_port(meshnet: Meshnet) -> None:
     result = meshnet("stat", "api", "--interval", "20ms", "-o", "wide", "--no-header")
     assert result.output == ("api:8080  out  0  0  0  0  0  1.0ms  2.5ms  0  40  1.2M  0  -  -  -  12  3\n")

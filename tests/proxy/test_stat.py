@@ -9,6 +9,7 @@ from meshnet_cli.client import ask
 from meshnet_cli.rates import stat
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.programs import Records, accept, converse, is_reset, listen
+from tests.world import ProgramFailed
 
 pytestmark = pytest.mark.netns
 
@@ -35,3 +36,11 @@ def test_what_happened_between_two_looks(hosts: Hosts) -> None:
     assert (told.connect.within, told.connect.connections) == ("interval", 3)
     said = json.loads(hosts.sidecar(hosts.web).meshnet("stat", "api", "--interval", "50ms", "-o", "json"))
     assert (said["items"][0]["opened"], said["items"][0]["failed"]) == (one.opened, one.failed)
+
+
+@pytest.mark.parametrize("command", ["stat", "top"])
+def test_a_service_that_there_is_not_is_told_and_one_that_nobody_called_is_shown(hosts: Hosts, command: str) -> None:
+    web, few = hosts.sidecar(hosts.web), ["--count", "1"] if command == "top" else []
+    with pytest.raises(ProgramFailed, match="no service 'nosuch'"):
+        web.meshnet(command, "nosuch", *few)
+    assert "SERVICE" in web.meshnet(command, "api", *few, "--interval", "20ms")

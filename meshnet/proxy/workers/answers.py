@@ -183,6 +183,7 @@ class JointAnswers:
             silent_workers=silent,
             reaches_back=max(listed.metadata.reaches_back, lost),
             failed_reach_back=max(listed.metadata.failed_reach_back, lost),
+            uncaptured=self._capture.past,
         )
         return structs.replace(listed, metadata=told)
 
