@@ -8,27 +8,26 @@ import hashlib
 import os
 import stat
 from collections.abc import AsyncIterable, Awaitable, Callable, Iterable
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 import trio
-from watchfiles import Change, awatch
 
 from meshnet.codec.snapshot import decode_snapshot, encode_snapshot
 from meshnet.errors import ConfigError
 from meshnet.model.snapshot import Snapshot
+from meshnet.net.inotify import Inotify
 from meshnet.proxy import program
 from meshnet.proxy.directory import Fingerprint, Refusal, fingerprint, is_resource_file, load_directory
 from meshnet.proxy.slices import gently
 
 _READER = "meshnet.proxy.directory"  # a program too
 _LITTLE = 256 << 10  # bytes of all files together that take a tenth of a second at most: another program takes longer
-_QUIET = 100  # milliseconds without a change, so that a copy of many files is read once
-_PATIENCE = 1000  # milliseconds of changes without end, after which they are read all the same
-_LOOK_EVERY = 5000  # milliseconds
+_QUIET = 0.1  # seconds without a change, so that a copy of many files is read once
+_PATIENCE = 1.0  # seconds of changes without end, after which they are read all the same
+_LOOK_EVERY = 5.0  # seconds
 _CONFIG_MAP = "..data"  # Kubernetes renames a new link over this one, and every file is a link through it
 
 
@@ -165,50 +164,40 @@ async def _obey(reload: AsyncIterable[object], follower: _Follower) -> None:
 
 async def _watch(follower: _Follower) -> None:
     """Says when to look: after changes, every few seconds, and once whenever there is something new to watch."""
-    directory = follower.directory
-
-    def matters(_: Change, path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder == directory and (is_resource_file(name) or name == _CONFIG_MAP):
-            return True
-        return f"{directory}/".startswith(f"{path}/")
-
     while True:
-        places = _places(directory)
-        stop = trio.Event()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_set_when_cancelled, stop)
-            watched = awatch(
-                *(path for path, _, _ in places),
-                watch_filter=matters,
-                step=_QUIET,
-                debounce=_PATIENCE,
-                rust_timeout=_LOOK_EVERY,
-                yield_on_timeout=True,
-                recursive=False,
-                stop_event=stop,
-                ignore_permission_denied=True,
-            )
-            # The watch stands before the task that looks gets its turn, so no change falls between the two.
-            follower.look(True)
-            try:
-                async with aclosing(watched) as batches:
-                    async for batch in batches:
-                        follower.look(bool(batch))
-                        if _places(directory) != places:
-                            break
-            except (OSError, RuntimeError, ExceptionGroup):
-                # A place went just now, or the user has no inotify instance left: they are few.
-                await trio.sleep(_LOOK_EVERY / 1000)
-            nursery.cancel_scope.cancel()
+        places = _places(follower.directory)
+        try:
+            with Inotify(path for path, _, _ in places) as folders:
+                follower.look(True)
+                while _places(follower.directory) == places:
+                    follower.look(await _change(folders, follower.directory))
+        except OSError:
+            # A place went just now, or the user has no inotify instance left: they are few.
+            await trio.sleep(_LOOK_EVERY)
+            follower.look(False)
 
 
-async def _set_when_cancelled(stop: trio.Event) -> None:
-    """The thread that watches cannot be cancelled; it looks at `stop`."""
-    try:
-        await trio.sleep_forever()
-    finally:
-        stop.set()
+async def _change(folders: Inotify, directory: str) -> bool:
+    """Returns once something that matters has changed and all is quiet; False: nothing has, for a while."""
+    changed = False
+    with trio.move_on_after(_LOOK_EVERY):
+        while not changed:
+            changed = any(_matters(path, directory) for path in await folders.changed())
+    if changed:
+        with trio.move_on_after(_PATIENCE):
+            is_quiet = False
+            while not is_quiet:
+                with trio.move_on_after(_QUIET) as quiet:
+                    await folders.changed()
+                is_quiet = quiet.cancelled_caught
+    return changed
+
+
+def _matters(path: str, directory: str) -> bool:
+    folder, name = os.path.split(path)
+    if folder == directory and (is_resource_file(name) or name == _CONFIG_MAP):
+        return True
+    return f"{directory}/".startswith(f"{path}/")
 
 
 def _places(directory: str) -> list[tuple[str, int, int]]:

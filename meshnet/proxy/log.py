@@ -27,7 +27,6 @@ def log_to_stderr(level: str, who: str = "") -> None:
     """What is no access log. `who` is put before each line's text, where several processes write."""
     form = f"%(asctime)s %(levelname)s %(name)s {who}%(message)s"
     logging.basicConfig(level=level.upper(), format=form, force=True)
-    logging.getLogger("watchfiles").setLevel(logging.WARNING)  # it tells of every change, and so do we
 
 
 def access_format(setting: str) -> Format:

@@ -171,7 +171,7 @@ async def test_losing_every_file_is_no_reason_to_forget_the_mesh(tmp_path: Path)
 
 
 async def test_a_change_behind_a_link_to_elsewhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow_module, "_LOOK_EVERY", 200)
+    monkeypatch.setattr(follow_module, "_LOOK_EVERY", 0.2)
     directory = tmp_path / "mesh.d"
     directory.mkdir()
     (tmp_path / "web").write_text(SERVICE % 80)
