@@ -31,9 +31,10 @@ second table, of sidecars with as many workers as it takes; of mTLS only that on
 *KiB/connection*: by how much both sidecars have grown since none was open; of a few connections it is what the
 allocators happen to do. *CPU us/request*: ping-pong of 256 bytes on 64 more. *New connection*: connect, request,
 response, close, eight at a time; its *handshakes* are those of tunnels meanwhile. *Lag* of any event loop, meanwhile;
-*lag of both* while it was scraped and asked for `meshnet conns`, three times each. Each
-figure is the bound of a bucket in `/metrics` that no turn of a loop was above. *Scrape* and *conns*: the fastest of
-three, of the slower sidecar. *Descriptors*: of the process of a sidecar that has most.
+*lag of both* while it was scraped and asked for `meshnet conns`, three times each. Each figure is the bound of a bucket
+in `/metrics` that no turn of a loop was above. *Scrape* and *conns*: the fastest of three, of the slower sidecar.
+*Descriptors*: of the process of a sidecar that has most. CPU is the median of three times half a second; a verdict
+needs all three on one side of the target.
 """
 
 _STORM = """\
