@@ -108,8 +108,11 @@ def _looked_up(connections: Sequence[Connection], columns: Sequence[str]) -> dic
     """The cells of those columns that say what the kernel of this host knows."""
     found = {}
     if "PROCESS" in columns:
-        processes = _processes(connections)
-        found["PROCESS"] = [processes.get(connection.source.address, "-") for connection in connections]
+        from meshnet_cli.here import programs  # only for those who look
+
+        known = programs(connections)
+        processes = (known.get(connection.source.address) for connection in connections)
+        found["PROCESS"] = [f"{process.name}[{process.pid}]" if process else "-" for process in processes]
     if "RTT" in columns or "RETRANS" in columns:
         from meshnet_cli.legs import endpoint_legs  # only for those who look
 
@@ -117,18 +120,6 @@ def _looked_up(connections: Sequence[Connection], columns: Sequence[str]) -> dic
         found["RTT"] = [milliseconds(leg.rtt_us / 1000) if leg else "-" for leg in legs]
         found["RETRANS"] = [str(leg.retransmits) if leg else "-" for leg in legs]
     return found
-
-
-def _processes(connections: Sequence[Connection]) -> dict[str, str]:
-    """Of the programs of this host that have them open, by their end; as far as whoever asks may see that."""
-    from meshnet.net.processes import processes_at  # only for those who look
-
-    is_ours = (it for it in connections if it.direction is Direction.OUTBOUND and it.reason is None)
-    try:
-        found = processes_at({parse_address(it.source.address) for it in is_ours})
-    except (OSError, ValueError):
-        return {}
-    return {str(end): f"{process.name}[{process.pid}]" for end, process in found.items()}
 
 
 def note(connection: Connection) -> str:

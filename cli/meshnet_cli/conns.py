@@ -199,6 +199,12 @@ def _print(
         if header:
             click.echo("\n".join(notes))
 
+    if output in {"json", "jsonl"}:
+        from meshnet_cli.here import ConnectionsHere, seen_here  # only for those who look
+
+        here = seen_here(shown)
+        print_as(output, ConnectionsHere(metadata, here), here, name=lambda it: it.id, table=table)
+        return
     whole = ConnectionList(metadata=metadata, items=tuple(shown))
     print_as(output, whole, shown, name=lambda connection: connection.id, table=table)
 

@@ -14,19 +14,12 @@ from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
 from meshnet_cli.explain_capture import explain_capture, is_address
 from meshnet_cli.explain_lines import capture_lines, route_lines
+from meshnet_cli.here import TcpView
 from meshnet_cli.legs import endpoint_legs
 from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
 from meshnet_cli.reasons import ADVICE
 
 _MOST_ENDPOINTS = 10  # of a service, beside what has happened to a connection
-
-
-class TcpView(Shape, frozen=True):
-    """Of the endpoint leg, or of the tunnel that it goes through: `retransmits` since that was opened."""
-
-    rtt_us: int
-    rtt_var_us: int
-    retransmits: int
 
 
 class ReasonExplanation(Shape, frozen=True):
@@ -148,7 +141,7 @@ def _explained(connection: Connection, others: tuple[Connection, ...], route: Ro
     fields = msgspec.structs.asdict(connection) | {"others": others, "route": route}
     if connection.reason is None:
         (leg,) = endpoint_legs([connection])
-        return Explanation(**fields, tcp=TcpView(leg.rtt_us, leg.rtt_var_us, leg.retransmits) if leg else None)
+        return Explanation(**fields, tcp=TcpView.of(leg) if leg else None)
     advice = ADVICE[connection.reason.code]
     own = {"SERVICE": shlex.quote(connection.destination.service or "SERVICE"), "ID": shlex.quote(connection.id)}
     cure = re.sub(r"\b(SERVICE|ID)\b", lambda match: own[match[1]], advice.cure)

@@ -4,6 +4,8 @@ Connections are plain ones to `outside` and such as go through a tunnel to `api`
 one, and from `old`, whose relay is in Python.
 """
 
+import json
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,8 +103,14 @@ def test_the_port_is_the_one_that_the_far_end_sees(way: Way, relay: str, mode: s
         explained = way.sidecar.meshnet("explain", seen.id)
         assert f"leg         from our port {seen.leg_port}  round trip " in explained
         assert ("order: decided before" in explained) is (relay == "native" and number > 0)
+        (item,) = (it for it in json.loads(way.sidecar.meshnet("conns", "-o", "json"))["items"] if it["id"] == seen.id)
+        assert item["process"]["pid"] == os.getpid()
+        assert item["tcp"]["rttUs"] > 0
         converse(client, app)
         assert records.one().leg_port == seen.leg_port
+        ended = way.sidecar.meshnet("conns", "--all", "-o", "jsonl")
+        (item,) = (it for it in map(json.loads, ended.splitlines()) if it["id"] == seen.id)
+        assert not {"tcp", "process"} & set(item)
 
 
 def test_the_port_of_what_comes_in_is_the_one_that_the_application_sees(hosts: Hosts) -> None:
