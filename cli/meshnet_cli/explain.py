@@ -9,11 +9,11 @@ import msgspec
 
 from meshnet.errors import CommandError, Reason
 from meshnet.model.admin import ConnectionList, ExplainConnection, ExplainRoute, ListConnections, RouteView
-from meshnet.model.connection import Connection, Direction, Shape
+from meshnet.model.connection import Connection, Direction, Security, Shape
 from meshnet_cli.client import EXIT_FAILED, admin_options, ask
 from meshnet_cli.columns import TABLE, client_name, direction_name, print_connections, service_name, tls_name
-from meshnet_cli.explain_capture import explain_capture, is_address
-from meshnet_cli.explain_lines import capture_lines, route_lines
+from meshnet_cli.explain_capture import RuleStep, capturing_rule, explain_capture, is_address
+from meshnet_cli.explain_lines import capture_lines, route_lines, rule_words
 from meshnet_cli.here import TcpView
 from meshnet_cli.legs import endpoint_legs
 from meshnet_cli.output import age, milliseconds, output_options, print_as, printable, size
@@ -35,6 +35,8 @@ class Explanation(Connection, frozen=True, kw_only=True):
 
     `route` is where an outbound one to a service would go if it began now, with the best of the endpoints.
 
+    `rule` is the one that would capture it now; none for who may not read rules, and of what comes through a tunnel.
+
     `tcp` is what the kernel knows of an open one, if it was asked on the sidecar's own host.
 
     `others` have the same id. A client's sidecar gives a connection its id on both hosts: the same again when it tries
@@ -45,6 +47,7 @@ class Explanation(Connection, frozen=True, kw_only=True):
     cure: str = ""
     tcp: TcpView | None = None
     route: RouteView | None = None
+    rule: RuleStep | None = None
     others: tuple[Connection, ...] = ()
     api_version: str = "meshnet.dev/v1"
     kind: str = "Explanation"
@@ -61,8 +64,8 @@ class Explanation(Connection, frozen=True, kw_only=True):
 def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: float) -> None:
     """One connection step by step, and what to do about it.
 
-    ID is as `meshnet conns` shows it; it is the same on both hosts. The endpoints that are listed below are those of
-    its service as they are now.
+    ID is as `meshnet conns` shows it; it is the same on both hosts. The rule that captures it, told to who may read
+    rules, and the endpoints that are listed below are those of now.
 
     With a REASON code, as breaker.open: what it means, and what to do about it.
 
@@ -95,7 +98,8 @@ def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: fl
         error.fix = error.fix or "meshnet conns --all -o name lists every connection the sidecar remembers"
         raise
     known = ask(socket_path, ListConnections(id=id), ConnectionList, timeout=timeout).items
-    explanation = _explained(connection, _others(connection, known), _route(connection, socket_path, timeout))
+    route, rule = _route(connection, socket_path, timeout), _rule(connection)
+    explanation = _explained(connection, others=_others(connection, known), route=route, rule=rule)
 
     def table() -> None:
         click.echo("\n".join(map(printable, _lines(explanation))))
@@ -133,12 +137,22 @@ def _route(connection: Connection, socket_path: str, timeout: float) -> RouteVie
     return msgspec.structs.replace(found, candidates=found.candidates[:_MOST_ENDPOINTS], more=found.more + more)
 
 
+def _rule(connection: Connection) -> RuleStep | None:
+    """What comes through a tunnel is captured by none: the sidecar listens for it."""
+    if not connection.original_destination or (
+        connection.direction == Direction.INBOUND and connection.tls.mode is Security.MTLS
+    ):
+        return None
+    return capturing_rule(connection.source.address.rpartition(":")[0], connection.original_destination)
+
+
 def _begin(connection: Connection) -> tuple[str, ...]:
     return connection.direction, connection.opened_at, connection.source.address
 
 
-def _explained(connection: Connection, others: tuple[Connection, ...], route: RouteView | None) -> Explanation:
-    fields = msgspec.structs.asdict(connection) | {"others": others, "route": route}
+def _explained(connection: Connection, **more: object) -> Explanation:
+    """With `more` of its fields."""
+    fields = msgspec.structs.asdict(connection) | more
     if connection.reason is None:
         (leg,) = endpoint_legs([connection])
         return Explanation(**fields, tcp=TcpView.of(leg) if leg else None)
@@ -175,6 +189,7 @@ def _lines(it: Explanation) -> Iterator[str]:
 def _facts(it: Explanation) -> Iterator[tuple[str, str]]:
     """What the steps do not say in one place; an empty text is not shown."""
     yield "client", _joined(it.source.address, it.source.identity)
+    yield "rule", rule_words(it.rule) if it.rule else ""
     yield "service", _joined(it.destination.service, it.original_destination)
     yield "endpoint", _joined(it.endpoint, it.destination.identity, tls_name(it) if it.endpoint else "")
     yield "leg", _leg(it)

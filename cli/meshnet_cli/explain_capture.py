@@ -66,6 +66,15 @@ def explain_capture(source: str, target: str, socket_path: str, timeout: float) 
     return _admitted(found, socket_path, timeout) if found.source else found
 
 
+def capturing_rule(source: str, target: str) -> RuleStep | None:
+    """The rule that captures such a connection now. None: none does, or who asks may not read rules."""
+    try:
+        found = _explained(source, target)
+    except CommandError:
+        return None
+    return found.rule if found.verdict in {"captured", "perhaps captured"} else None
+
+
 def is_address(text: str) -> bool:
     try:
         return bool(canonical_host(text.strip("[]")))

@@ -18,9 +18,9 @@ def capture_lines(it: CaptureExplanation) -> Iterator[str]:
         if other.ahead:
             yield f"first asked {_other(other)}"
     for step in it.unless:
-        yield f"unless      {step.whom}: {_verdict(step)} by {_rule(step)}"
+        yield f"unless      {step.whom}: {_verdict(step)} by {rule_words(step)}"
     if it.rule is not None:
-        yield f"decides     {_rule(it.rule)}: {_verdict(it.rule)}, {it.rule.hits} hits"
+        yield f"decides     {rule_words(it.rule)}: {_verdict(it.rule)}, {it.rule.hits} hits"
     elif it.backend:
         yield "decides     no rule of ours is about it: left alone"
     for other in it.others:
@@ -85,7 +85,8 @@ def _verdict(step: RuleStep) -> str:
     return "left alone" if step.action == "return" else f"captured ({step.action})"
 
 
-def _rule(step: RuleStep) -> str:
+def rule_words(step: RuleStep) -> str:
+    """Where it stands, why it is there, and what it matches."""
     why = f" ({step.why})" if step.why else ""
     return f"rule {step.number} of {step.chain}{why}: {step.match}"
 

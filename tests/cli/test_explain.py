@@ -72,6 +72,7 @@ def test_json_is_the_connection_with_cause_and_cure(meshnet: Meshnet, sidecar: S
     assert told.pop("others") == []
     assert told.pop("tcp") is None
     assert told.pop("route") is None
+    assert told.pop("rule") is None
     assert told == json.loads(msgspec.json.encode(REFUSED))
     line = meshnet("explain", "k802", "-o", "jsonl").output
     assert line.count("\n") == 1

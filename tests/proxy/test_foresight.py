@@ -6,6 +6,7 @@ import re
 import pytest
 
 from tests.proxy.conftest import API, Hosts
+from tests.proxy.programs import Records, accept, converse, listen
 from tests.proxy.test_config import policy
 from tests.world import ProgramFailed
 
@@ -39,6 +40,23 @@ def test_who_would_be_let_in_is_told_of_each_identity_that_the_mesh_has_there(ho
     ]
     own = api.meshnet("explain", web, f"{hosts.api.address}:15108")  # never captured, and asked all the same
     assert "left alone" in own
+
+
+def test_a_connection_is_told_with_the_rule_that_captures_it(hosts: Hosts) -> None:
+    web, api = hosts.sidecar(hosts.web), hosts.sidecar(hosts.api)
+    out, into = Records(web), Records(api)
+    with listen(hosts.api, 8080) as server:
+        converse(hosts.web.connect(API, 8080), accept(server))
+        converse(hosts.outside.connect(hosts.api.address, 8080), accept(server))
+    by_tunnel, plain = into.ended(2)
+    assert "of MESHNET_OUT (to the outbound proxy): " in web.meshnet("explain", out.one().id)
+    assert "of MESHNET_IN (to the inbound proxy): " in api.meshnet("explain", plain.id)
+    assert "\nrule " not in api.meshnet("explain", by_tunnel.id)  # it came to the sidecar's own port
+    told = json.loads(api.meshnet("explain", plain.id, "-o", "json"))
+    assert (told["rule"]["chain"], told["rule"]["action"]) == ("MESHNET_IN", "redirect to :15106")
+    limited = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+    unread = hosts.web.run(*limited, "meshnet", "explain", "--socket", web.settings.admin.socket, out.one().id)
+    assert "\nrule " not in unread.stdout
 
 
 @pytest.mark.parametrize(
