@@ -12,8 +12,9 @@ from meshnet_cli import preflight, supervise
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_settings
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import DURATION, warn
-from meshnet_cli.vm import systemd
+from meshnet_cli.vm import deadman, systemd, turn
 from meshnet_cli.vm.ledger import Ledger
+from meshnet_cli.vm.unfinished import note_of_up
 
 
 @click.command(
@@ -43,6 +44,9 @@ def command(config: str | None, drain: float, purge: bool) -> None:
     from meshnet_init.remove import remove
 
     preflight.need_right()
+    turn.hold()
+    deadman.finish_set(Path(config or DEFAULT_CONFIG).resolve())
+    deadman.finish(note_of_up(settings))
     service = systemd.Service(settings, config) if systemd.is_here() and systemd.is_installed() else None
     keeper = service or supervise.Supervised(settings, config)
     stopped = False

@@ -16,7 +16,7 @@ from meshnet_cli import preflight, supervise
 from meshnet_cli.client import EXIT_PERMISSION
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_text
 from meshnet_cli.output import warn, with_sudo
-from meshnet_cli.vm import deadman, ssh, systemd
+from meshnet_cli.vm import deadman, ssh, systemd, turn
 from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch
 from meshnet_cli.vm.ledger import Ledger, rights_of
 from meshnet_cli.vm.unfinished import Edit, Unfinished, boot_id
@@ -58,6 +58,7 @@ def command(
         raise click.UsageError("nothing to change: name a KEY=VALUE, or --unset KEY")
     file = Path(config or DEFAULT_CONFIG).resolve()
     if not dry_run:
+        turn.hold()
         deadman.finish_set(file)
     old = read_text(str(file)) if config or file.exists() else ""
     new = edited(old, dict(map(_pair, changes)), unset, str(file))

@@ -21,7 +21,7 @@ from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.output import warn, with_sudo
 from meshnet_cli.phases import phase
 from meshnet_cli.rules import asked_first, unproved
-from meshnet_cli.vm import account, deadman, ssh, systemd
+from meshnet_cli.vm import account, deadman, ssh, systemd, turn
 from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch
 from meshnet_cli.vm.identity import make_identity
 from meshnet_cli.vm.ledger import Ledger
@@ -62,6 +62,7 @@ def command(
     with phase("preflight") as say:
         preflight.need_right()
         if not dry_run:
+            turn.hold()
             deadman.finish_set(Path(config or DEFAULT_CONFIG).resolve())
         settings = read_settings(config)
         ssh.need_safe(settings, accept_risk, with_sudo())

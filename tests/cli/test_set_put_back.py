@@ -186,5 +186,5 @@ def test_two_at_once_are_refused(machine: Machine) -> None:
         finally:
             process.popen.send_signal(signal.SIGCONT)
         assert done.returncode == 1
-        assert f"why: process {process.pid} has not reached its end yet\n" in done.stderr
+        assert f"why: process {process.pid} (meshnet set --config {machine.config} {CHANGE}) has not" in done.stderr
         assert process.popen.wait(60) == 7

@@ -2,7 +2,8 @@
 
 It acts when the command is gone without having said that it reached its end (killed, its terminal closed, its SSH
 session cut), and when that is not said in time after the rules went in. What has to be put back is in a file, the note;
-whoever renames that first, the command at its end or the switch, has decided.
+whoever renames that first, the command at its end or the switch, has decided. It takes the turn of a command that is
+gone (`turn`); one that only is late has it, and waits for the switch before it ends.
 """
 
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from meshnet.errors import CommandError
 from meshnet.net.files import write_files
 from meshnet_cli import preflight
 from meshnet_cli.output import DURATION, warn
-from meshnet_cli.vm import systemd
+from meshnet_cli.vm import systemd, turn
 from meshnet_cli.vm.ledger import Ledger, remove_drafts
 from meshnet_cli.vm.unfinished import Unfinished, boot_id, note_of_set, put_back
 from meshnet_init.backends import Installed
@@ -73,6 +74,7 @@ class Switch:
     def disarm(self) -> None:
         """Raises CommandError if it was too late."""
         if not _claim(self._file):
+            self._wait()
             raise CommandError(
                 "the dead-man switch has put this host back as it was",
                 why=f"`meshnet {self.unfinished.command()}` did not reach its end within {self._seconds:g} s",
@@ -84,6 +86,7 @@ class Switch:
     def put_back(self) -> list[str]:
         """Now, unless the switch does it already. What had to stay."""
         if not _claim(self._file):
+            self._wait()
             return []
         with _to_its_end():
             self._end()
@@ -96,6 +99,13 @@ class Switch:
             self._process.wait()
         else:
             systemd.systemctl("stop", _unit(self.unfinished.pid), check=False)
+
+    def _wait(self) -> None:
+        """Until the process has put back: as long as that lasts nobody else has his turn."""
+        if self._process is not None:
+            self._process.wait()
+        while self._process is None and systemd.is_up(_unit(self.unfinished.pid)):
+            time.sleep(_LOOK_EVERY)  # noqa: TID251 - the end of a unit is polled; nothing tells us
 
     def _write(self) -> None:
         try:
@@ -131,11 +141,7 @@ def finish_set(file: Path) -> None:
     preflight.need_right()
     found = _read(note)
     if found is not None and _is_under_way(found):
-        raise CommandError(
-            f"another `meshnet set` is about to change {file}",
-            why=f"process {found.pid} has not reached its end yet",
-            fix="the same again, in a minute",
-        )
+        raise turn.taken_by(found.pid)
     finish(note)
 
 
@@ -192,17 +198,26 @@ def watch(file: Path, pid: int, state: Path, keep: int) -> None:
         found = _read(file)
         if found is None and seen:
             return
-        if found is None and gone:  # it was killed before it could write the file
-            remove_drafts(file)
-            Ledger(state).undo(keep)
-            return
         seen = found is not None
-        if found is not None and (gone or _is_late(found)) and _claim(file):
-            how = "is gone before its end" if gone else "is not at its end in time"
-            print(f"`meshnet {found.command()}` (pid {pid}) {how}: this host is put back as it was", flush=True)
-            for stayed in put_back(found):
-                print(f"it stays: {stayed}", flush=True)
-            return
+        if not gone and not (found is not None and _is_late(found)):
+            continue
+        try:
+            held: AbstractContextManager[object] = turn.take() if gone else nullcontext()
+        except CommandError:  # another has been quicker, and puts back first
+            if found is None:
+                return  # a folder at most was made, and the other one has its ledger
+            time.sleep(_LOOK_EVERY)  # noqa: TID251 - the end of a process that is no child is polled
+            continue
+        with held:
+            if found is None:  # it was killed before it could write the file
+                remove_drafts(file)
+                Ledger(state).undo(keep)
+            elif _claim(file):
+                how = "is gone before its end" if gone else "is not at its end in time"
+                print(f"`meshnet {found.command()}` (pid {pid}) {how}: this host is put back as it was", flush=True)
+                for stayed in put_back(found):
+                    print(f"it stays: {stayed}", flush=True)
+        return
 
 
 def _unit(pid: int) -> str:

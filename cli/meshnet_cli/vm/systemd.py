@@ -74,6 +74,11 @@ def systemctl(*arguments: str, check: bool = True) -> str:
     return done.stdout
 
 
+def is_up(unit: str) -> bool:
+    """Whether it runs, or is on its way there or back."""
+    return _property(unit, "ActiveState") in _UP
+
+
 class Service:
     """The two units of this host."""
 
@@ -107,7 +112,7 @@ class Service:
 
     def is_kept(self) -> bool:
         """Whether systemd looks after a sidecar here, be it between two lives of it."""
-        return _property(SIDECAR, "ActiveState") in _UP
+        return is_up(SIDECAR)
 
     def start(self) -> None:
         """Starts the sidecar alone; the rules' unit, once enabled, comes with it. Does not wait until it is ready."""
@@ -121,7 +126,7 @@ class Service:
 
     def leave_rules(self) -> bool:
         """Ends what looks after the rules, and leaves them in the kernel for the caller. Whether there was somebody."""
-        looked_after = _property(RULES, "ActiveState") in _UP
+        looked_after = is_up(RULES)
         drop_in = _RUNTIME / f"{RULES}.d" / "leave.conf"
         try:
             drop_in.parent.mkdir(parents=True, exist_ok=True)
