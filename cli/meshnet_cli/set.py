@@ -138,9 +138,11 @@ def _write(change: _Change) -> None:
 
 def _make_folder(change: _Change) -> None:
     """For a file that is not there yet. Raises CommandError."""
+    from meshnet.net.files import make_folders
+
     with _writing(change.file):
         Ledger(Path(change.settings.mesh.last_good).parent).note_file(change.file)
-        change.file.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_folders(change.file.parent)
 
 
 @contextmanager

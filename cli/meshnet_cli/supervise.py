@@ -24,6 +24,7 @@ from meshnet.decide.pauses import Pauses
 from meshnet.errors import CommandError, ConfigError
 from meshnet.model.admin import GROUP, Accepted, Drain, GetStatus, Status
 from meshnet.model.settings import Settings
+from meshnet.net.files import make_folders
 from meshnet.net.keeper import ask_keeper
 from meshnet_cli import lock
 from meshnet_cli.client import EXIT_UNREACHABLE, ask
@@ -60,7 +61,7 @@ def start(settings: Settings, config: str | None) -> None:
     """Starts it detached from this terminal. Raises CommandError if one already runs for this admin socket."""
     folder, own = Path(settings.admin.socket).parent, lock.folder_of(settings.admin.socket)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)
         own.mkdir(mode=0o700, exist_ok=True)
         if account.user_id() is not None:
             account.give_folder(folder, settings.capture.gid)

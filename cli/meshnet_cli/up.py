@@ -14,6 +14,7 @@ from meshnet import __version__
 from meshnet.errors import CommandError
 from meshnet.model.admin import Status
 from meshnet.model.settings import Settings
+from meshnet.net.files import make_folders
 from meshnet_cli import lock, preflight, supervise
 from meshnet_cli.configuration import DEFAULT_CONFIG, config_option, read_settings
 from meshnet_cli.init import form_for, print_plan
@@ -202,7 +203,7 @@ def _start(wanted: _Wanted, kept: bool, ledger: Ledger, switch: Switch) -> Statu
 def _make_folder(folder: Path, ledger: Ledger) -> None:
     try:
         ledger.note_folders(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folders(folder)  # the sidecar's user reads what is in it
     except OSError as error:
         raise CommandError(
             f"cannot make {folder}, where the mesh resources are to be",

@@ -51,6 +51,14 @@ def write_files(
     _sync(directory)
 
 
+def make_folders(folder: Path) -> None:
+    """`folder` and those above it, where they are not there: open to all, whatever the umask. Raises OSError."""
+    for missing in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+        missing.mkdir(0o755)
+        missing.chmod(0o755)
+    folder.mkdir(exist_ok=True)  # says so where it is no folder
+
+
 def _sync(directory: Path) -> None:
     """Makes the names in it last, too."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

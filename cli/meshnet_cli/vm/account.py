@@ -117,16 +117,19 @@ def need_readable_by_keeper(config: str | None) -> None:
 
 
 def _need_readable(who: str, user: str, groups: tuple[str, ...], paths: tuple[str, ...]) -> None:
+    def may(how: str, path: str | Path) -> bool:
+        command = ["setpriv", f"--reuid={user}", *groups, "--", "test", how, path]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
     for path in paths:
-        if not os.path.exists(path):
+        if not os.path.exists(path) or may("-r", path):
             continue
-        command = ["setpriv", f"--reuid={user}", *groups, "--", "test", "-r", path]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            raise CommandError(
-                f"the {who}'s user {user} may not read {path}",
-                why="the file or a folder above it is closed to others",
-                fix=f"namei -l {path}; chmod a+r {path}",
-            )
+        closed = next((folder for folder in reversed(Path(path).parents) if not may("-x", folder)), None)
+        raise CommandError(
+            f"the {who}'s user {user} may not read {path}",
+            why=f"the folder {closed} is closed to others" if closed else "it is closed to others",
+            fix=f"namei -l {path}; " + (f"chmod a+x {closed}" if closed else f"chmod a+r {path}"),
+        )
 
 
 def give_folder(folder: Path, gid: int) -> None:

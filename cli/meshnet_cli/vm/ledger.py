@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from meshnet.errors import CommandError
-from meshnet.net.files import write_files
+from meshnet.net.files import make_folders, write_files
 from meshnet_cli.client import EXIT_FAILED, EXIT_PERMISSION
 from meshnet_cli.output import with_sudo
 
@@ -87,6 +87,7 @@ class Ledger:
         if entries == self.entries:
             return
         try:
+            make_folders(self.file.parent.parent)  # the last one is of those who hand it over to the sidecar's user
             write_files(self.file.parent, {NAME: msgspec.json.format(msgspec.json.encode(entries)) + b"\n"})
         except OSError as error:
             raise CommandError(

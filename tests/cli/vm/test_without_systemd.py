@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,8 @@ mkdir "$1/lib" "$1/run"
 mount --bind "$1/etc" /etc
 mount --bind "$1/lib" /var/lib
 mount --bind "$1/run" /run
-own=$1 folder=$2
-shift 2
+own=$1 folder=$2 first=$3
+shift 3
 while [ $# -gt 0 ]; do  # what leads to Python and is closed, such as /root: the same with that one thing in it, open
     mkdir "$own/$#"
     mount --bind "$1/$2" "$own/$#"
@@ -39,6 +40,7 @@ done
 files() { find /etc /var/lib /run -printf '%p %u:%g %m\\n' | grep -Ev '^/etc(/(.pwd.lock|[a-z]+-))? ' | sort; }
 accounts() { sort /etc/passwd /etc/group /etc/shadow /etc/gshadow; }
 before=$(files; accounts)
+eval "$first"
 meshnet up
 echo it is up
 until [ -e "$folder/down" ]; do sleep 0.1; done
@@ -50,12 +52,14 @@ echo nothing is left
 
 
 class Vm:
-    def __init__(self, host: Host) -> None:
+    """`first` is what is typed before `meshnet up`."""
+
+    def __init__(self, host: Host, first: str = "") -> None:
         self.host = host
         own = host.directory / "own"
         own.mkdir()
         command = ("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", _HOST)
-        self.process: Process = host.spawn(*command, "vm", own, host.directory, *closed_folders(), name="vm")
+        self.process: Process = host.spawn(*command, "vm", own, host.directory, first, *closed_folders(), name="vm")
 
     def until(self, said: str) -> None:
         wait_for(lambda: said in self.process.output or not self.process.alive, timeout=60.0, what=said)
@@ -134,3 +138,26 @@ def test_the_sidecar_is_a_user_of_its_own_with_one_right_and_nothing_is_left(wor
     (vm.host.directory / "down").touch()
     vm.until("nothing is left")
     assert vm.process.popen.wait(10) == 0
+
+
+def test_the_umask_of_who_types_closes_nothing_to_the_sidecars_user(world: World, real_root: bool) -> None:
+    if not real_root:
+        return
+    vm = Vm(world.host("vm"), "umask 077; meshnet set log.level=info")
+    vm.until("it is up")
+    modes = {
+        path: stat.S_IMODE(vm.path(path).stat().st_mode)
+        for path in ("/etc/meshnet", "/etc/meshnet/meshnet.toml", "/etc/meshnet/mesh.d", "/run/meshnet")
+    }
+    assert [oct(mode & 0o777) for mode in modes.values()] == ["0o755", "0o644", "0o755", "0o775"]
+    (vm.host.directory / "down").touch()
+    vm.until("nothing is left")
+
+
+def test_a_folder_that_is_closed_to_the_sidecars_user_is_named(world: World, real_root: bool) -> None:
+    if not real_root:
+        return
+    vm = Vm(world.host("vm"), "mkdir -m 700 /etc/meshnet")
+    wait_for(lambda: not vm.process.alive, timeout=60.0, what="the end of meshnet up")
+    assert "error: the sidecar's user meshnet may not read /etc/meshnet/mesh.d\n" in vm.process.output
+    assert "fix: namei -l /etc/meshnet/mesh.d; chmod a+x /etc/meshnet\n" in vm.process.output
