@@ -183,8 +183,8 @@ def _change_both(change: _Change, in_force: tuple[Installed, ...], rollback_afte
     switch = Switch(_unfinished(change), rollback_after)
     if switch.unfinished.edit is not None and switch.unfinished.edit.old is None:
         _make_folder(change)
+    switch.arm(Ledger(switch.unfinished.state()))
     try:
-        switch.arm(Ledger(switch.unfinished.state()))
         switch.note(captures=True, rules_before=in_force)
         _write(change)
         said = _put_in_force(change.settings, change.sidecar)

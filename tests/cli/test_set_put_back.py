@@ -11,7 +11,7 @@ import pytest
 
 from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK
 from meshnet_cli.vm.unfinished import note_of_set
-from tests.cli.machine import Machine, talk
+from tests.cli.machine import MESHNET, Machine, talk
 from tests.proxy.programs import accept, listen
 from tests.world import Host, Process, wait_for
 
@@ -135,6 +135,54 @@ def test_set_is_killed_when_the_file_is_new_and_the_rules_are_not(machine: Machi
         os.kill(keeper, signal.SIGCONT)
     wait_for(before.is_back, timeout=30.0, what="everything is as before")
     assert before.rules_are_kept()
+
+
+def test_a_file_that_nobody_can_write_is_told_and_nothing_is_changed(machine: Machine) -> None:
+    machine.config = machine.home / "etc" / "meshnet.toml"
+    machine.config.parent.mkdir()
+    machine.configure()
+    machine.up()
+    before = Before(machine)
+    folder = str(machine.config.parent)
+    script = 'mount --bind "$0" "$0" && mount -o remount,ro,bind "$0" && exec "$@"'
+    done = machine.meshnet(
+        "set", "--config", str(machine.config), CHANGE, by=("unshare", "--mount", "sh", "-c", script, folder)
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == (
+        f"error: cannot write {machine.config}.unfinished, by which everything could be put back\n"
+        "why: Read-only file system\n"
+        f"fix: df -h {folder}; findmnt -T {folder}; ls -ld {folder}\n"
+    )
+    wait_for(before.is_back, what="the end of the switch")
+    assert before.rules_are_kept()
+
+
+def test_a_file_that_nobody_can_write_any_more_keeps_no_rules_in(machine: Machine) -> None:
+    """What can be put back is: the disk was there when `set` began."""
+    machine.config = machine.home / "etc" / "meshnet.toml"
+    machine.config.parent.mkdir()
+    machine.configure()
+    machine.up()
+    before, folder, old = rules(machine), str(machine.config.parent), machine.config.read_bytes()
+    with silence(machine):
+        go = machine.home / "go"
+        script = (
+            'mount --bind "$0" "$0"; { until [ -e "$GO" ]; do sleep 0.1; done; mount -o remount,ro,bind "$0"; } & '
+            'exec "$@"'
+        )
+        line = (*MESHNET, "set", "--config", str(machine.config), CHANGE)
+        by = ("unshare", "--mount", "sh", "-c", script, folder)
+        change = machine.host.spawn(*by, *line, name="set", GO=str(go), **machine.environment)
+        wait_for(lambda: NEW in rules(machine), timeout=30.0, what="the new rules")
+        go.touch()
+        assert change.popen.wait(60) == 1
+    assert f"error: cannot take away {machine.config}.unfinished, by which everything" in change.output
+    wait_for(lambda: rules(machine) == before, timeout=30.0, what="the old rules")
+    assert machine.config.read_bytes() != old
+    done = machine.meshnet("up")  # the disk can be written again
+    assert done.returncode == 0, done.stderr
+    assert machine.config.read_bytes() == old
 
 
 def test_a_set_that_ends_well_leaves_nothing_of_the_switch(machine: Machine) -> None:

@@ -114,7 +114,7 @@ class Switch:
             raise CommandError(
                 f"cannot write {self._file}, by which everything could be put back",
                 why=error.strerror or str(error),
-                fix=f"df -h {self._file.parent}; ls -ld {self._file.parent}",
+                fix=f"df -h {self._file.parent}; findmnt -T {self._file.parent}; ls -ld {self._file.parent}",
             ) from error
 
 
@@ -212,7 +212,7 @@ def watch(file: Path, pid: int, state: Path, keep: int) -> None:
             if found is None:  # it was killed before it could write the file
                 remove_drafts(file)
                 Ledger(state).undo(keep)
-            elif _claim(file):
+            elif _may_act(file, gone):
                 how = "is gone before its end" if gone else "is not at its end in time"
                 print(f"`meshnet {found.command()}` (pid {pid}) {how}: this host is put back as it was", flush=True)
                 for stayed in put_back(found):
@@ -220,18 +220,32 @@ def watch(file: Path, pid: int, state: Path, keep: int) -> None:
         return
 
 
+def _may_act(file: Path, gone: bool) -> bool:
+    """Where the note cannot be taken away, by nobody, who is left has to."""
+    try:
+        return _claim(file)
+    except CommandError:
+        return gone
+
+
 def _unit(pid: int) -> str:
     return f"meshnet-deadman-{pid}"
 
 
 def _claim(file: Path) -> bool:
-    """Whether it was there, and is ours: of two, one gets it."""
+    """Whether it was there, and is ours: of two, one gets it. Raises CommandError where nobody can take it away."""
     mine = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.rename(mine)
+        mine.unlink()
     except FileNotFoundError:
         return False
-    mine.unlink()
+    except OSError as error:
+        raise CommandError(
+            f"cannot take away {file}, by which everything would be put back",
+            why=error.strerror or str(error),
+            fix=f"findmnt -T {file.parent}; ls -ld {file.parent}",
+        ) from error
     return True
 
 
