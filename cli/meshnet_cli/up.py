@@ -24,7 +24,7 @@ from meshnet_cli.phases import phase
 from meshnet_cli.rules import asked_first, unproved
 from meshnet_cli.vm import account, deadman, ssh, systemd, turn
 from meshnet_cli.vm.deadman import EXIT_ROLLED_BACK, Switch
-from meshnet_cli.vm.identity import make_identity
+from meshnet_cli.vm.identity import TRUST_DOMAIN, make_identity, need_trust_domain
 from meshnet_cli.vm.ledger import Ledger
 from meshnet_cli.vm.unfinished import Unfinished, boot_id, note_of_up
 
@@ -46,11 +46,11 @@ Keeper = systemd.Service | supervise.Supervised
 )
 @config_option
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
-@click.option("--trust-domain", default="local", show_default=True, help="For the authority made when there is none.")
+@click.option("--trust-domain", show_default=TRUST_DOMAIN, help="For the authority made when there is none.")
 @deadman.rollback_option
 @ssh.risk_option
 def command(
-    config: str | None, dry_run: bool, trust_domain: str, rollback_after: float, accept_risk: tuple[str, ...]
+    config: str | None, dry_run: bool, trust_domain: str | None, rollback_after: float, accept_risk: tuple[str, ...]
 ) -> None:
     """Bring this host into the mesh: check it, start the sidecar, put in the rules, and prove that they work.
 
@@ -75,6 +75,8 @@ def command(
             systemd.need_settings_kept(config)
         if not dry_run and deadman.finish(note_of_up(settings)):
             status, kept = supervise.running(settings), False
+        if trust_domain is not None:
+            need_trust_domain(settings, trust_domain)
         choice = preflight.check(settings, running=kept or status is not None)
         if status is not None:
             preflight.need_fit(settings, status)  # it may have been started with others
@@ -90,7 +92,8 @@ def command(
             warn(each)
         print_plan(settings, form_for(choice.backend.name))
         return
-    _bring_up(_Wanted(settings, config, keeper, trust_domain, snapshot, choice), status, kept, rollback_after)
+    wanted = _Wanted(settings, config, keeper, trust_domain or TRUST_DOMAIN, snapshot, choice)
+    _bring_up(wanted, status, kept, rollback_after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from meshnet.model.connection import Shape
-from meshnet.model.identity import is_spiffe_id, trust_domain
+from meshnet.model.identity import is_spiffe_id, is_trust_domain, trust_domain
 from meshnet.net.files import write_files
 
 CA_CERTIFICATE, CA_KEY = "ca.pem", "ca-key.pem"
@@ -49,7 +49,7 @@ class Authority:
     @classmethod
     def create(cls, domain: str, *, now: datetime) -> Self:
         """A new root for the trust domain `domain`. Raises ValueError if that is none."""
-        if not _is_trust_domain(domain):
+        if not is_trust_domain(domain):
             raise ValueError(f"{domain!r} is not a trust domain: lower-case letters, digits, dots, dashes, underscores")
         key = ec.generate_private_key(ec.SECP256R1())
         # A common name has at most 64 characters; two roots with one name are told apart by their key identifiers.
@@ -154,7 +154,7 @@ def load_authority(directory: Path) -> Authority:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
         raise ValueError(f"{CA_KEY} is not the key of {CA_CERTIFICATE}")
     names = _uris(certificate)
-    if not _is_authority(certificate) or len(names) != 1 or not _is_trust_domain(names[0].removeprefix("spiffe://")):
+    if not _is_authority(certificate) or len(names) != 1 or not is_trust_domain(names[0].removeprefix("spiffe://")):
         raise ValueError(f"{CA_CERTIFICATE} is not the certificate of an authority with one trust domain")
     return Authority(certificate, key)
 
@@ -220,10 +220,6 @@ def _view(certificate: x509.Certificate, now: datetime, file: str) -> Certificat
         expires_in_seconds=(certificate.not_valid_after_utc - now).total_seconds(),
         sha256=certificate.fingerprint(hashes.SHA256()).hex(),
     )
-
-
-def _is_trust_domain(text: str) -> bool:
-    return trust_domain(f"spiffe://{text}/x") == text != ""
 
 
 def _is_authority(certificate: x509.Certificate) -> bool:

@@ -18,6 +18,10 @@ def trust_domain(identity: str) -> str:
     return match["domain"] if match else ""
 
 
+def is_trust_domain(text: str) -> bool:
+    return trust_domain(f"spiffe://{text}/x") == text != ""
+
+
 def short_name(identity: str) -> str:
     """What a table shows: `web` of `spiffe://prod/ns/default/sa/web`."""
     return identity.rpartition("/")[2]
