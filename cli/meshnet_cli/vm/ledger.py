@@ -76,6 +76,13 @@ class Ledger:
             return msgspec.json.decode(self.file.read_bytes(), type=list[Entry])
         except (FileNotFoundError, NotADirectoryError):
             return []
+        except PermissionError as error:
+            raise CommandError(
+                f"not allowed to read {self.file}, which says what meshnet made on this host",
+                why=error.strerror or "",
+                fix=with_sudo(),
+                code=EXIT_PERMISSION,
+            ) from error
         except (OSError, ValueError) as error:
             raise CommandError(
                 f"what meshnet made on this host cannot be read from {self.file}",

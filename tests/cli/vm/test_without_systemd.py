@@ -154,6 +154,22 @@ def test_the_umask_of_who_types_closes_nothing_to_the_sidecars_user(world: World
     vm.until("nothing is left")
 
 
+def test_who_may_not_change_this_host_is_told_so_by_set_as_by_up(world: World, real_root: bool) -> None:
+    if not real_root:
+        return
+    other = "setpriv --reuid=65534 --regid=65534 --clear-groups --bounding-set=-all -- meshnet"
+    first = (
+        f"install -d -m 700 /var/lib/meshnet; {other} set log.level=info || echo set: exit code $?;"
+        f"{other} up || echo up: exit code $?; rmdir /var/lib/meshnet"
+    )
+    vm = Vm(world.host("vm"), first)
+    vm.until("it is up")
+    assert "fix: sudo meshnet set log.level=info\nset: exit code 5\n" in vm.process.output
+    assert "fix: sudo meshnet up\nup: exit code 5\n" in vm.process.output
+    (vm.host.directory / "down").touch()
+    vm.until("nothing is left")
+
+
 def test_a_folder_that_is_closed_to_the_sidecars_user_is_named(world: World, real_root: bool) -> None:
     if not real_root:
         return
