@@ -1,6 +1,6 @@
 #!/bin/sh
 # All that meshnet could leave on a machine, as lines that are the same when nothing was left: files with rights and
-# contents, users, groups, units, rules, routes, settings of the kernel.
+# contents, users, groups, units, rules, links, namespaces, routes, settings of the kernel.
 folders=
 for folder in /etc /root /usr/local /usr/lib/systemd /usr/lib/sysusers.d /var/lib/meshnet /var/log/meshnet \
     /run/meshnet /run/systemd/system /run/systemd/transient; do
@@ -21,6 +21,15 @@ getent group | sort | sed 's/^/group /'
 systemctl list-unit-files --no-legend --plain | grep -v ^run- | sed 's/^/unit file /'
 systemctl list-units --all --no-legend --plain 'meshnet*' | sed 's/^/unit /'
 nft -s list ruleset | sed 's/^/rule /'
+# Tables that are empty are no leftovers: who only looks at one makes it.
+for family in iptables ip6tables; do
+    command -v "$family-legacy-save" >/dev/null || continue
+    "$family-legacy-save" | sed 's/ \[[0-9:]*\]$//' |
+        awk -v family="$family" '/^\*/ { table = $1 } /^-A / || /^:/ && !/ ACCEPT$/ { print "rule", family, table, $0 }'
+done
+# Without indices and addresses, which are others after a reboot.
+ip -br link | awk '{ sub(/@.*/, "", $1); print "link", $1, $NF }'
+ip netns list | sed 's/^/namespace /'
 ip rule | sed 's/^/route rule /'
 ip -6 rule | sed 's/^/route rule /'
 ip route show table all | sed 's/^/route /'
