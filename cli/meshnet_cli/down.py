@@ -62,6 +62,8 @@ def command(config: str | None, drain: float, purge: bool) -> None:
         service.leave_rules()
     removed = remove(drain=drain, waiting=lambda left: click.echo(f"  waiting for {left} open connections"), cut=cut)
     click.echo(f"✓ rules      {'removed' if removed.backends else 'there were none'}")
+    for each in removed.warnings():
+        warn(each)
     if removed.cut:
         click.echo(f"! {removed.cut} connections were still open after {drain:g} s and are cut", err=True)
     if service is not None:

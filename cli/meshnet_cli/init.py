@@ -296,6 +296,8 @@ def remove_command(drain: float, if_stopping: str | None, output: str) -> None:
         (print_json if output == "json" else print_json_line)(removed)
         return
     click.echo(f"rules removed ({', '.join(removed.backends)})" if removed.backends else "no rules are installed")
+    for each in removed.warnings():
+        warn(each)
     if removed.cut:
         click.echo(f"{_connections(removed.cut)} outlived the wait and {'was' if removed.cut == 1 else 'were'} cut")
 

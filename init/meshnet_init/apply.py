@@ -10,8 +10,8 @@ from meshnet.model.settings import Settings
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.backends import Backend, Installed, differences
 from meshnet_init.backends.cgroups import missing
-from meshnet_init.choose import Choice, choose_for, every_backend
-from meshnet_init.host import host_facts, legacy_tables, may_see_legacy_rules, open_connections
+from meshnet_init.choose import Choice, choose_for, every_backend, legacy_lack
+from meshnet_init.host import host_facts, legacy_tables, open_connections
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import connections_in_clients_names, installed_routing, route, routing_differences
 from meshnet_init.rule import Plan
@@ -20,7 +20,8 @@ from meshnet_init.rule import Plan
 class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     """`replaced` are the backends whose older rules were taken out; `kept`, those whose drain set still stands.
 
-    `unseen` are legacy tables that could not be looked at. `passed_over` and `tried_here` say how `backend` was chosen.
+    `unseen` are legacy tables that could not be looked at, for the reason `blind`. `passed_over` and `tried_here` say
+    how `backend` was chosen.
     """
 
     backend: str
@@ -31,6 +32,7 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     kept: tuple[str, ...] = ()
     missing_cgroups: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    blind: str = ""
     passed_over: tuple[str, ...] = ()
     tried_here: tuple[str, ...] = ()
 
@@ -40,7 +42,7 @@ class Applied(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             yield f"there is no cgroup {path}: nobody is in it (systemd-cgls shows which there are)"
         if self.unseen:
             tables = ", ".join(self.unseen)
-            yield f"rules in the legacy tables ({tables}) may stand ahead of these: to look there takes NET_RAW, too"
+            yield f"rules in the legacy tables ({tables}) may stand ahead of these: {self.blind}"
 
 
 def apply(settings: Settings, backend: str = "", choice: Choice | None = None) -> Applied:
@@ -105,6 +107,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         else:
             other.delete()
             replaced.append(other.name)
+    lack = legacy_lack()
     return Applied(
         backend=chosen.name,
         changed=changed or routed or bool(replaced),
@@ -113,7 +116,8 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         replaced=tuple(replaced),
         missing_cgroups=missing(plan),
         kept=tuple(kept),
-        unseen=() if may_see_legacy_rules() else tuple(legacy_tables()),
+        unseen=tuple(legacy_tables()) if lack else (),
+        blind=lack.in_words(),
     )
 
 

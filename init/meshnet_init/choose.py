@@ -13,7 +13,7 @@ from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.iptables import IptablesBackend
 from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
-from meshnet_init.backends.python_iptables import by_python_iptables
+from meshnet_init.backends.python_iptables import by_python_iptables, why_it_does_not_load
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, may_see_legacy_rules
 from meshnet_init.kind import Kind, kinds
@@ -23,10 +23,7 @@ from meshnet_init.rule import Plan
 
 BACKENDS = ("auto", "nft", "iptables", "legacy")
 
-_NOT_INSTALLED = {
-    "iptables": ("no iptables that writes nf_tables is installed", "apt-get install iptables"),
-    "legacy": ("nothing is installed that writes the legacy tables", "pip install 'meshnet-l4[legacy]'"),
-}
+_NO_IPTABLES = Lack("no iptables that writes nf_tables is installed", "apt-get install iptables")
 
 
 class Choice(NamedTuple):
@@ -89,7 +86,7 @@ def kinds_of(plan: Plan) -> frozenset[Kind]:
 
 
 def _passed_over(backend: Backend, lack: Lack) -> str:
-    return f"{backend.name} was passed over: {lack.why}{f' ({lack.fix})' if lack.fix else ''}"
+    return f"{backend.name} was passed over: {lack.in_words()}"
 
 
 def _nobody(name: str) -> CommandError:
@@ -100,11 +97,11 @@ def _nobody(name: str) -> CommandError:
             fix="run it with sudo; in a pod, meshnet inject --backend legacy asks for both; or use --backend nft",
             code=5,
         )
-    what, fix = _NOT_INSTALLED[name]
+    lack = legacy_lack() if name == "legacy" else _NO_IPTABLES
     return CommandError(
-        what,
-        why="the settings want the rules put in by it: capture.backend, or --backend",
-        fix=f'{fix}; or leave the choice to meshnet: capture.backend = "auto"',
+        f"backend {name} cannot be used here",
+        why=lack.why,
+        fix=f'{lack.fix}; or leave the choice to meshnet: capture.backend = "auto"',
     )
 
 
@@ -138,8 +135,24 @@ def _in_the_way(settings: Settings, backend: Backend) -> Sequence[str]:
 def every_backend() -> list[Backend]:
     """One for each kind of tables the kernel may have rules of ours in that this process may see; best first."""
     iptables = by_binaries("iptables", "nft")
-    legacy = (by_python_iptables() or by_binaries("legacy", "legacy")) if may_see_legacy_rules() else None
-    return [backend for backend in (NftBackend(), iptables, legacy) if backend is not None]
+    return [backend for backend in (NftBackend(), iptables, _legacy()) if backend is not None]
+
+
+def _legacy() -> IptablesBackend | None:
+    return (by_python_iptables() or by_binaries("legacy", "legacy")) if may_see_legacy_rules() else None
+
+
+def legacy_lack() -> Lack:
+    """Why this process cannot look into the legacy tables; none where it can."""
+    if not may_see_legacy_rules():
+        return Lack("to look there takes NET_RAW, too")
+    if _legacy() is not None:
+        return Lack()
+    if why := why_it_does_not_load():
+        return Lack(
+            f"no iptables-legacy is installed, and python-iptables does not load: {why}", "apt-get install iptables"
+        )
+    return Lack("neither iptables-legacy nor python-iptables is installed", "pip install 'meshnet-l4[legacy]'")
 
 
 def _in_order(name: str) -> list[Backend]:

@@ -9,7 +9,7 @@ A keeper is told to stand down, or it would put them in again. Then
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 
@@ -18,19 +18,29 @@ from meshnet.model.capture import StandDown
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import in_kernel
 from meshnet_init.backends import need_right_to_change
-from meshnet_init.choose import every_backend
-from meshnet_init.host import open_connections
+from meshnet_init.choose import every_backend, legacy_lack
+from meshnet_init.host import legacy_tables, open_connections
 from meshnet_init.routing import connections_in_clients_names, route
 
 _LOOK_AGAIN = 0.2  # seconds
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """`backends` is empty when nothing was installed; `waited_for` connections at first, `cut` of them at the end."""
+    """`backends` is empty when nothing was installed; `waited_for` connections at first, `cut` of them at the end.
+
+    `unseen` are legacy tables that could not be looked at, for the reason `blind`.
+    """
 
     backends: tuple[str, ...]
     waited_for: int = 0
     cut: int = 0
+    unseen: tuple[str, ...] = ()
+    blind: str = ""
+
+    def warnings(self) -> Iterator[str]:
+        if self.unseen:
+            tables = ", ".join(self.unseen)
+            yield f"rules may be left in the legacy tables ({tables}): {self.blind}"
 
 
 def remove(
@@ -96,4 +106,11 @@ def _remove(drain: float, waiting: Callable[[int], object], cut: Callable[[], ob
         route(None)
     for backend in every_backend():
         backend.sweep()
-    return Removed(backends=tuple(backend.name for backend, _ in found), waited_for=first, cut=left)
+    lack = legacy_lack()
+    return Removed(
+        backends=tuple(backend.name for backend, _ in found),
+        waited_for=first,
+        cut=left,
+        unseen=tuple(legacy_tables()) if lack else (),
+        blind=lack.in_words(),
+    )

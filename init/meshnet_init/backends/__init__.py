@@ -64,6 +64,9 @@ class Lack(msgspec.Struct, frozen=True):
     def __bool__(self) -> bool:
         return bool(self.why)
 
+    def in_words(self) -> str:
+        return f"{self.why} ({self.fix})" if self.fix else self.why
+
 
 class Backend(Protocol):
     """Raises CommandError from every method: code 5 without the right to, else 1 with what the kernel said."""

@@ -4,10 +4,11 @@ A program of its own: libxtables keeps the first family it was used for, and cal
 know (python-iptables 1.2.0). Who starts it holds the xtables lock, which python-iptables does not take, so it ends with
 that one.
 
-    legacy_child.py ipv4|ipv6
+    legacy_child.py ipv4|ipv6|loads
 
 A line of JSON in, a line of JSON out: {"restore": TEXT} is answered by {"text": ""}, {"save": TABLE} by {"text": TEXT},
-either by {"error": TEXT}, and then nothing has changed.
+either by {"error": TEXT}, and then nothing has changed. With `loads` it takes no line, and ends with code 0 where
+python-iptables can be used at all.
 """
 
 import ctypes
@@ -15,6 +16,7 @@ import ctypes.util
 import importlib
 import ipaddress
 import json
+import os
 import re
 import shlex
 import signal
@@ -29,6 +31,10 @@ _BARE = re.compile(r"""[^\s"'\\]+""")
 
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if sys.argv[1] == "loads":
+        _load_no_modules()
+        _python_iptables()
+        return
     iptc = _python_iptables()
     kinds = (iptc.Table, iptc.Rule) if sys.argv[1] == "ipv4" else (iptc.Table6, iptc.Rule6)
     for line in sys.stdin:
@@ -43,6 +49,12 @@ def main() -> None:
         except (iptc.IPTCError, iptc.XTablesError, ValueError) as error:
             answer = {"error": _said(error)}
         print(json.dumps(answer), flush=True)
+
+
+def _load_no_modules() -> None:
+    """It has the kernel load its own, which whoever only asks does not want; where it sees no list, it does not."""
+    exists = os.path.exists
+    os.path.exists = lambda path: path != "/proc/modules" and exists(path)
 
 
 def _python_iptables() -> Any:

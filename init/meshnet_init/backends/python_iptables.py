@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -31,8 +32,8 @@ _PATIENCE = 60.0  # seconds for an answer
 
 
 def by_python_iptables() -> IptablesBackend | None:
-    """None where python-iptables is not installed."""
-    if importlib.util.find_spec("iptc") is None:
+    """None where python-iptables is not installed, or does not load."""
+    if not _is_installed() or why_it_does_not_load():
         return None
     children = {family: PythonIptables(family) for family in FAMILIES}
 
@@ -46,6 +47,25 @@ def by_python_iptables() -> IptablesBackend | None:
                     child.close()
 
     return IptablesBackend("legacy", "legacy", dict(children), session)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("iptc") is not None
+
+
+@cache
+def why_it_does_not_load() -> str:
+    """Empty where it does, or is not installed. It does not without libxtables and its extensions, say."""
+    if not _is_installed():
+        return ""
+    command = [sys.executable, str(_PROGRAM), "loads"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
+        )
+    except subprocess.TimeoutExpired as error:
+        return f"it had not ended after {error.timeout:g} s"
+    return _last_words(done.stderr, done.returncode) if done.returncode else ""
 
 
 class PythonIptables:
@@ -96,8 +116,7 @@ class PythonIptables:
         if not line:
             self._program = None
             _, said = program.communicate()
-            lines = said.strip().splitlines()
-            raise self._error(question, lines[-1] if lines else f"its process ended with code {program.returncode}")
+            raise self._error(question, _last_words(said, program.returncode))
         answer = json.loads(line)
         if "error" in answer:
             raise self._error(question, answer["error"])
@@ -146,6 +165,11 @@ def xtables_lock() -> Iterator[None]:
         yield
     finally:
         os.close(lock)
+
+
+def _last_words(said: str, code: int) -> str:
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else f"its process ended with code {code}"
 
 
 def _speaks(source: IO[str]) -> bool:

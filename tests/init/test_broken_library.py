@@ -1,0 +1,66 @@
+"""python-iptables that is installed and does not load: nobody needs it, and who asks for it hears why."""
+
+import shutil
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from tests.init.kernel import legacy_rules
+from tests.world import Host, World
+
+pytestmark = pytest.mark.netns
+
+_DOES_NOT_LOAD = "python-iptables does not load: iptc.errors.XTablesError: can't find directory with extensions"
+
+
+def without_libraries(host: Host, *command: str, programs: bool = True) -> CompletedProcess[str]:
+    """Where ldconfig names no folder python-iptables finds no extensions. `programs`: there is an iptables-legacy."""
+    hidden = {"/bin/true": "/sbin/ldconfig"}
+    if not programs:
+        legacy = shutil.which("iptables-legacy", path="/usr/sbin:/sbin")
+        assert legacy is not None
+        (nothing := host.directory / "nothing").touch()
+        hidden[str(nothing)] = str(Path(legacy).resolve())
+    binds = " && ".join(f"mount --bind {source} {target}" for source, target in hidden.items())
+    return host.run("unshare", "--mount", "sh", "-c", f'{binds} && exec "$@"', "sh", *command, check=False)
+
+
+@pytest.fixture
+def host(world: World) -> Host:
+    """One with an empty legacy table."""
+    host = world.host("app")
+    host.run("iptables-legacy", "-t", "nat", "-S")
+    return host
+
+
+def test_its_programs_take_its_place(host: Host) -> None:
+    for backend in ("nft", "legacy"):
+        done = without_libraries(host, "meshnet", "init", "--backend", backend, "--verify")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"in force ({backend})" in done.stdout
+        done = without_libraries(host, "meshnet", "rules", "verify")
+        assert (done.returncode, done.stderr) == (0, "")
+    assert "MESHNET_OUT" in legacy_rules(host, "ip")
+    done = without_libraries(host, "meshnet", "init", "remove")
+    assert (done.stdout, done.stderr) == ("rules removed (legacy)\n", "")
+
+
+def test_where_there_are_none_its_tables_are_left_aside_and_it_is_told(host: Host) -> None:
+    def run(*command: str) -> tuple[int, str]:
+        done = without_libraries(host, *command, programs=False)
+        return done.returncode, done.stdout + done.stderr
+
+    told = f"no iptables-legacy is installed, and {_DOES_NOT_LOAD}"
+    code, said = run("meshnet", "init", "--backend", "legacy")
+    assert code == 1
+    assert said.startswith(f"error: backend legacy cannot be used here\nwhy: {told}")
+    assert "\nfix: apt-get install iptables; or leave the choice" in said
+    for backend in ("nft", "auto"):
+        code, said = run("meshnet", "init", "--backend", backend)
+        assert (code, said.count("in force"), said.count(told)) == (0, 1, 1), said
+        assert "warning: rules in the legacy tables (ip nat) may stand ahead of these: no iptables-legacy" in said
+        assert "(apt-get install iptables)" in said
+    code, said = run("meshnet", "init", "remove")
+    assert (code, "rules removed (nft)" in said) == (0, True), said
+    assert "warning: rules may be left in the legacy tables (ip nat): no iptables-legacy" in said
