@@ -13,7 +13,7 @@ from meshnet_init.backends.cgroups import without_missing
 from meshnet_init.backends.iptables import IptablesBackend
 from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
-from meshnet_init.backends.python_iptables import by_python_iptables, why_it_does_not_load
+from meshnet_init.backends.python_iptables import by_python_iptables, why_it_does_not_work
 from meshnet_init.backends.scratch import tried_in_scratch
 from meshnet_init.host import host_facts, may_see_legacy_rules
 from meshnet_init.kind import Kind, kinds
@@ -148,9 +148,9 @@ def legacy_lack() -> Lack:
         return Lack("to look there takes NET_RAW, too")
     if _legacy() is not None:
         return Lack()
-    if why := why_it_does_not_load():
+    if why := why_it_does_not_work():
         return Lack(
-            f"no iptables-legacy is installed, and python-iptables does not load: {why}", "apt-get install iptables"
+            f"no iptables-legacy is installed, and python-iptables does not work: {why}", "apt-get install iptables"
         )
     return Lack("neither iptables-legacy nor python-iptables is installed", "pip install 'meshnet-l4[legacy]'")
 

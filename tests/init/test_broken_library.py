@@ -1,4 +1,4 @@
-"""python-iptables that is installed and does not load: nobody needs it, and who asks for it hears why."""
+"""python-iptables that is installed and does not work: nobody needs it, and who asks for it hears why."""
 
 import shutil
 from pathlib import Path
@@ -6,12 +6,13 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from meshnet_init.backends.python_iptables import why_it_does_not_work
 from tests.init.kernel import legacy_rules
 from tests.world import Host, World
 
 pytestmark = pytest.mark.netns
 
-_DOES_NOT_LOAD = "python-iptables does not load: iptc.errors.XTablesError: can't find directory with extensions"
+_DOES_NOT_WORK = "python-iptables does not work: iptc.errors.XTablesError: can't find directory with extensions"
 
 
 def without_libraries(host: Host, *command: str, programs: bool = True) -> CompletedProcess[str]:
@@ -51,7 +52,7 @@ def test_where_there_are_none_its_tables_are_left_aside_and_it_is_told(host: Hos
         done = without_libraries(host, *command, programs=False)
         return done.returncode, done.stdout + done.stderr
 
-    told = f"no iptables-legacy is installed, and {_DOES_NOT_LOAD}"
+    told = f"no iptables-legacy is installed, and {_DOES_NOT_WORK}"
     code, said = run("meshnet", "init", "--backend", "legacy")
     assert code == 1
     assert said.startswith(f"error: backend legacy cannot be used here\nwhy: {told}")
@@ -64,3 +65,11 @@ def test_where_there_are_none_its_tables_are_left_aside_and_it_is_told(host: Hos
     code, said = run("meshnet", "init", "remove")
     assert (code, "rules removed (nft)" in said) == (0, True), said
     assert "warning: rules may be left in the legacy tables (ip nat): no iptables-legacy" in said
+
+
+def test_one_that_loads_and_knows_no_options_does_not_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As python-iptables 1.2.0 beside iptables 1.8.11, of Debian 13; here beside a libxtables without extensions."""
+    ask = why_it_does_not_work.__wrapped__
+    assert ask() == ""
+    monkeypatch.setenv("XTABLES_LIBDIR", str(tmp_path))
+    assert "addrtype" in ask()

@@ -4,10 +4,10 @@ A program of its own: libxtables keeps the first family it was used for, and cal
 know (python-iptables 1.2.0). Who starts it holds the xtables lock, which python-iptables does not take, so it ends with
 that one.
 
-    legacy_child.py ipv4|ipv6|loads
+    legacy_child.py ipv4|ipv6|works
 
 A line of JSON in, a line of JSON out: {"restore": TEXT} is answered by {"text": ""}, {"save": TABLE} by {"text": TEXT},
-either by {"error": TEXT}, and then nothing has changed. With `loads` it takes no line, and ends with code 0 where
+either by {"error": TEXT}, and then nothing has changed. With `works` it takes no line, and ends with code 0 where
 python-iptables can be used at all.
 """
 
@@ -31,9 +31,9 @@ _BARE = re.compile(r"""[^\s"'\\]+""")
 
 def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if sys.argv[1] == "loads":
+    if sys.argv[1] == "works":
         _load_no_modules()
-        _python_iptables()
+        _need_options(_python_iptables())
         return
     iptc = _python_iptables()
     kinds = (iptc.Table, iptc.Rule) if sys.argv[1] == "ipv4" else (iptc.Table6, iptc.Rule6)
@@ -55,6 +55,11 @@ def _load_no_modules() -> None:
     """It has the kernel load its own, which whoever only asks does not want; where it sees no list, it does not."""
     exists = os.path.exists
     os.path.exists = lambda path: path != "/proc/modules" and exists(path)
+
+
+def _need_options(iptc: Any) -> None:
+    """To one that does not know how libxtables lists them only the first of several is known: 1.2.0 with 1.8.11's."""
+    iptc.Rule().create_match("addrtype").set_parameter("dst-type", "LOCAL")
 
 
 def _python_iptables() -> Any:

@@ -32,8 +32,8 @@ _PATIENCE = 60.0  # seconds for an answer
 
 
 def by_python_iptables() -> IptablesBackend | None:
-    """None where python-iptables is not installed, or does not load."""
-    if not _is_installed() or why_it_does_not_load():
+    """None where python-iptables is not installed, or does not work."""
+    if not _is_installed() or why_it_does_not_work():
         return None
     children = {family: PythonIptables(family) for family in FAMILIES}
 
@@ -54,11 +54,11 @@ def _is_installed() -> bool:
 
 
 @cache
-def why_it_does_not_load() -> str:
-    """Empty where it does, or is not installed. It does not without libxtables and its extensions, say."""
+def why_it_does_not_work() -> str:
+    """Empty where it does, or is not installed. It does not without libxtables, or with a newer one than it knows."""
     if not _is_installed():
         return ""
-    command = [sys.executable, str(_PROGRAM), "loads"]
+    command = [sys.executable, str(_PROGRAM), "works"]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_PATIENCE
