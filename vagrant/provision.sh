@@ -20,6 +20,9 @@ cd "$source"
 tar -C "$root" --exclude=./.git --exclude=./.venv --exclude=./build --exclude='./*.egg-info' -cf checkout.tar .
 mkdir checkout && tar -C checkout --no-same-owner -xf checkout.tar
 
+# Without python-iptables, the extra `legacy`: on Debian it needs the package iptables for libxtables, and that package has
+# iptables-legacy, which does the same; and python-iptables 1.2.0 misreads the libxtables of Debian 13. Whoever wants rules in
+# the legacy tables installs that package, if the host has it not anyhow.
 python3 -m venv "$target"
 "$target/bin/python" -m pip install --quiet --disable-pip-version-check -c checkout/scripts/constraints.txt ./checkout
 ln -sf "$target/bin/meshnet" "$target/bin/meshnet-init" /usr/local/bin/

@@ -1,5 +1,7 @@
 """WHICH BACKEND WRITES THE RULES: the one that was named, or the best whose kernel takes each kind that a plan has."""
 
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -152,7 +154,11 @@ def legacy_lack() -> Lack:
         return Lack(
             f"no iptables-legacy is installed, and python-iptables does not work: {why}", "apt-get install iptables"
         )
-    return Lack("neither iptables-legacy nor python-iptables is installed", "pip install 'meshnet-l4[legacy]'")
+    line = f"{shlex.quote(sys.executable)} -m pip install python-iptables"
+    return Lack(
+        "neither iptables-legacy nor python-iptables is installed",
+        f"apt-get install iptables; or where that has no iptables-legacy: {line}",
+    )
 
 
 def _in_order(name: str) -> list[Backend]:

@@ -1,12 +1,20 @@
 """python-iptables that is installed and does not work: nobody needs it, and who asks for it hears why."""
 
+import importlib.util
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
+from meshnet.errors import CommandError
+from meshnet_init.backends import iptables_binaries
 from meshnet_init.backends.python_iptables import why_it_does_not_work
+from meshnet_init.choose import choose
+from meshnet_init.rule import Plan
 from tests.init.kernel import legacy_rules
 from tests.world import Host, World
 
@@ -73,3 +81,21 @@ def test_one_that_loads_and_knows_no_options_does_not_work(monkeypatch: pytest.M
     assert ask() == ""
     monkeypatch.setenv("XTABLES_LIBDIR", str(tmp_path))
     assert "addrtype" in ask()
+
+
+def test_where_it_is_not_installed_the_line_to_type_is_for_the_python_that_runs_meshnet(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    installed = importlib.util.find_spec("iptc")
+    assert installed is not None
+    assert installed.origin is not None
+    monkeypatch.setitem(sys.modules, "iptc", None)
+    monkeypatch.setattr(iptables_binaries, "_PATH", str(tmp_path))
+    with pytest.raises(CommandError) as caught:
+        choose("legacy", Plan(rules=()))
+    assert caught.value.why == "neither iptables-legacy nor python-iptables is installed"
+    debian, line, _ = caught.value.fix.split("; or ")
+    assert debian == "apt-get install iptables"
+    words = shlex.split(line.rpartition(": ")[2])
+    done = subprocess.run([*words, "--dry-run", "--no-index"], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert f"already satisfied: python-iptables in {Path(installed.origin).parents[1]}" in done.stdout
