@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from meshnet_init.render import KEEPER_TABLE, NFT_TABLE
-from meshnet_init.rule import NAT_CHAINS, PLACES, Chain
+from meshnet_init.rule import CHAINS, NAT_CHAINS, PLACES, Chain
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 _LEGACY_PRIORITIES = {"raw": -300, "mangle": -150, "nat": -100, "filter": 0}
@@ -182,7 +182,7 @@ class _Reached(NamedTuple):
 def _reachable(
     chains: Mapping[str, Sequence[str]], base: str, ours: Chain, may: Callable[[str], bool]
 ) -> list[_Reached]:
-    """Rules of `base` and of the chains it leads to, as far as they `may` match."""
+    """Rules of `base` and of the chains it leads to, but for ours, as far as they `may` match."""
     found: list[tuple[str, str, bool]] = []
     ours_at = -1
     seen = set()
@@ -201,7 +201,7 @@ def _reachable(
             found.append((rule, by or rule, ends))
             if to == ours:
                 ours_at = len(found)
-            elif to in chains and to not in seen:
+            elif to in chains and to not in seen and to not in CHAINS:
                 visit(to, by or rule)
 
     visit(base, "")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from meshnet_init.foreign import Foreign, foreign_rules, may_match, standing_ahead
-from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, Chain
+from meshnet_init.rule import CHAIN_IN, CHAIN_OUT, CHAINS, Chain
 from tests.init.kernel import Lab, backend_named
 from tests.world import World
 
@@ -107,6 +107,20 @@ def rules(lab: Lab, chain: Chain, target: str = "10.1.2.3") -> tuple[Foreign, ..
         found, unread = foreign_rules(lab.backend.name, chain, target, 8080)
     assert unread == ()
     return found
+
+
+@pytest.mark.netns
+@pytest.mark.parametrize("backend", ["nft", "iptables", "legacy"])
+def test_our_own_are_nobody_else_s_whichever_backend_wrote_them(world: World, backend: str) -> None:
+    """Their guard refuses what the redirects would have taken, and was told as somebody's firewall."""
+    lab = Lab(world, backend_named(backend))
+    lab.install(strict=True, drop_invalid=True, truthful_connect=backend != "nft")
+    for target in ("10.1.2.3", "fd00::1"):
+        assert [rule for chain in CHAINS for rule in rules(lab, chain, target)] == []
+    wall = {"nft": "iptables", "iptables": "iptables", "legacy": "iptables-legacy"}[backend]
+    lab.app.run(wall, "-A", "OUTPUT", "-p", "tcp", "-j", "DROP")
+    (found,) = rules(lab, "MESHNET_GUARD_OUT")
+    assert (found.chain, found.ahead) == ("OUTPUT", False)
 
 
 @pytest.mark.netns
