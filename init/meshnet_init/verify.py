@@ -54,7 +54,7 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
     found = in_kernel()
     if not found:
         lines = ["no rules are installed"]
-        return Verification(ok=False, backend="", differences=tuple(lines), fix=_fix(lines, (), plan, sidecar))
+        return Verification(ok=False, backend="", differences=tuple(lines), fix=_fix(lines, plan, sidecar))
     backend, installed = found[0]
     lines = drift(plan, backend, found)
     rules = installed.plan().rules
@@ -77,13 +77,13 @@ def verify(settings: Settings, sidecar: Status | None = None) -> Verification:
         canaries=canaries,
         inbound=inbound,
         asked_first=asked_first(backend.name),
-        fix="" if ok else _fix(lines, unfit, plan, sidecar),
+        fix="" if ok else _fix(lines, plan, sidecar),
     )
     return msgspec.structs.replace(result, fix="sudo meshnet up") if ok and result.for_nobody() else result
 
 
-def _fix(lines: Sequence[str], unfit: Sequence[str], plan: Plan, sidecar: Status | None) -> str:
-    if sidecar and (unfit or misfits(plan.rules, plan.routing, sidecar)):
+def _fix(lines: Sequence[str], plan: Plan, sidecar: Status | None) -> str:
+    if sidecar and misfits(plan.rules, plan.routing, sidecar):  # those of the kernel are mended together with the rules
         return "start the sidecar again with these settings: sudo meshnet down && sudo meshnet up"
     if lines:
         return "sudo meshnet up" if sidecar else "sudo meshnet up, or without a sidecar: sudo meshnet init"
