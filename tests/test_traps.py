@@ -47,6 +47,7 @@ TRAPS: dict[str, tuple[str, ...]] = {
         "tests/pod/test_pod.py::test_sigterm_with_the_application_still_calling_out",
     ),
     "8 an application with the proxy's own uid (istio#4286)": (
+        "tests/init/test_capture.py::test_an_application_with_the_proxy_s_own_uid_is_captured_istio4286",
         "tests/init/test_capture.py::test_the_proxys_group_lets_its_connections_pass",
         "tests/cli/kubernetes/test_inject.py::"
         "test_trap_8_a_container_in_the_sidecar_s_group_would_pass_by_the_mesh_and_is_refused",

@@ -54,8 +54,11 @@ def marked(host: Host, family: str, mark: int) -> socket.socket:
     return client
 
 
-def made_by(host: Host, family: str, kind: str, who: int | str) -> socket.socket:
-    """A socket keeps the user, group and cgroup of the process that made it: a child makes it and hands it over."""
+def made_by(host: Host, family: str, kind: str, who: int | str | tuple[int, int]) -> socket.socket:
+    """A socket keeps the user, group and cgroup of the process that made it: a child makes it and hands it over.
+
+    `kind` is uid, gid, cgroup, or ids: the first two at once, and the group 15137 as a supplementary one.
+    """
     ours, childs = socket.socketpair()
     with ours, childs:
         child = os.fork()
@@ -74,8 +77,12 @@ def made_by(host: Host, family: str, kind: str, who: int | str) -> socket.socket
     return socket.socket(fileno=descriptors[0])
 
 
-def _become(kind: str, who: int | str) -> None:
-    if isinstance(who, str):
+def _become(kind: str, who: int | str | tuple[int, int]) -> None:
+    if isinstance(who, tuple):
+        os.setgroups([15137])
+        os.setgid(who[1])
+        os.setuid(who[0])
+    elif isinstance(who, str):
         root = cgroups.root()
         assert root is not None
         if who.startswith("meshnet-test"):

@@ -137,6 +137,20 @@ def test_the_proxys_group_lets_its_connections_pass(lab: Lab, sides: Sides, real
     sides.call_out(sides.outbound if others else sides.server)
 
 
+@pytest.mark.parametrize("uid", [15137, 0])
+def test_an_application_with_the_proxy_s_own_uid_is_captured_istio4286(
+    lab: Lab, sides: Sides, real_root: bool, uid: int
+) -> None:
+    """Trap 8: its primary group alone lets the proxy pass, neither its user nor that group beside another one."""
+    if not real_root:  # then there is no other user here
+        return
+    lab.install(gid=15137, strict=True)
+
+    captured = sides.call_out(sides.outbound, client=made_by(lab.app, sides.family, "ids", (uid, 15138)))
+    assert captured.captured_from() == Address(sides.peer, APP_PORT)
+    sides.call_out(sides.server, client=made_by(lab.app, sides.family, "ids", (uid, 15137)))
+
+
 def test_a_group_that_does_not_exist_here_captures_everybody_else(lab: Lab, sides: Sides, real_root: bool) -> None:
     lab.install(gid=15138)
 
