@@ -29,8 +29,8 @@ class Load(Protocol):
     def warmth(self, endpoint: Endpoint, /) -> float:
         """The part of its weight that counts: 1, and less for one that is new or has come back (slow start)."""
 
-    def connect_time(self, endpoint: Endpoint, /) -> float:
-        """Seconds that connecting to it takes of late; 0 where nothing is known."""
+    def connect_time(self, endpoint: Endpoint, /) -> float | None:
+        """Seconds that connecting to it takes of late; None: it has never come up."""
 
 
 class Prepared(NamedTuple):
@@ -217,11 +217,16 @@ def _score(endpoint: Endpoint, connections: int, load: Load) -> float:
 
 
 def _likely_near(endpoints: Sequence[Endpoint], load: Load, dice: Dice) -> Endpoint:
-    """One that takes half as long is twice as likely. If it got all, nobody would learn that another has got faster."""
-    nearness = [1 / max(load.connect_time(endpoint), _ALIKE) for endpoint in endpoints]
-    drawn = dice.random() * sum(nearness)
-    for endpoint, part in zip(endpoints, nearness, strict=True):
-        drawn -= part
+    """One that takes half as long is twice as likely. If it got all, nobody would learn that another has got faster.
+
+    Who has never come up is as near as the others on average: an even share for it, new or refusing all.
+    """
+    times = [load.connect_time(endpoint) for endpoint in endpoints]
+    known = [1 / max(seconds, _ALIKE) for seconds in times if seconds is not None]
+    average = sum(known) / len(known) if known else 1.0
+    drawn = dice.random() * average * len(endpoints)
+    for endpoint, seconds in zip(endpoints, times, strict=True):
+        drawn -= average if seconds is None else 1 / max(seconds, _ALIKE)
         if drawn < 0:
             return endpoint
     return endpoints[-1]

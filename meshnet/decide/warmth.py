@@ -24,11 +24,16 @@ class ConnectTime:
     __slots__ = ("_at", "seconds")
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds: float | None = None  # it has never come up
         self._at = 0.0
 
     def took(self, seconds: float, now: float) -> None:
-        most = self.KEPT if seconds >= self.seconds else self.KEPT_OF_SLOWER
-        kept = min(math.exp(min(0.0, self._at - now) / self.FADES), most) if self.seconds else 0.0
-        self.seconds = seconds + (self.seconds - seconds) * kept
+        before = seconds if self.seconds is None else self.seconds
+        most = self.KEPT if seconds >= before else self.KEPT_OF_SLOWER
+        kept = min(math.exp(min(0.0, self._at - now) / self.FADES), most)
+        self.seconds = seconds + (before - seconds) * kept
         self._at = now
+
+    @property
+    def ms(self) -> float | None:
+        return None if self.seconds is None else round(self.seconds * 1000, 3)

@@ -80,9 +80,9 @@ class Candidates:
             del self._state.warming[endpoint.address]
         return found
 
-    def connect_time(self, endpoint: Endpoint, /) -> float:
+    def connect_time(self, endpoint: Endpoint, /) -> float | None:
         known = self._known.get(endpoint.address)
-        return known.connect_time.seconds if known is not None else 0.0
+        return known.connect_time.seconds if known is not None else None
 
     def passed_over(self, endpoints: Iterable[Endpoint], most: int) -> Iterator[str]:
         """Of those that were not tried, at most so many, each with why not."""

@@ -171,7 +171,7 @@ def _candidate(endpoint: Endpoint, out: Out | None, candidates: Candidates, stat
         weight=endpoint.weight,
         warmth=round(warmth, 3),
         connections=connections,
-        connect_ms=(round(known.connect_time.seconds * 1000, 3) or None) if known else None,
+        connect_ms=known.connect_time.ms if known else None,
         score=None if out else round((connections + 1) / (endpoint.weight * warmth), 6),
         why_not=candidates.in_words(endpoint, out) if out else "",
     )

@@ -123,7 +123,7 @@ def _endpoint(service: ServicePort, endpoint: Endpoint | NamedEndpoint, state: P
         failures=known.breaker.failures,
         open_for_seconds=round(known.breaker.open_for(now), 1),
         ejected_for_seconds=round(max(0.0, known.outcomes.ejected_until - now), 1),
-        connect_ms=round(known.connect_time.seconds * 1000, 3) or None,
+        connect_ms=known.connect_time.ms,
         last_error=known.last_error,
     )
 

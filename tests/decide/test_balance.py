@@ -1,6 +1,7 @@
 import functools
 import random
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
 
 from hypothesis import given
@@ -33,7 +34,11 @@ class Loads:
     """What the balancer asks of each endpoint: its connections, or None where it may not be tried."""
 
     def __init__(
-        self, loads: list[int | None], *, warmths: list[float] | None = None, times: list[float] | None = None
+        self,
+        loads: list[int | None],
+        *,
+        warmths: list[float] | None = None,
+        times: Sequence[float | None] | None = None,
     ) -> None:
         self.loads = loads
         self.warming = warmths is not None
@@ -47,8 +52,8 @@ class Loads:
     def warmth(self, one: Endpoint) -> float:
         return self._warmths[number(one)] if self._warmths else 1.0
 
-    def connect_time(self, one: Endpoint) -> float:
-        return self._times[number(one)] if self._times else 0.0
+    def connect_time(self, one: Endpoint) -> float | None:
+        return self._times[number(one)] if self._times else None
 
 
 class Idle(Loads):
@@ -291,6 +296,25 @@ def test_among_equals_the_nearer_is_the_likelier_and_nobody_is_left_out() -> Non
     assert (
         pick(Balancer(), Balance.LEAST_CONN, endpoints, Loads([1, 1, 1, 0], times=[0, 0, 0, 9]), dice) is endpoints[3]
     )
+
+
+@given(st.lists(st.floats(0.0001, 2), max_size=7), st.integers(0, 7), SEEDS)
+def test_among_equals_one_that_never_came_up_gets_an_even_share_however_near_the_others(
+    times: list[float], place: int, seed: int
+) -> None:
+    others: list[float | None] = [*times]
+    others.insert(place, None)
+    endpoints, load, dice = weighing(*[1] * len(others)), Loads([0] * len(others), times=others), random.Random(seed)
+    refuser = endpoints[others.index(None)]
+    won = sum(pick(Balancer(), Balance.LEAST_CONN, endpoints, load, dice) is refuser for _ in range(1000))
+    assert abs(won - 1000 / len(others)) < 80  # five deviations
+
+
+def test_among_many_equals_one_that_never_came_up_gets_an_even_share() -> None:
+    endpoints, dice = weighing(*[1] * 20), random.Random(7)
+    load = Loads([0] * 20, times=[None, *[0.05] * 19])
+    won = sum(pick(Balancer(), Balance.LEAST_CONN, endpoints, load, dice) is endpoints[0] for _ in range(4000))
+    assert 150 < won < 250
 
 
 def test_among_many_equals_the_nearer_of_two_is_the_likelier() -> None:

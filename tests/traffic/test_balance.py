@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from tests.proxy.programs import Records
-from tests.traffic.calls import Call, who
+from tests.traffic.calls import Call, is_reset, who
 from tests.traffic.conftest import Hosts, Name, traffic
 from tests.world import into_the_mesh, wait_for
 
@@ -112,6 +112,24 @@ def test_endpoints_of_the_own_zone_come_first_and_then_those_of_the_region(hosts
         apps["api-1"].refuse()
         assert {who(caller, name) for _ in range(8)} == {"api-3"}
         assert {who(hosts.web, name) for _ in range(4)} == {"api-3"}
+
+
+def test_a_refusal_leaves_as_it_was_how_long_connecting_takes(hosts: Hosts, name: Name) -> None:
+    first, second = hosts.apis[:2]
+    policy = traffic(name, connect={"attempts": 1}, breaker={"failures": 1000})
+    hosts.write(hosts.service(name, [first, second]), policy)
+    with hosts.apps(name.port, [first]) as apps:
+        assert who(hosts.web, first.address, name.port) == first.name
+        before = hosts.endpoints(name)[first.name].connect_ms
+        assert before
+        apps[first.name].refuse()
+        for each in (first, second):
+            assert all(is_reset(hosts.web, each.address, name.port) for _ in range(3))
+    views = hosts.endpoints(name)
+    assert [(views[each.name].failures, views[each.name].connect_ms) for each in (first, second)] == [
+        (3, before),
+        (3, None),
+    ]
 
 
 def test_explain_tells_where_a_connection_would_go_and_why_not_elsewhere(hosts: Hosts, name: Name) -> None:

@@ -78,8 +78,8 @@ class _Alike:
     def warmth(self, _: Endpoint) -> float:
         return 1.0
 
-    def connect_time(self, _: Endpoint) -> float:
-        return 0.0
+    def connect_time(self, _: Endpoint) -> None:
+        return None
 
 
 _ALIKE = _Alike()
