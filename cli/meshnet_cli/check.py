@@ -291,6 +291,14 @@ def _expiry(status: Status | None) -> Finding:
     held = status.certificate
     first, last = (datetime.fromisoformat(text) for text in (held.not_before, held.not_after))
     life = (last - first).total_seconds()
+    if held.begins_in_seconds:
+        return Finding(
+            code=code,
+            level="error",
+            what=f"the sidecar's certificate begins at {held.not_before}",
+            why="by this host's clock that is still to come; until then no meshed endpoint is spoken to",
+            fix="timedatectl shows the clock, and what sets it",
+        )
     if held.expires_in_seconds > _SOON * life:
         return Finding(code=code, level="ok", what=f"the sidecar's certificate ends at {held.not_after}")
     return Finding(

@@ -52,8 +52,10 @@ ADVICE: Mapping[Reason, Advice] = {
         "compare the clocks of both hosts: timedatectl",
     ),
     Reason.TLS_NO_IDENTITY: Advice(
-        "this sidecar has no certificate that its peer takes, and never speaks plain text to a meshed endpoint instead",
-        "meshnet status says what is wrong with the certificate; issue one with meshnet ca",
+        "this sidecar has no certificate that its peer takes, or by its own clock none that is valid now, and never "
+        "speaks plain text to a meshed endpoint instead",
+        "meshnet status says what is wrong with the certificate; set the clock (timedatectl), or issue another with "
+        "meshnet ca",
     ),
     Reason.TUNNEL_PROTOCOL: Advice(
         "the other sidecar broke the tunnel protocol: another program listens there, or the versions do not fit",

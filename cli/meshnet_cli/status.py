@@ -124,6 +124,8 @@ def _truthful(truthful: TruthfulStatus) -> Iterator[tuple[str, str]]:
 def _certificate(certificate: CertificateStatus) -> Iterator[tuple[str, str]]:
     if not certificate.identity:
         yield "certificate", "none: this sidecar speaks to no meshed endpoint"
+    elif certificate.begins_in_seconds:
+        yield "certificate", f"{certificate.identity}, NOT VALID before {certificate.not_before}"
     elif certificate.expires_in_seconds > 0:
         left = age(certificate.expires_in_seconds)
         yield "certificate", f"{certificate.identity}, expires in {left} ({certificate.not_after})"

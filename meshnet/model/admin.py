@@ -178,8 +178,14 @@ class CertificateStatus(Shape, frozen=True):
     not_after: str = ""
     issuer: str = ""
     serial: str = ""
+    begins_in_seconds: float = 0.0  # 0 once it has begun
     expires_in_seconds: float = 0.0
     problem: str = ""
+
+    @property
+    def is_valid(self) -> bool:
+        """By the sidecar's clock."""
+        return self.expires_in_seconds > 0 and not self.begins_in_seconds
 
 
 class ConfigStatus(Shape, frozen=True):

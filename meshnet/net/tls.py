@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -131,6 +132,18 @@ class Credentials:
     authorities: bytes
     client: object
     server: object
+
+    def problem(self, now: float) -> str:
+        """Why the certificate is of no use at `now`, by this host's clock: "has expired"; empty where it is of use."""
+        if now < self.not_before:
+            began = f"is not valid before {utc(self.not_before)}"
+            return f"{began}, and this host's clock says {utc(now)}: set the clock (timedatectl), or issue it again"
+        return "has expired" if now >= self.not_after else ""
+
+
+def utc(seconds: float) -> str:
+    """A time since the epoch as RFC 3339 has it."""
+    return datetime.fromtimestamp(int(seconds), UTC).isoformat().replace("+00:00", "Z")
 
 
 def load_credentials(certificate: str, key: str, bundle: str, tls: Tls) -> Credentials:

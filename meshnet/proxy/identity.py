@@ -4,7 +4,6 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import trio
@@ -69,16 +68,17 @@ class Identity:
         held = self.credentials
         if held is None:
             return CertificateStatus(problem=self.problem)
-        left = held.not_after - time.time()
-        problem = self.problem or ("it has expired" if left <= 0 else "")
+        now = time.time()
+        invalid = held.problem(now)
         return CertificateStatus(
             identity=held.identity,
             issuer=held.issuer,
             serial=held.serial,
-            not_before=datetime.fromtimestamp(held.not_before, UTC).isoformat().replace("+00:00", "Z"),
-            not_after=datetime.fromtimestamp(held.not_after, UTC).isoformat().replace("+00:00", "Z"),
-            expires_in_seconds=round(left, 1),
-            problem=problem,
+            not_before=tls.utc(held.not_before),
+            not_after=tls.utc(held.not_after),
+            begins_in_seconds=round(max(0.0, held.not_before - now), 1),
+            expires_in_seconds=round(held.not_after - now, 1),
+            problem=self.problem or (invalid and f"it {invalid}"),
         )
 
 

@@ -30,7 +30,7 @@ def not_ready_because(state: ProxyState, capture: CaptureProof | None = None) ->
     if state.snapshot.version == 0:
         problems.append(state.config_problem or "no mesh configuration yet")
     certificate = state.identity.status()
-    if certificate.problem and certificate.expires_in_seconds <= 0 and _needs_identity(state):
+    if certificate.problem and not certificate.is_valid and _needs_identity(state):
         problems.append(f"no certificate: {certificate.problem} (meshnet ca issue --help)")
     return tuple(problems)
 

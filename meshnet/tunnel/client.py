@@ -107,8 +107,8 @@ async def connect(
     address, identity = key
     if credentials is None:
         raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar has no certificate: see meshnet status")
-    if credentials.not_after < time.time():
-        raise ConnectionFailed(Reason.TLS_NO_IDENTITY, "this sidecar's certificate has expired: see meshnet status")
+    if problem := credentials.problem(time.time()):  # or the peer would be blamed for what our clock makes of its own
+        raise ConnectionFailed(Reason.TLS_NO_IDENTITY, f"this sidecar's certificate {problem}; see meshnet status")
     began = time.monotonic()
     plain = await sockets.connect(address, mark=mark, timeout=timeout)
     port, started = sockets.port_of(plain), time.monotonic()

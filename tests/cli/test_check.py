@@ -271,6 +271,14 @@ def test_a_certificate_that_has_expired_is_an_error(machine: Machine) -> None:
     assert until_error(machine, "identity.expiry", timeout=40.0)["what"] == "it has expired"
 
 
+def test_a_certificate_whose_time_is_still_to_come_is_an_error(machine: Machine) -> None:
+    machine.up()
+    held = machine.status().certificate
+    authority = Authority.create("local", now=datetime.now(UTC))
+    save_issued(authority.issue(held.identity, now=datetime.now(UTC) + timedelta(hours=1)), machine.identity)
+    assert until_error(machine, "identity.expiry")["what"].startswith("the sidecar's certificate begins at 20")
+
+
 def test_a_certificate_that_nobody_has_renewed(machine: Machine) -> None:
     then = datetime.now(UTC) - timedelta(minutes=50)
     authority = Authority.create("local", now=then)

@@ -135,6 +135,17 @@ def test_a_draining_sidecar_with_an_expired_certificate_says_both(meshnet: Meshn
     assert lines[3] == "certificate   spiffe://prod/ns/default/sa/web, EXPIRED 2026-01-02T00:00:00Z"
 
 
+def test_a_certificate_whose_time_is_still_to_come_is_told_as_one(meshnet: Meshnet, sidecar: Sidecar) -> None:
+    early = msgspec.structs.replace(
+        READY.certificate, not_before="2026-01-01T00:00:00Z", begins_in_seconds=5.0, problem="it is not valid before"
+    )
+    sidecar.will_answer(msgspec.structs.replace(READY, certificate=early))
+    assert meshnet("status").output.splitlines()[3:5] == [
+        "certificate   spiffe://prod/ns/default/sa/web, NOT VALID before 2026-01-01T00:00:00Z",
+        "problem       it is not valid before",
+    ]
+
+
 def test_json_is_what_the_sidecar_said_and_the_exit_code_the_same(meshnet: Meshnet, sidecar: Sidecar) -> None:
     sidecar.will_answer(NOT_READY)
     result = meshnet("status", "-o", "json")

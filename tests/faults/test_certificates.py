@@ -81,7 +81,7 @@ def test_a_certificate_that_is(hosts: Hosts, name: Name, fault: str, code: str) 
         put(hosts, name, sidecar, web)
         assert call(hosts, name, web, sidecar, heard=True) == (f"{code} by proxy in tls", as_called)
         put(hosts, back, web, sidecar)
-        if fault == "expired":  # it knows, and does not even dial
+        if fault in ("expired", "not yet valid"):  # it knows, and does not even dial
             assert call(hosts, back, sidecar, web, heard=False) == ("tls.no_identity by proxy in tls",)
         else:
             assert call(hosts, back, sidecar, web, heard=True) == (as_caller, f"{code} by proxy in accept")
@@ -110,14 +110,33 @@ def test_a_host_whose_clock_is_an_hour_behind_takes_nobody_and_both_sides_speak_
     hosts: Hosts, name: Name, clock: Path
 ) -> None:
     web, back = hosts.sidecar(hosts.web), hosts.new_name()
-    as_caller, as_called = NOT_TAKEN
+    as_caller, _ = NOT_TAKEN
     with strange(hosts, another_host(hosts), environment=off_by(clock, -HOUR)) as sidecar:
         put(hosts, name, sidecar, web)
         assert call(hosts, name, web, sidecar, heard=True) == (as_caller, "tls.not_yet_valid by proxy in accept")
         put(hosts, back, web, sidecar)
-        assert call(hosts, back, sidecar, web, heard=True) == ("tls.not_yet_valid by proxy in tls", as_called)
+        assert call(hosts, back, sidecar, web, heard=False) == ("tls.no_identity by proxy in tls",)
         messages = [record.reason.message for record in sidecar.connections() if record.reason is not None]
-        assert all("are both clocks right?" in message for message in messages)
+        assert all("are both clocks right?" in each or "this host's clock says" in each for each in messages)
+
+
+@once
+def test_a_host_whose_clock_is_behind_blames_no_endpoint_for_it_and_its_status_says_so(
+    hosts: Hosts, name: Name, clock: Path
+) -> None:
+    web = hosts.sidecar(hosts.web)
+    with strange(hosts, another_host(hosts), environment=off_by(clock, -HOUR)) as sidecar:
+        put(hosts, name, web, sidecar)
+        out = Records(sidecar)
+        with listen(hosts.web, name.port) as server:
+            assert all(is_reset(sidecar.host, name) for _ in range(7))
+            assert nobody_came(server)
+        assert {reason(record) for record in out.ended(7)} == {"tls.no_identity by proxy in tls"}
+        (view,) = sidecar.endpoints(name.name).items
+        assert (view.failures, view.breaker, view.state) == (0, "closed", "healthy")
+        said = sidecar.meshnet("status", check=False)
+        assert f"NOT VALID before {sidecar.status().certificate.not_before}" in said
+        assert "set the clock" in said
 
 
 @once
