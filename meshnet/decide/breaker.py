@@ -83,6 +83,12 @@ class Breaker:
         """The seconds until a probe may go; 0 unless open."""
         return 0.0 if self._open_until is None else max(0.0, self._open_until - now)
 
+    @property
+    def lasts_until(self) -> float:
+        """Until when it remembers that it has opened: `reset_after` from when it closed, or a probe may go."""
+        since = self._closed_at if self._open_until is None else self._open_until
+        return since + self.settings.reset_after if self._open_time else float("-inf")
+
     def _open(self, now: float, dice: Dice) -> None:
         settings = self.settings
         if not self._probing and now - self._closed_at >= settings.reset_after:

@@ -50,6 +50,7 @@ _log = logging.getLogger("meshnet.proxy")
 
 _PANIC_SAID_EVERY = 60.0
 _LOCAL_SERVICES_KEPT = 5.0  # seconds; an address can come and go with its interface
+_GONE_KEPT = 1024  # endpoints that are not in the mesh any more, and may be back before what they did is forgiven
 
 
 @dataclass(slots=True)
@@ -68,6 +69,11 @@ class EndpointState:
     def connections(self) -> int:
         """As it is now: the relay tells late of what orders begin and end."""
         return self.open + self.pending + sum(order.unheard() for order in self.orders)
+
+    @property
+    def lasts_until(self) -> float:
+        """Until when there is something in it for which the endpoint is treated otherwise than a new one."""
+        return max(self.breaker.lasts_until, self.outcomes.ejected_until)
 
 
 @dataclass(slots=True)
@@ -109,6 +115,7 @@ class ProxyState:
         self.here = Locality(zone=settings.proxy.zone, region=settings.proxy.region)
         self.endpoints: dict[Address, EndpointState] = {}
         self.warming: dict[Address, float] = {}  # since when an endpoint is there, or there again; in force soon
+        self.gone: set[Address] = set()  # of `endpoints`, those that are not in the mesh any more
         # Endpoints that are gone, by name, and until when their connections may live.
         self.removed: dict[str, tuple[Address, float]] = {}
         self._balancers: dict[tuple[str, str, int], Balancer] = {}  # by namespace and name of the service, and port
@@ -148,6 +155,9 @@ class ProxyState:
         for service, prepared in compiled.prepared:
             self.balancer(service).adopt(prepared)
         self.warming |= dict.fromkeys(compiled.added, self.applied_at)
+        for address in self.gone:
+            if address in self.warming:  # it is back, and may be ejected still
+                self.warming[address] = max(self.applied_at, self.endpoints[address].outcomes.ejected_until)
         self.removed = {
             name: (address, until)
             for name, (address, until) in self.removed.items()
@@ -319,12 +329,27 @@ class ProxyState:
                     del self._balancers[port]
             await trio.lowlevel.checkpoint()
         for addresses in slices(self.endpoints):
-            for address in addresses:
-                known = self.endpoints[address]
-                if address not in snapshot.by_endpoint and not known.open and not known.pending:
-                    del self.endpoints[address]
+            self.gone.update(address for address in addresses if address not in snapshot.by_endpoint)
             await trio.lowlevel.checkpoint()
+        await self.forget_gone(self.applied_at)
         self.warming = {address: since for address, since in self.warming.items() if address in snapshot.by_endpoint}
+
+    async def forget_gone(self, now: float) -> None:
+        """What was known of endpoints that are gone: while a breaker or an ejection lasts they may come back to it."""
+        kept = 0
+        for addresses in slices(self.gone):
+            for address in addresses:
+                known = self.endpoints.get(address)
+                if known is None or address in self.snapshot.by_endpoint:
+                    self.gone.discard(address)
+                elif known.open or known.pending:
+                    continue
+                elif known.lasts_until > now and kept < _GONE_KEPT:
+                    kept += 1
+                else:
+                    del self.endpoints[address]
+                    self.gone.discard(address)
+            await trio.lowlevel.checkpoint()
 
     def _local_service(self, port: int) -> ServicePort | None:
         for address, (service, _) in self.snapshot.by_endpoint.items():

@@ -47,6 +47,7 @@ class Upkeep:
             if self._timeouts or self._state.removed or now - self._looked >= _LOOK_SELDOM:
                 self._looked = now
                 await self._end_overdue()
+                await self._state.forget_gone(now)
             if now - self._reviewed >= self._interval:
                 self._reviewed = now
                 await self._eject()

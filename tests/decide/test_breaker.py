@@ -74,6 +74,15 @@ def test_an_abandoned_attempt_counts_for_nothing() -> None:
     assert breaker.state(0.0) is BreakerState.OPEN
 
 
+def test_that_it_has_opened_lasts_until_it_is_closed_for_long() -> None:
+    assert Breaker(EXACT).lasts_until < 0
+    breaker = opened()
+    assert breaker.lasts_until == 1 + 60
+    assert breaker.admit(30.0)
+    breaker.succeeded(31.0)
+    assert breaker.lasts_until == 31 + 60
+
+
 def test_while_open_it_admits_nobody_and_tells_for_how_long() -> None:
     breaker = opened()
     assert not breaker.admit(0.5)

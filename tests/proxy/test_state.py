@@ -1,7 +1,9 @@
 """A change of the mesh, in a state of its own: what is in force when, what is seen at once and what is forgotten."""
 
 import gc
+import random
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -16,6 +18,7 @@ from meshnet.decide.access import Call
 from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
+from meshnet.model.service import BreakerSettings, Endpoint, Outlier
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
@@ -23,7 +26,7 @@ from meshnet.proxy.identity import Identity
 from meshnet.proxy.metrics import Metrics
 from meshnet.proxy.record import Record
 from meshnet.proxy.registry import Registry
-from meshnet.proxy.state import ProxyState
+from meshnet.proxy.state import EndpointState, ProxyState
 from meshnet.relay.ladder import best_relay
 from meshnet.tunnel.pool import Pool
 
@@ -195,6 +198,58 @@ async def test_what_is_gone_is_forgotten_unless_a_connection_has_to_do_with_it()
         await state.apply(gone)
         assert (state.endpoints, state.services) == ({}, {})
         assert state.balancer(service) is not balancer
+
+
+def open_breaker(known: EndpointState) -> None:
+    """For a minute, and a minute later it is forgotten."""
+    known.breaker.settings = BreakerSettings(failures=1, open_time=60.0, reset_after=60.0, jitter=0.0)
+    assert known.breaker.admit(time.monotonic())
+    known.breaker.failed(time.monotonic(), random.Random(1))
+
+
+def eject(known: EndpointState) -> None:
+    known.outcomes.eject(Outlier(ejection_time=45.0, jitter=0.0), time.monotonic(), random.Random(1))
+
+
+async def test_an_endpoint_that_was_away_comes_back_to_its_breaker_and_ejection_as_long_as_they_last() -> None:
+    here, away = mesh(1), Snapshot(version=2)
+    async with a_state(here) as state:
+        (service,) = here.services
+        (endpoint,) = service.endpoints
+        for spoil, lasts in ((open_breaker, 120.0), (eject, 45.0)):
+            known = state.endpoint(endpoint, service)
+            spoil(known)
+            now = time.monotonic()
+            await state.apply(away)
+            await state.apply(here)
+            assert state.endpoint(endpoint, service) is known
+            await state.apply(away)
+            await state.forget_gone(now + lasts - 20)
+            assert state.endpoints == {endpoint.address: known}
+            await state.forget_gone(now + lasts + 1)
+            assert (state.endpoints, state.gone) == ({}, set())
+
+
+async def test_the_slow_start_of_one_that_comes_back_begins_when_its_ejection_is_over() -> None:
+    both = read_mesh([("mesh.yaml", SERVICE % {"name": "api", "last": 1})], 3)
+    (service,) = both.services
+    _, second = service.endpoints
+    async with a_state(both) as state:
+        known = state.endpoint(second, service)
+        eject(known)
+        await state.apply(mesh(2))  # which has the first alone
+        await state.apply(both)
+        assert state.warming == {second.address: known.outcomes.ejected_until}
+
+
+async def test_of_thousands_that_are_gone_few_are_kept() -> None:
+    async with a_state(mesh(1)) as state:
+        (service,) = state.snapshot.services
+        for number in range(3000):
+            address = Address(f"10.{number >> 8}.{number & 255}.9", 80)
+            open_breaker(state.endpoint(Endpoint(address=address), service))
+        await state.apply(Snapshot(version=2))
+        assert len(state.endpoints) == 1024
 
 
 async def test_a_scrape_counts_each_connection_once_though_it_ends_meanwhile() -> None:

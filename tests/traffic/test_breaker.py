@@ -66,6 +66,16 @@ def test_failures_in_a_row_open_it_and_one_success_closes_it(hosts: Hosts, name:
         assert {who(hosts.web, name) for _ in range(3)} == {"api-1"}
 
 
+def test_an_endpoint_that_is_taken_out_and_put_back_finds_its_breaker_as_it_was(hosts: Hosts, name: Name) -> None:
+    policy = traffic(name, connect=ONCE, breaker={"failures": 1, "openTime": "60s", "jitter": 0})
+    hosts.write(hosts.service(name, hosts.apis[:2]), policy)
+    assert is_reset(hosts.web, hosts.apis[0].address, name.port)
+    assert breaker(hosts, name, "open").failures == 1
+    hosts.write(hosts.service(name, hosts.apis[1:2]), policy)
+    hosts.write(hosts.service(name, hosts.apis[:2]), policy)
+    assert 0 < breaker(hosts, name, "open").open_for_seconds < 60
+
+
 def test_a_failed_probe_opens_it_for_twice_as_long(hosts: Hosts, name: Name) -> None:
     hosts.write(
         hosts.service(name, hosts.apis[:1]),

@@ -50,12 +50,15 @@ def test_who_fails_is_ejected_told_and_not_tried_any_more(hosts: Hosts, name: Na
     assert re.search(told, process.output)
 
 
-def test_another_mesh_leaves_it_ejected(hosts: Hosts, name: Name) -> None:
+def test_another_mesh_leaves_it_ejected_and_one_without_it_too(hosts: Hosts, name: Name) -> None:
     policy = traffic(name, balance="round_robin", breaker=NEVER_IN_A_ROW, outlier=QUICK)
     hosts.write(hosts.service(name, hosts.apis), policy)
     with hosts.apps(name.port, hosts.apis[1:]):
         eject(hosts, name, "api-1")
     hosts.write(hosts.service(name, hosts.apis, weights=[2, 2, 2]), policy)
+    assert is_ejected(hosts, name, "api-1")
+    hosts.write(hosts.service(name, hosts.apis[1:]), policy)
+    hosts.write(hosts.service(name, hosts.apis), policy)
     assert is_ejected(hosts, name, "api-1")
 
 
