@@ -133,8 +133,10 @@ ADVICE: Mapping[Reason, Advice] = {
         "nothing if it was meant; whoever was root there can say why. The client may connect again",
     ),
     Reason.PEER_RST: Advice(
-        "one of the applications reset the connection; meshnet passed that on",
-        "look at that application's log: crashes, its own time-outs, data left unread at close",
+        "one of the applications reset the connection, and meshnet passed that on; or, at once, without a byte and in "
+        "plain TCP, a sidecar at the endpoint that could not reach its application",
+        "look at that application's log: crashes, its own time-outs, data left unread at close. If it does not run, "
+        "and its host is in the mesh, start it, and declare the endpoint in the Service with tunnel: meshnet",
     ),
     Reason.KEEPALIVE_DEAD: Advice(
         "a host stopped answering: it is gone, or cannot be reached any more, or the network between lost its state",

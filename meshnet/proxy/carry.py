@@ -35,6 +35,8 @@ async def relay(
         record.go_on()
         outcome = await mover.run(record.link, record.tally)
         record.finish(outcome)
+        if endpoint.known is not None:
+            state.ended(record, endpoint.known)
         reusable = outcome.reusable
         return outcome
     except BaseException:  # trio.Cancelled, for one

@@ -105,6 +105,8 @@ class StandingOrder:
             return
         self._dialled(facts)
         self._leave(facts)
+        if self.known is not None:
+            self.known.resets.in_a_row = 0
         opened_at = time.time() + facts.opened - time.monotonic()
         registry = self.state.registry
         connection_id = facts.id or new_id(opened_at) + registry.id_suffix
@@ -116,6 +118,8 @@ class StandingOrder:
             self._hand_back(record, facts, outcome)
         else:
             self.told.note_end(record, facts, outcome)
+            if self.known is not None:
+                self.state.ended(record, self.known)
             self.state.registry.ended(record)
 
     def _dialled(self, facts: Facts) -> None:

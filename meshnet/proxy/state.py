@@ -16,12 +16,13 @@ from meshnet.decide.breaker import Breaker, BreakerState
 from meshnet.decide.limits import Admitted, Limiter, Queued, Rejected, Ticket
 from meshnet.decide.names import nameless
 from meshnet.decide.outlier import Outcomes
+from meshnet.decide.resets import ResetsAtOnce
 from meshnet.decide.retry import RetryBudget
 from meshnet.decide.warmth import ConnectTime
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
-from meshnet.model.address import Address
+from meshnet.model.address import Address, parse_address
 from meshnet.model.connection import Direction
-from meshnet.model.service import Balance, Endpoint, Limits, Locality, Mode, OnEject, ServicePort
+from meshnet.model.service import Balance, Endpoint, Limits, Locality, Mode, OnEject, ServicePort, TunnelKind
 from meshnet.model.settings import Settings
 from meshnet.model.snapshot import Snapshot
 from meshnet.net.addresses import LocalAddresses
@@ -64,6 +65,7 @@ class EndpointState:
     orders: set[StandingOrder] = field(default_factory=set)
     outcomes: Outcomes = field(default_factory=Outcomes)
     connect_time: ConnectTime = field(default_factory=ConnectTime)
+    resets: ResetsAtOnce = field(default_factory=ResetsAtOnce)
 
     @property
     def connections(self) -> int:
@@ -246,6 +248,25 @@ class ProxyState:
         """A failure has counted against it: if that has opened its breaker, policy may want what is open to end."""
         if service.traffic.on_eject is OnEject.CLOSE and known.breaker.state(now) is BreakerState.OPEN:
             self.close_endpoint(endpoint, "its breaker has opened")
+
+    def ended(self, record: Record, known: EndpointState) -> None:
+        """A connection to that endpoint: it may be the one by which somebody learns that it is declared wrongly."""
+        if record.connected is None or record.ended is None or record.reason is None:
+            return
+        seconds, round_trip = record.ended - record.connected, known.connect_time.seconds or 0.0
+        if not known.resets.note(record.reason, record.ended_by, record.tally.received, seconds, round_trip):
+            return
+        service, endpoint = self.snapshot.by_endpoint.get(parse_address(record.endpoint), (None, None))
+        if service is None or endpoint is None or endpoint.tunnel is not TunnelKind.NONE:
+            return
+        if not self.is_local(endpoint.address.host):
+            known.last_error = f"{Reason.PEER_RST}: it accepts and resets at once; a sidecar without its application?"
+            _log.warning(
+                "%s of %s accepts connections and resets each at once, without a byte: its application does so, or "
+                "there is a sidecar that cannot reach it. If that host is in the mesh, declare the endpoint so "
+                "(tunnel: meshnet, and its identity)",
+                *(record.endpoint, service.name),
+            )
 
     def close_endpoint(self, endpoint: Endpoint, why: str) -> None:
         """Ends what is open to it: its caller finds another one."""

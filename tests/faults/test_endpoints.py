@@ -51,6 +51,25 @@ def test_a_plain_endpoint_that_drops_syns_and_is_the_only_one_is_an_rst(hosts: H
     assert [attempt.result for attempt in record.attempts] == ["connect.timeout"] * 2
 
 
+def test_a_meshed_host_that_is_declared_plain_and_has_no_application_is_told_once_for_what_it_may_be(
+    hosts: Hosts, name: Name
+) -> None:
+    """Its sidecar has accepted before it can know."""
+    web, api = hosts.sidecar(hosts.web), hosts.apis[0]
+    hosts.write(hosts.mesh.service(name.name, [name.port], [api], addresses=[name.address], meshed=False))
+    out = Records(web)
+    for _ in range(11):
+        assert is_reset(hosts.web, name)
+    records = out.ended(11)
+    assert {reason(record) for record in records} == {"peer.rst by server in data"}
+    assert web.process is not None
+    what = f"{api.address}:{name.port} of {name.name}:{name.port} accepts connections and resets each at once"
+    assert web.process.output.count(what) == 1
+    (view,) = web.endpoints(name.name).items
+    assert view.last_error.startswith("peer.rst: it accepts and resets at once")
+    assert "a sidecar at the endpoint that could not reach its application" in web.meshnet("explain", records[0].id)
+
+
 def test_an_application_that_drops_syns_is_told_by_its_sidecar(hosts: Hosts, name: Name) -> None:
     api = hosts.apis[0]
     hosts.write(hosts.service(name, [api]), traffic(name, connect={"attempts": 1}))
