@@ -27,7 +27,8 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
     "CONNS": lambda endpoint: str(endpoint.connections),
     "PENDING": lambda endpoint: str(endpoint.pending),
     "FAILS": lambda endpoint: str(endpoint.failures),
-    "EJECTED_FOR": lambda endpoint: age(_out_for(endpoint)) if endpoint.state == "ejected" else "-",
+    "OPEN_FOR": lambda endpoint: age(endpoint.open_for_seconds) if endpoint.open_for_seconds else "-",
+    "EJECTED_FOR": lambda endpoint: age(endpoint.ejected_for_seconds) if endpoint.ejected_for_seconds else "-",
     "CHECK": lambda endpoint: endpoint.check or "-",
     "LAST_ERROR": lambda endpoint: _error(endpoint) or "-",
     "CONNECT": lambda endpoint: "-" if endpoint.connect_ms is None else f"{endpoint.connect_ms:.1f}ms",
@@ -37,7 +38,7 @@ COLUMNS: Mapping[str, Callable[[EndpointView], str]] = {
 WIDE = tuple(COLUMNS)
 TABLE = WIDE[: WIDE.index("LAST_ERROR") + 1]
 COLORS: Colors = {
-    "STATE": {"ejected": "red", "probing": "yellow", "draining": "yellow", "unresolved": "red"},
+    "STATE": {"open": "red", "half-open": "yellow", "ejected": "red", "draining": "yellow", "unresolved": "red"},
     "CHECK": {"failing": "red", "panic": "red"},
 }
 
@@ -67,13 +68,14 @@ def command(
     socket_path: str,
     timeout: float,
 ) -> None:
-    """Endpoints behind each service: healthy or ejected, and why.
+    """Endpoints behind each service: healthy, or why they get nothing.
 
-    An ejected endpoint failed so often that it gets no connections for EJECTED_FOR; then one probes it. CHECK is what
-    active checks say: one that is failing gets no connections; panic: all are failing, and are used all the same. An
-    endpoint that the Service gives by a DNS name has that beside its address. Where there are workers, each judges for
-    itself: STATE and CHECK are the worst of theirs, and WORKERS says how many see STATE so. A draining one has the
-    weight 0: it keeps what it has, and gets nothing new.
+    STATE is open where the breaker is: it failed so often in a row that it gets no connections for OPEN_FOR. Then it is
+    half-open, and one connection probes it. An ejected one fails far more often than it should, and gets none for
+    EJECTED_FOR. A draining one has the weight 0: it keeps what it has, and gets nothing new. CHECK is what active
+    checks say: one that is failing gets no connections; panic: all are failing, and are used all the same. An endpoint
+    that the Service gives by a DNS name has that beside its address. Where there are workers, each judges for itself:
+    STATE and CHECK are the worst of theirs, and WORKERS says how many see STATE so.
     """
     names = chosen_columns(columns, WIDE if output == "wide" else TABLE, COLUMNS)
     answer = ask(socket_path, ListEndpoints(service=service), EndpointList, timeout=timeout)
@@ -108,13 +110,10 @@ def _error(endpoint: EndpointView) -> str:
     return (checks_say and endpoint.check_error) or endpoint.last_error or endpoint.dns_problem or endpoint.check_error
 
 
-def _out_for(endpoint: EndpointView) -> float:
-    return max(endpoint.open_for_seconds, endpoint.ejected_for_seconds)
-
-
 def _totals(items: Sequence[EndpointView]) -> str:
     states = Counter(endpoint.state for endpoint in items)
     well = sum(endpoint.state == "healthy" and endpoint.check in ("", "passing") for endpoint in items)
     failing = sum(endpoint.check in ("failing", "panic") for endpoint in items)
-    counts = [("ejected", states["ejected"]), ("draining", states["draining"]), ("failing checks", failing)]
+    counts = [(state, states[state]) for state in ("open", "half-open", "ejected", "draining")]
+    counts.append(("failing checks", failing))
     return ", ".join([f"{well} of {len(items)} healthy", *(f"{count} {what}" for what, count in counts if count)]) + "."

@@ -36,7 +36,7 @@ GROUPS: Mapping[str, Mapping[str, Entry]] = {
     "See": {
         "conns": Entry("meshnet_cli.conns", "Connections: open now, and recently failed."),
         "explain": Entry("meshnet_cli.explain", "One connection step by step, and what to do about it."),
-        "endpoints": Entry("meshnet_cli.endpoints", "Endpoints behind each service: healthy or ejected, and why."),
+        "endpoints": Entry("meshnet_cli.endpoints", "Endpoints behind each service: healthy, or why they get nothing."),
         "ping": Entry("meshnet_cli.ping", "Whether a connection would reach a service: captured, let in, how fast."),
         "stat": Entry("meshnet_cli.stat", "Rates and totals of each service."),
         "top": Entry("meshnet_cli.top", "The same, live."),

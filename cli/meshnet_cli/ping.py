@@ -38,7 +38,7 @@ COLUMNS: Mapping[str, Callable[[EndpointPing], str]] = {
 }
 TABLE = tuple(name for name in COLUMNS if name not in ("CHECK", "REASON"))  # the reason is in the line below
 COLORS: Colors = {
-    "STATE": {"ejected": "red", "probing": "yellow", "draining": "yellow"},
+    "STATE": {"open": "red", "half-open": "yellow", "ejected": "red", "draining": "yellow"},
     "CHECK": {"failing": "red", "panic": "red"},
     "VERDICT": {"denied": "red"},
 }

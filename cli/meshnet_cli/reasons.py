@@ -101,7 +101,7 @@ ADVICE: Mapping[Reason, Advice] = {
         "meshnet endpoints SERVICE shows each one's last error and when it is probed; mend the endpoint",
     ),
     Reason.ENDPOINT_EJECTED: Advice(
-        "its endpoint failed so often, or its checks, that it was ejected, and the TrafficPolicy says onEject: close",
+        "its endpoint was ejected, its breaker opened or its checks failed, and the TrafficPolicy says onEject: close",
         "meshnet endpoints SERVICE shows for how long, and the last error; the next connection goes elsewhere",
     ),
     Reason.ENDPOINT_REMOVED: Advice(

@@ -267,13 +267,18 @@ class Status(Shape, frozen=True):
         return not self.draining and set(self.not_ready_because) <= set(capture)
 
 
+ENDPOINT_STATES = ("healthy", "draining", "half-open", "ejected", "open")  # the worst last
+
+
 def endpoint_state(breaker: str, weight: int, ejected_for_seconds: float) -> str:
-    """What a person calls an endpoint of which that is so: healthy, ejected, probing or draining."""
+    """The one of ENDPOINT_STATES that says the most: ejected is an outlier, open and half-open are of its breaker."""
+    if breaker == "open":  # which panic does not overrule either
+        return "open"
     if ejected_for_seconds:
         return "ejected"
-    if breaker == "closed" and not weight:
-        return "draining"
-    return {"closed": "healthy", "open": "ejected", "half-open": "probing"}.get(breaker, breaker)
+    if breaker == "closed":
+        return "healthy" if weight else "draining"
+    return breaker
 
 
 class EndpointView(Shape, frozen=True):
@@ -292,7 +297,7 @@ class EndpointView(Shape, frozen=True):
     ejected_for_seconds: float = 0.0  # as an outlier, whatever its breaker does
     connect_ms: float | None = None  # of late
     last_error: str = ""
-    workers: int = 0  # how many workers say so of the breaker, which each has of its own; 0 without workers
+    workers: int = 0  # how many workers see `state` so, for each judges for itself; 0 without workers
     check: str = ""  # passing, failing, panic (failing, as all do: used all the same); empty: no check said anything
     check_error: str = ""  # of the last check, if it failed or said nothing
     dns_name: str = ""  # whose address it is, where the Service gives a name

@@ -14,7 +14,7 @@ from meshnet import __version__
 from meshnet.decide.breaker import BreakerState
 from meshnet.decide.outlier import PANIC
 from meshnet.errors import Reason
-from meshnet.model.admin import Family, Sample
+from meshnet.model.admin import ENDPOINT_STATES, Family, Sample, endpoint_state
 from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import short_name
 from meshnet.proxy.histogram import CONNECTS, DURATIONS, LAGS, Histogram, family
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _MAX_SERIES = 2000  # per sidecar; what comes later is counted in series named "other"
 _MAX_SERVICES = 500  # of which times are told apart, on either side: each is a score of series
 _REPORTERS = {Direction.OUTBOUND: "source", Direction.INBOUND: "destination"}
+_STATES_ALWAYS_TOLD = ("healthy", "ejected", "open")  # the others where there are some, for services are many
 _BREAKER_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
 # Istio's names for TCP telemetry, so that its dashboards can be used with a change of prefix.
@@ -344,20 +345,23 @@ def _mesh(state: "ProxyState") -> Iterable[Metric]:
     text = "1 while every endpoint of a service fails its checks, and they are used all the same."
     check_panic = GaugeMetricFamily("meshnet_check_panic", text, labels=["service"])
     for service in state.snapshot.services:
-        name, ejected = service.name, 0
+        name, states = service.name, dict.fromkeys(ENDPOINT_STATES, 0)
         for endpoint in service.endpoints:
+            breaker, ejected_for = BreakerState.CLOSED, 0.0
             if (known := state.endpoints.get(endpoint.address)) is not None:
-                breaker = known.breaker.state(now)
+                breaker, ejected_for = known.breaker.state(now), max(0.0, known.outcomes.ejected_until - now)
                 if breaker is not BreakerState.CLOSED or len(breakers.samples) < _MAX_SERIES:
                     breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
-                ejected += breaker is BreakerState.OPEN or known.outcomes.is_ejected(now)
+            states[endpoint_state(breaker, endpoint.weight, ejected_for)] += 1
         checked = state.checks.failing(service)
         if checked is not None:
             failing, is_panic = checked
+            states["healthy"] = max(0, states["healthy"] - failing)
             counts.add_metric([name, "failing"], failing)
             check_panic.add_metric([name], float(is_panic))
-        counts.add_metric([name, "healthy"], max(0, len(service.endpoints) - ejected - (checked[0] if checked else 0)))
-        counts.add_metric([name, "ejected"], ejected)
+        for what, count in states.items():
+            if count or what in _STATES_ALWAYS_TOLD:
+                counts.add_metric([name, what], count)
         held = state.services.get((service.namespace, service.service))
         if held is not None:
             panic.add_metric([name], float(now - held.panicked_at < PANIC))

@@ -19,7 +19,7 @@ HEALTHY = EndpointView(
     pending=0,
     failures=0,
 )
-EJECTED = EndpointView(
+OPEN = EndpointView(
     service="api:8080",
     endpoint="10.9.0.7:8080",
     tunnel="meshnet",
@@ -32,7 +32,7 @@ EJECTED = EndpointView(
     open_for_seconds=24.0,
     last_error="timed out",
 )
-PROBING = EndpointView(
+HALF_OPEN = EndpointView(
     service="db:5432",
     endpoint="10.9.0.4:5432",
     tunnel="none",
@@ -44,7 +44,7 @@ PROBING = EndpointView(
     failures=6,
     last_error="refused",
 )
-ALL = EndpointList(items=(HEALTHY, EJECTED, PROBING))
+ALL = EndpointList(items=(HEALTHY, OPEN, HALF_OPEN))
 
 
 def test_the_table_says_which_endpoints_get_no_connections_and_why(meshnet: Meshnet, sidecar: Sidecar) -> None:
@@ -53,16 +53,19 @@ def test_the_table_says_which_endpoints_get_no_connections_and_why(meshnet: Mesh
     assert sidecar.asked() == ListEndpoints()
     assert result.exit_code == 0
     assert result.output == (
-        "SERVICE   ENDPOINT       TUNNEL   WEIGHT  STATE    CONNS  PENDING  FAILS  EJECTED_FOR  CHECK  LAST_ERROR\n"
-        "api:8080  10.9.0.3:8080  meshnet  1       healthy  9      0        0      -            -      -\n"
-        "api:8080  10.9.0.7:8080  meshnet  2       ejected  0      1        5      24s          -      timed out\n"
-        "db:5432   10.9.0.4:5432  none     1       probing  12     0        6      -            -      refused\n"
-        "1 of 3 healthy, 1 ejected.\n"
+        "SERVICE   ENDPOINT       TUNNEL   WEIGHT  STATE      CONNS  PENDING  FAILS  OPEN_FOR  EJECTED_FOR  CHECK"
+        "  LAST_ERROR\n"
+        "api:8080  10.9.0.3:8080  meshnet  1       healthy    9      0        0      -         -            -      -\n"
+        "api:8080  10.9.0.7:8080  meshnet  2       open       0      1        5      24s       -            -"
+        "      timed out\n"
+        "db:5432   10.9.0.4:5432  none     1       half-open  12     0        6      -         -            -"
+        "      refused\n"
+        "1 of 3 healthy, 1 open, 1 half-open.\n"
     )
 
 
 def test_a_name_is_beside_its_address_and_stands_alone_while_it_has_none(meshnet: Meshnet, sidecar: Sidecar) -> None:
-    named = msgspec.structs.replace(PROBING, dns_name="db.example.com")
+    named = msgspec.structs.replace(HALF_OPEN, dns_name="db.example.com")
     unresolved = msgspec.structs.replace(
         HEALTHY, endpoint="", dns_name="api.example.com", dns_problem="there is no such name"
     )
@@ -70,9 +73,9 @@ def test_a_name_is_beside_its_address_and_stands_alone_while_it_has_none(meshnet
     result = meshnet("endpoints", "--columns", "endpoint,state,last_error")
     assert result.output == (
         "ENDPOINT                        STATE       LAST_ERROR\n"
-        "10.9.0.4:5432 (db.example.com)  probing     refused\n"
+        "10.9.0.4:5432 (db.example.com)  half-open   refused\n"
         "(api.example.com)               unresolved  there is no such name\n"
-        "0 of 2 healthy.\n"
+        "0 of 2 healthy, 1 half-open.\n"
     )
     sidecar.will_answer(EndpointList(items=(named, unresolved)))
     assert meshnet("endpoints", "-o", "name").output == "10.9.0.4:5432\napi.example.com\n"
@@ -88,6 +91,23 @@ def test_what_checks_say_is_told_and_counted(meshnet: Meshnet, sidecar: Sidecar)
         "healthy  passing  long ago\n"
         "healthy  failing  refused\n"
         "1 of 2 healthy, 1 failing checks.\n"
+    )
+
+
+def test_an_open_breaker_and_an_ejection_are_two_states_and_have_two_columns(
+    meshnet: Meshnet, sidecar: Sidecar
+) -> None:
+    ejected = msgspec.structs.replace(HEALTHY, ejected_for_seconds=45.0)
+    both = msgspec.structs.replace(OPEN, ejected_for_seconds=45.0)
+    probed = msgspec.structs.replace(HALF_OPEN, ejected_for_seconds=45.0)
+    sidecar.will_answer(EndpointList(items=(OPEN, ejected, both, probed)))
+    assert meshnet("endpoints", "--columns", "state,open_for,ejected_for").output == (
+        "STATE    OPEN_FOR  EJECTED_FOR\n"
+        "open     24s       -\n"
+        "ejected  -         45s\n"
+        "open     24s       45s\n"
+        "ejected  -         45s\n"
+        "0 of 4 healthy, 2 open, 2 ejected.\n"
     )
 
 
@@ -107,8 +127,8 @@ def test_json_jsonl_and_name_carry_the_same_endpoints(meshnet: Meshnet, sidecar:
     sidecar.will_answer(ALL)
     assert json.loads(meshnet("endpoints", "-o", "json").output) == json.loads(msgspec.json.encode(ALL))
     lines = meshnet("endpoints", "-o", "jsonl").output.splitlines()
-    assert [msgspec.json.decode(line, type=EndpointView) for line in lines] == [HEALTHY, EJECTED, PROBING]
-    assert [json.loads(line)["state"] for line in lines] == ["healthy", "ejected", "probing"]
+    assert [msgspec.json.decode(line, type=EndpointView) for line in lines] == [HEALTHY, OPEN, HALF_OPEN]
+    assert [json.loads(line)["state"] for line in lines] == ["healthy", "open", "half-open"]
     assert meshnet("endpoints", "-o", "name").output == "10.9.0.3:8080\n10.9.0.7:8080\n10.9.0.4:5432\n"
 
 

@@ -108,7 +108,7 @@ def test_what_is_neither_is_told_by_the_sidecar(meshnet: Meshnet, sidecar: Sidec
     assert sidecar.requests.empty()
 
 
-EJECTED = msgspec.structs.replace(REACHED, breaker="open")
+OPEN = msgspec.structs.replace(REACHED, breaker="open")
 DRAINING = msgspec.structs.replace(DENIED, weight=0)
 FAILING = msgspec.structs.replace(DENIED, check="failing")
 PANIC = msgspec.structs.replace(DENIED, check="panic")
@@ -120,10 +120,10 @@ PANIC = msgspec.structs.replace(DENIED, check="panic")
         ((REACHED,), 0, False),
         ((REACHED, DENIED), 0, True),
         ((REACHED, DRAINING), 0, False),  # no connection gets that one
-        ((REACHED, EJECTED), 0, False),
-        ((EJECTED,), 0, True),
+        ((REACHED, OPEN), 0, False),
+        ((OPEN,), 0, True),
         ((DRAINING,), 0, True),
-        ((EJECTED,), 3, False),
+        ((OPEN,), 3, False),
         ((REACHED, FAILING), 0, False),
         ((FAILING,), 0, True),
         ((PANIC,), 0, True),  # it is used all the same

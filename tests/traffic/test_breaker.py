@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 
 from meshnet.model.admin import EndpointView
+from tests.proxy.metrics import value
 from tests.proxy.programs import Records, read, reason, reset
 from tests.traffic.calls import is_reset, waiting, who
 from tests.traffic.conftest import Hosts, Name, access, traffic
@@ -45,7 +46,7 @@ def test_failures_in_a_row_open_it_and_one_success_closes_it(hosts: Hosts, name:
         assert is_reset(hosts.web, name)
         assert hosts.endpoints(name)["api-1"].failures == failures
     view = hosts.endpoints(name)["api-1"]
-    assert view.breaker == "open"
+    assert (view.breaker, view.state) == ("open", "open")
     assert 0 < view.open_for_seconds <= 0.5
     assert view.last_error.startswith("connect.refused")
     assert is_reset(hosts.web, name)
@@ -59,7 +60,10 @@ def test_failures_in_a_row_open_it_and_one_success_closes_it(hosts: Hosts, name:
     assert f"passed over: {api.address}:{name.port}: its breaker is open for 0." in explained
     assert len(into.ended(5)) == 5  # the sixth was not asked of its host
 
-    breaker(hosts, name, "half-open")
+    counted = {"service": f"{name.name}:{name.port}"}
+    assert breaker(hosts, name, "half-open").state == "half-open"
+    assert value(hosts.web, "meshnet_endpoints", state="half-open", **counted) == 1
+    assert value(hosts.web, "meshnet_endpoints", state="ejected", **counted) == 0
     with hosts.apps(name.port, [api]):
         assert who(hosts.web, name) == "api-1"
         assert breaker(hosts, name, "closed").failures == 0

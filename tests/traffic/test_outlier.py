@@ -37,13 +37,14 @@ def test_who_fails_is_ejected_told_and_not_tried_any_more(hosts: Hosts, name: Na
     with hosts.apps(name.port, hosts.apis[1:]):
         eject(hosts, name, "api-1")
         view = hosts.endpoints(name)["api-1"]
-        assert view.breaker == "closed"
+        assert (view.breaker, view.state) == ("closed", "ejected")
         assert 50 < view.ejected_for_seconds <= 90  # with the share that is drawn, outlier.jitter
         out = Records(hosts.sidecar(hosts.web))
         assert {who(hosts.web, name) for _ in range(6)} == {"api-2", "api-3"}
         assert all(len(record.attempts) == 1 for record in out.ended(6))
     assert value(hosts.web, "meshnet_ejections_total") == ejections + 1
     assert value(hosts.web, "meshnet_endpoints", service=f"{name.name}:{name.port}", state="ejected") == 1
+    assert value(hosts.web, "meshnet_endpoints", service=f"{name.name}:{name.port}", state="open") == 0
     process = hosts.sidecar(hosts.web).process
     assert process is not None
     told = rf"{re.escape(hosts.apis[0].address)}:{name.port} of {name.name}:{name.port} is ejected for [6-9]\d s"

@@ -6,6 +6,7 @@ from itertools import chain
 from msgspec import structs
 
 from meshnet.model.admin import (
+    ENDPOINT_STATES,
     CertificateStatus,
     ConfigStatus,
     ConnectionList,
@@ -18,7 +19,7 @@ from meshnet.model.admin import (
 )
 
 _NO_MORE = (0, 0)  # see meshnet.proxy.past.Cursor
-_BREAKERS = ("closed", "half-open", "open")  # the worst last
+_STATES = ("unresolved", *ENDPOINT_STATES)  # the worst last
 _CHECKS = ("", "passing", "panic", "failing")  # the same
 
 
@@ -64,7 +65,7 @@ def parts_of(before: Sequence[int], workers: int) -> list[tuple[int, ...]] | Non
 
 
 def merge_endpoints(lists: Iterable[Sequence[EndpointView]]) -> tuple[EndpointView, ...]:
-    """Connections added up; the breaker as the worker sees it who sees the worst, and how many see that."""
+    """Connections added up; the state as the worker sees it who sees the worst, and how many see that."""
     views: dict[tuple[str, str, str], list[EndpointView]] = {}
     for listed in lists:
         for view in listed:
@@ -76,7 +77,7 @@ def _endpoint(views: Sequence[EndpointView]) -> EndpointView:
     worst = max(
         views,
         key=lambda view: (
-            _BREAKERS.index(view.breaker),
+            _STATES.index(view.state),
             max(view.open_for_seconds, view.ejected_for_seconds),
             view.failures,
         ),
@@ -86,7 +87,7 @@ def _endpoint(views: Sequence[EndpointView]) -> EndpointView:
         connections=sum(view.connections for view in views),
         pending=sum(view.pending for view in views),
         last_error=worst.last_error or next((view.last_error for view in views if view.last_error), ""),
-        workers=sum(view.breaker == worst.breaker for view in views),
+        workers=sum(view.state == worst.state for view in views),
         check=max((view.check for view in views), key=_CHECKS.index),
         check_error=next((view.check_error for view in views if view.check_error), ""),
         dns_problem=next((view.dns_problem for view in views if view.dns_problem), ""),

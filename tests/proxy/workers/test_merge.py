@@ -90,13 +90,15 @@ VIEW = EndpointView(
     failures=0,
 )
 OPEN = replace(VIEW, breaker="open", failures=5, open_for_seconds=3.0, last_error="connect.refused: so")
-PROBING = replace(VIEW, breaker="half-open", failures=5, last_error="connect.refused: once")
+HALF_OPEN = replace(VIEW, breaker="half-open", failures=5, last_error="connect.refused: once")
 
 
 def test_an_endpoint_has_the_connections_of_all_and_the_worst_breaker() -> None:
-    (merged,) = merge_endpoints([[PROBING], [OPEN], [VIEW], [replace(OPEN, open_for_seconds=9.0)]])
+    (merged,) = merge_endpoints([[HALF_OPEN], [OPEN], [VIEW], [replace(OPEN, open_for_seconds=9.0)]])
     assert (merged.connections, merged.pending, merged.breaker, merged.workers) == (8, 4, "open", 2)
     assert (merged.open_for_seconds, merged.last_error) == (9.0, "connect.refused: so")
+    (merged,) = merge_endpoints([[VIEW], [HALF_OPEN], [replace(VIEW, ejected_for_seconds=9.0)]])
+    assert (merged.state, merged.workers) == ("ejected", 1)
     (merged,) = merge_endpoints([[VIEW], [replace(VIEW, last_error="once")]])
     assert (merged.breaker, merged.workers, merged.last_error) == ("closed", 2, "once")
 

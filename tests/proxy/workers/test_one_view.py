@@ -161,7 +161,7 @@ def test_the_breaker_of_each_is_its_own_and_the_worst_is_shown(hosts: Hosts) -> 
     assert (view.breaker, view.workers) == ("open", 1)
     assert value(hosts.web, "meshnet_breaker_state", **labels) == 2
     assert value(hosts.web, "meshnet_endpoints", state="healthy", **labels) == 0
-    assert value(hosts.web, "meshnet_endpoints", state="ejected", **labels) == 1
+    assert value(hosts.web, "meshnet_endpoints", state="open", **labels) == 1
     assert "WORKERS" in sidecar.meshnet("endpoints", "shaky", "-o", "wide")
     wait_for(
         lambda: is_reset(hosts.web, "10.96.0.60", 8090) and sidecar.endpoints("shaky").items[0].workers == 2,
