@@ -1,4 +1,4 @@
-"""Every metric, declared in one place. The hot path adds integers; Prometheus's families are built at the scrape."""
+"""Every metric but those of endpoints. The hot path adds integers; Prometheus's families are built at the scrape."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from meshnet import __version__
-from meshnet.decide.breaker import BreakerState
-from meshnet.decide.outlier import PANIC
 from meshnet.errors import Reason
-from meshnet.model.admin import ENDPOINT_STATES, Family, Sample, endpoint_state
+from meshnet.model.admin import Family, Sample
 from meshnet.model.connection import Direction, Security
 from meshnet.model.identity import short_name
+from meshnet.proxy.endpoint_metrics import endpoint_metrics
 from meshnet.proxy.histogram import CONNECTS, DURATIONS, LAGS, Histogram, family
 from meshnet.proxy.passed import Passed
 from meshnet.proxy.record import Record
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 _MAX_SERIES = 2000  # per sidecar; what comes later is counted in series named "other"
 _MAX_SERVICES = 500  # of which times are told apart, on either side: each is a score of series
 _REPORTERS = {Direction.OUTBOUND: "source", Direction.INBOUND: "destination"}
-_STATES_ALWAYS_TOLD = ("healthy", "ejected", "open")  # the others where there are some, for services are many
-_BREAKER_STATES = {BreakerState.CLOSED: 0, BreakerState.HALF_OPEN: 1, BreakerState.OPEN: 2}
 
 # Istio's names for TCP telemetry, so that its dashboards can be used with a change of prefix.
 _LABELS = (
@@ -335,40 +332,7 @@ def _workload(identity: str) -> tuple[str, str, str]:
 
 def _mesh(state: "ProxyState") -> Iterable[Metric]:
     now = time.monotonic()
-    breakers = GaugeMetricFamily(
-        "meshnet_breaker_state", "0 closed, 1 half-open, 2 open, of endpoints dialled.", labels=["service", "endpoint"]
-    )
-    counts = GaugeMetricFamily("meshnet_endpoints", "Endpoints by state.", labels=["service", "state"])
-    panic = GaugeMetricFamily(
-        "meshnet_service_panic", "1 where doubtful endpoints are used, for want of others.", labels=["service"]
-    )
-    text = "1 while every endpoint of a service fails its checks, and they are used all the same."
-    check_panic = GaugeMetricFamily("meshnet_check_panic", text, labels=["service"])
-    for service in state.snapshot.services:
-        name, states = service.name, dict.fromkeys(ENDPOINT_STATES, 0)
-        for endpoint in service.endpoints:
-            breaker, ejected_for = BreakerState.CLOSED, 0.0
-            if (known := state.endpoints.get(endpoint.address)) is not None:
-                breaker, ejected_for = known.breaker.state(now), max(0.0, known.outcomes.ejected_until - now)
-                if breaker is not BreakerState.CLOSED or len(breakers.samples) < _MAX_SERIES:
-                    breakers.add_metric([name, endpoint.name], _BREAKER_STATES[breaker])
-            states[endpoint_state(breaker, endpoint.weight, ejected_for)] += 1
-        checked = state.checks.failing(service)
-        if checked is not None:
-            failing, is_panic = checked
-            states["healthy"] = max(0, states["healthy"] - failing)
-            counts.add_metric([name, "failing"], failing)
-            check_panic.add_metric([name], float(is_panic))
-        for what, count in states.items():
-            if count or what in _STATES_ALWAYS_TOLD:
-                counts.add_metric([name, what], count)
-        held = state.services.get((service.namespace, service.service))
-        if held is not None:
-            panic.add_metric([name], float(now - held.panicked_at < PANIC))
-    yield breakers
-    yield counts
-    yield panic
-    yield check_panic
+    yield from endpoint_metrics(state, now)
     checks = CounterMetricFamily("meshnet_checks", "Active checks of endpoints.", labels=["result"])
     for result, count in state.checks.counts.items():
         checks.add_metric([result], count)

@@ -10,7 +10,7 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Attempt, Direction
 from meshnet.proxy.state import ProxyState
-from tests.proxy.test_state import a_state, mesh
+from tests.proxy.test_state import a_state, mesh, open_breaker
 
 MOST = 2000
 
@@ -36,7 +36,7 @@ async def test_peers_beyond_the_bound_are_counted_together() -> None:
         assert dropped.value >= 100
 
 
-async def test_of_very_many_endpoints_those_whose_breakers_are_not_closed_are_always_there() -> None:
+async def test_of_very_many_endpoints_those_whose_breakers_are_not_closed_come_first() -> None:
     addresses = [f"10.{number >> 8}.{number & 255}.1" for number in range(MOST + 500)]
     endpoints = ", ".join(f"{{address: {address}}}" for address in addresses)
     text = "apiVersion: meshnet.dev/v1\nkind: Service\nmetadata: {name: db}\n"
@@ -48,10 +48,15 @@ async def test_of_very_many_endpoints_those_whose_breakers_are_not_closed_are_al
         for _ in range(service.traffic.breaker.failures):
             assert known.breaker.admit(1.0)
             known.breaker.failed(1.0, random.Random(1))
-        found = await samples(state, "meshnet_breaker_state")
-        assert len(found) == MOST + 1
-        assert found[-1].labels["endpoint"] == f"{addresses[-1]}:80"
-        assert found[-1].value > 0
+        for name in ("meshnet_breaker_state", "meshnet_endpoint_failures", "meshnet_endpoint_connections"):
+            assert len(await samples(state, name)) == MOST
+        [troubled] = [each for each in await samples(state, "meshnet_breaker_state") if each.value > 0]
+        assert troubled.labels["endpoint"] == f"{addresses[-1]}:80"
+        [failing] = [each for each in await samples(state, "meshnet_endpoint_failures") if each.value > 0]
+        assert failing.labels == troubled.labels
+        for endpoint in service.endpoints:
+            open_breaker(state.endpoint(endpoint, service))
+        assert len(await samples(state, "meshnet_breaker_state")) == MOST
 
 
 async def test_times_of_services_beyond_the_bound_are_counted_together() -> None:

@@ -2,13 +2,15 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
-from meshnet.model.admin import Family, FamilyList, GetMetrics
+from meshnet.model.admin import EndpointView, Family, FamilyList, GetMetrics
 from meshnet.model.connection import Attempt, Connection, Peer, ReasonView, TlsView
 from meshnet_cli.client import ask
+from meshnet_cli.endpoints import COLUMNS
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.programs import Records, accept, converse, is_reset, listen
 
@@ -37,6 +39,9 @@ def rows(title: str) -> list[list[str]]:
 
 METRICS = {name.strip("`"): (kind, labels) for name, kind, labels, _ in rows("Metrics")}
 FIELDS = {name.strip("`"): metric for name, metric, _ in rows("Records")}
+
+
+ENDPOINTS = {column.strip("`"): (field.strip("`"), metric) for column, field, metric, _ in rows("Endpoints")}
 
 
 def full_name(family: Family) -> str:
@@ -69,6 +74,45 @@ def test_what_a_record_counts_or_times_is_a_metric_too(field: msgspec.structs.Fi
 
 def test_a_metric_is_named_by_no_record_that_is_not_there() -> None:
     assert {name for metric in FIELDS.values() for name in re.findall(r"meshnet_\w+", metric)} <= METRICS.keys()
+
+
+def test_every_column_of_endpoints_has_a_row_and_no_other() -> None:
+    assert list(ENDPOINTS) == list(COLUMNS)
+
+
+def test_every_field_of_an_endpoint_is_told() -> None:
+    part = PAGE.partition("\n## Endpoints\n")[2].partition("\n## ")[0]
+    breaker = {"breaker"}  # a part of the state
+    assert {field.encode_name for field in msgspec.structs.fields(EndpointView)} - breaker <= set(
+        re.findall(r"`(\w+)`", part)
+    )
+
+
+SOME = EndpointView(
+    service="api:80",
+    endpoint="10.0.0.1:80",
+    tunnel="none",
+    identity="",
+    weight=1,
+    breaker="closed",
+    connections=0,
+    pending=0,
+    failures=0,
+)
+OTHERS: dict[Any, Any] = {str: "x", int: 7, float: 7.0, float | None: 7.0}
+"""A value of each type that no field of it has."""
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_column_shows_the_field_beside_it_and_a_figure_is_a_metric_too(column: str) -> None:
+    """But for WORKERS, which says how many tell the same."""
+    name, metric = ENDPOINTS[column]
+    (field,) = (each for each in msgspec.structs.fields(EndpointView) if each.encode_name == name)
+    change = {"breaker": "open"} if name == "state" else {field.name: OTHERS[field.type]}
+    assert COLUMNS[column](msgspec.structs.replace(SOME, **change)) != COLUMNS[column](SOME)
+    assert set(re.findall(r"meshnet_\w+", metric)) <= METRICS.keys()
+    if field.type is not str and name != "workers":
+        assert METRICS[metric.strip("`")] == ("gauge", "`service`, `endpoint`")
 
 
 @pytest.mark.netns

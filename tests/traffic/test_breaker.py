@@ -9,7 +9,7 @@ import pytest
 from meshnet.model.admin import EndpointView
 from tests.proxy.metrics import value
 from tests.proxy.programs import Records, read, reason, reset
-from tests.traffic.calls import is_reset, waiting, who
+from tests.traffic.calls import Call, is_reset, waiting, who
 from tests.traffic.conftest import Hosts, Name, access, traffic
 from tests.world import Host, stand_still, wait_for
 
@@ -78,6 +78,30 @@ def test_an_endpoint_that_is_taken_out_and_put_back_finds_its_breaker_as_it_was(
     hosts.write(hosts.service(name, hosts.apis[1:2]), policy)
     hosts.write(hosts.service(name, hosts.apis[:2]), policy)
     assert 0 < breaker(hosts, name, "open").open_for_seconds < 60
+
+
+def test_every_figure_of_an_endpoint_is_a_metric_too(hosts: Hosts, name: Name) -> None:
+    policy = traffic(name, connect=ONCE, breaker={"failures": 2, "openTime": "60s"})
+    hosts.write(hosts.service(name, hosts.apis[:2], weights=[3, 1]), policy)
+    first, second = hosts.apis[:2]
+
+    def told(figure: str, host: Host) -> float:
+        labels = {"service": f"{name.name}:{name.port}", "endpoint": f"{host.address}:{name.port}"}
+        return value(hosts.web, f"meshnet_endpoint_{figure}", **labels)
+
+    with hosts.apps(name.port, [first]), Call(hosts.web, first.address, name.port):
+        assert all(is_reset(hosts.web, second.address, name.port) for _ in range(2))
+        views = hosts.endpoints(name)
+        for host in (first, second):
+            view = views[host.name]
+            assert told("weight", host) == view.weight
+            assert told("connections", host) == view.connections == (host is first)
+            assert told("pending", host) == view.pending == 0
+            assert told("failures", host) == view.failures == (0 if host is first else 2)
+            assert told("open_for_seconds", host) <= view.open_for_seconds + 0.1  # rounded, and before
+            assert told("ejected_for_seconds", host) == view.ejected_for_seconds == 0
+        assert told("open_for_seconds", second) > 30
+        assert told("connect_seconds", first) * 1000 == pytest.approx(views[first.name].connect_ms, abs=0.001)
 
 
 def test_a_failed_probe_opens_it_for_twice_as_long(hosts: Hosts, name: Name) -> None:

@@ -15,6 +15,13 @@ GAUGES: Mapping[str, Callable[[float, float], float]] = {
     "meshnet_tunnel_arriving": operator.add,
     "meshnet_build_info": max,  # 1 each
     "meshnet_breaker_state": max,  # each has breakers of its own: the worst
+    "meshnet_endpoint_weight": max,
+    "meshnet_endpoint_connections": operator.add,
+    "meshnet_endpoint_pending": operator.add,
+    "meshnet_endpoint_failures": max,
+    "meshnet_endpoint_open_for_seconds": max,
+    "meshnet_endpoint_ejected_for_seconds": max,
+    "meshnet_endpoint_connect_seconds": max,
     "meshnet_endpoints": max,  # of healthy ones the fewest
     "meshnet_service_panic": max,
     "meshnet_check_panic": max,
