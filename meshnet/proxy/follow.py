@@ -37,16 +37,18 @@ async def follow(
     apply: Callable[[Snapshot], Awaitable[None]],
     refused: Callable[[ConfigError], Awaitable[None]],
     *,
+    nothing_to_lose: Callable[[], bool] = lambda: True,
     reload: AsyncIterable[object] | None = None,
 ) -> None:
     """Applies the mesh of `directory` now and after every change that matters; runs until cancelled.
 
     The first good state becomes snapshot `version` + 1, and each one after it counts on by one. A bad state is
     refused, once, and the last good one stays: so does it when the directory, or every resource file in it, is gone.
+    Before the first good state, `nothing_to_lose` says whether a directory without files may be one; a thread asks it.
     What comes out of `reload` (a signal receiver or a memory channel) makes it look at once, and refuse again.
     `apply` and `refused` are awaited in the task that runs this, one after the other.
     """
-    follower = _Follower(directory, version, apply, refused)
+    follower = _Follower(directory, version, apply, refused, nothing_to_lose)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_watch, follower)
         if reload is not None:
@@ -60,6 +62,7 @@ class _Follower:
     version: int
     apply: Callable[[Snapshot], Awaitable[None]]
     refused: Callable[[ConfigError], Awaitable[None]]
+    nothing_to_lose: Callable[[], bool]
     current: bytes = b""  # a digest of the mesh in force
     problem: str = ""  # why the state that was read last was refused
     repeat: bool = False  # refuse it again, for somebody asked
@@ -102,8 +105,8 @@ class _Follower:
             await self.apply(snapshot)
 
     def load(self) -> tuple[Snapshot, bytes]:
-        nothing_to_lose = self.current in (b"", _EMPTY)
-        snapshot = load_directory(self.directory, self.version + 1, may_be_empty=nothing_to_lose)
+        may_be_empty = self.current == _EMPTY if self.current else self.nothing_to_lose()
+        snapshot = load_directory(self.directory, self.version + 1, may_be_empty=may_be_empty)
         return snapshot, _digest(encode_snapshot(snapshot))
 
 

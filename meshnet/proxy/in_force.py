@@ -36,7 +36,18 @@ class MeshInForce:
             nursery.start_soon(self._follow_names)
             directory = state.settings.mesh.directory
             reload = self._asking_again(reload)
-            await follow(directory, state.snapshot.version, self._apply, self._refused, reload=reload)
+            await follow(
+                directory,
+                state.snapshot.version,
+                self._apply,
+                self._refused,
+                nothing_to_lose=self._knows_no_mesh,
+                reload=reload,
+            )
+
+    def _knows_no_mesh(self) -> bool:
+        """Whether there was none before the restart: files that are gone since then are no reason for plain text."""
+        return last_good.load(self._state.settings.mesh.last_good, 0) in (None, Snapshot(version=0))
 
     async def _asking_again(self, reload: AsyncIterable[object]) -> AsyncIterator[object]:
         """Who asks to have the files read again means what their names stand for, too."""

@@ -40,7 +40,7 @@ class Watcher:
 
 
 @asynccontextmanager
-async def following(directory: Path, version: int = 0) -> AsyncIterator[Watcher]:
+async def following(directory: Path, version: int = 0, *, nothing_to_lose: bool = True) -> AsyncIterator[Watcher]:
     send, receive = trio.open_memory_channel[tuple[int, list[int]] | str](math.inf)
     ask, asked = trio.open_memory_channel[None](1)
 
@@ -51,7 +51,7 @@ async def following(directory: Path, version: int = 0) -> AsyncIterator[Watcher]
         send.send_nowait(str(error))
 
     async def run() -> None:
-        await follow(str(directory), version, apply, refused, reload=asked)
+        await follow(str(directory), version, apply, refused, nothing_to_lose=lambda: nothing_to_lose, reload=asked)
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
@@ -168,6 +168,18 @@ async def test_losing_every_file_is_no_reason_to_forget_the_mesh(tmp_path: Path)
         assert await watcher.next() == refusal
         (tmp_path / "web.yaml").write_text("# nothing, and meant so\n")
         assert await watcher.next() == (2, [])
+
+
+async def test_nor_is_losing_them_while_nobody_looked(tmp_path: Path) -> None:
+    async with following(tmp_path, nothing_to_lose=False) as watcher:
+        refusal = f"{tmp_path}: no *.yaml file is left (to empty the mesh, leave one without content)"
+        assert await watcher.next() == refusal
+        (tmp_path / "web.yaml").write_text("kind: Nonsense\n")
+        assert "apiVersion" in str(await watcher.next())
+        (tmp_path / "web.yaml").unlink()
+        assert await watcher.next() == refusal
+        (tmp_path / "web.yaml").write_text(SERVICE % 80)
+        assert await watcher.next() == (1, [80])
 
 
 async def test_a_change_behind_a_link_to_elsewhere_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,10 +26,22 @@ def broken(hosts: Hosts) -> Iterator[Path]:
         wait_for(lambda sidecar=sidecar: sidecar.status().ready)
 
 
-def restart(sidecar: Sidecar, broken: Path) -> None:
+@pytest.fixture
+def without_files(hosts: Hosts) -> Iterator[None]:
+    """As of a volume that is not mounted; afterwards they are there again, and in force."""
+    file, aside = hosts.mesh.directory / "mesh.yaml", hosts.world.directory / "aside"
+    file.rename(aside)
+    yield
+    aside.rename(file)
+    for sidecar in hosts.mesh.sidecars.values():
+        wait_for(lambda sidecar=sidecar: not problem_of(sidecar) and sidecar.status().ready)
+
+
+def restart(sidecar: Sidecar, broken: Path | None = None) -> None:
     assert sidecar.process is not None
     sidecar.process.kill()
-    broken.write_text(BROKEN)
+    if broken is not None:
+        broken.write_text(BROKEN)
     sidecar.spawn()
     wait_for(lambda: problem_of(sidecar), what="the files are refused")
 
@@ -44,6 +56,19 @@ def problem_of(sidecar: Sidecar) -> str:
 def test_a_meshed_endpoint_is_still_reached_through_its_tunnel(hosts: Hosts, broken: Path) -> None:
     sidecar = hosts.sidecar(hosts.web)
     restart(sidecar, broken)
+    assert sidecar.status().ready
+    with listen(hosts.api, 8080) as server:
+        out = Records(sidecar)
+        converse(hosts.web.connect(API, 8080), accept(server))
+        converse(hosts.web.connect(hosts.api.address, 8080), accept(server))
+    assert [record.tls.mode for record in out.ended(2)] == [Security.MTLS, Security.MTLS]
+
+
+@pytest.mark.usefixtures("without_files")
+def test_a_meshed_endpoint_is_no_plain_one_because_the_files_are_gone(hosts: Hosts) -> None:
+    sidecar = hosts.sidecar(hosts.web)
+    restart(sidecar)
+    assert "no *.yaml file is left" in problem_of(sidecar)
     assert sidecar.status().ready
     with listen(hosts.api, 8080) as server:
         out = Records(sidecar)
