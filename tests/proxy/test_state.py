@@ -60,8 +60,10 @@ def mesh(version: int, name: str = "api", action: str = "ALLOW", most: int = 1) 
 
 
 @asynccontextmanager
-async def a_state(snapshot: Snapshot, relay: str = "python") -> AsyncIterator[ProxyState]:
-    settings, metrics = Settings(), Metrics()
+async def a_state(
+    snapshot: Snapshot, relay: str = "python", settings: Settings | None = None
+) -> AsyncIterator[ProxyState]:
+    settings, metrics = settings or Settings(), Metrics()
     async with best_relay(relay, 1) as relays:
         with LocalAddresses() as addresses:
             metrics.state = ProxyState(

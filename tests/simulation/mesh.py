@@ -2,11 +2,11 @@
 
 import itertools
 import random
-import socket
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
-from typing import Any, cast
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 import trio
@@ -14,17 +14,11 @@ import trio.testing
 
 from meshnet.codec.mesh import read_mesh
 from meshnet.model.address import Address
-from meshnet.model.connection import Direction
-from meshnet.model.snapshot import Snapshot
-from meshnet.proxy import attempt, outbound
+from meshnet.proxy import attempt, follow
 from meshnet.proxy import record as record_module
-from meshnet.proxy.passed import Passed
-from meshnet.proxy.record import Record
-from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import ProxyState
-from meshnet.proxy.upkeep import Upkeep
-from tests.proxy.test_state import a_state
-from tests.simulation.network import CALLER, CONDITIONS, Network, Pool, Relay, Socket
+from tests.simulation.network import CONDITIONS, Network
+from tests.simulation.sidecar import LOOKED, Files, Observer, Sidecar, meaning
 
 HOSTS = [f"10.1.0.{number}" for number in range(1, 9)]
 MOST = 12  # connections of a sidecar to one service
@@ -47,59 +41,41 @@ spec:
   timeouts: {{maxAge: {age}, maxAgeGrace: 30s, removed: 20s}}
   onEject: {on_eject}
 """
-
-
-class Observer:
-    """How often each record has ended, and why."""
-
-    def __init__(self) -> None:
-        self.ends: Counter[int] = Counter()
-        self.reasons: Counter[str] = Counter()
-        self.records: list[Record] = []
-
-    def ended(self, record: Record) -> None:
-        self.ends[id(record)] += 1
-        self.reasons[str(record.reason)] += 1
-        self.records.append(record)
-
-    def passed(self, passed: Passed) -> None:
-        raise AssertionError("nothing here goes by orders")
+_NO_GOOD = ("kind: Nonsense\n", "spec: [\n", "kind: Service\nspec: {}\n", None)  # None: there are none
 
 
 class Simulation:
     """`story` is what happened, for two runs of one seed to be compared."""
 
-    def __init__(self, seed: int, hours: float) -> None:
+    def __init__(self, seed: int, hours: float, directory: Path, sidecars: int = 2) -> None:
         self.dice = random.Random(seed)
         self.seconds = hours * 3600
         self.network = Network(HOSTS, self.dice)
-        self.states: list[ProxyState] = []
-        self.observers: list[Observer] = []
+        self.files = Files(directory)
+        self.sidecars = [Sidecar(f"sidecar-{n}", self.files, self.network, self.dice) for n in range(sidecars)]
         self.called = 0
+        self.refused = self.restarts = 0  # files that were no good, and sidecars
         self.story: list[tuple[float, str]] = []
         self.endpoints = {"mesh": HOSTS[:5], "plain": HOSTS[5:]}
-        self.version = 0
 
-    async def run(self, stack: AsyncExitStack, sidecars: int = 2) -> None:
-        for number in range(sidecars):
-            state = await stack.enter_async_context(a_state(Snapshot(version=0)))
-            observer, pool, relay = Observer(), Pool(self.network), Relay(self.network)
-            state.registry._observer = observer
-            state.dice = random.Random(self.dice.random())
-            relay.lasts = lambda: self.dice.expovariate(1 / 40)
-            state.relays.available[:] = [cast(Any, relay)]
-            state.pool = cast(Any, pool)
-            self.states.append(state)
-            self.observers.append(observer)
-            await state.apply(self.mesh())
-            self.story.append((trio.current_time(), f"sidecar {number}"))
+    @property
+    def states(self) -> list[ProxyState]:
+        """Of every start of every sidecar."""
+        return [state for sidecar in self.sidecars for state in sidecar.states]
+
+    @property
+    def observers(self) -> list[Observer]:
+        return [sidecar.observer for sidecar in self.sidecars]
+
+    async def run(self) -> None:
+        self.files.write(self.mesh())
         async with trio.open_nursery() as background:
-            for state in self.states:
-                background.start_soon(Upkeep(state).run)
+            for sidecar in self.sidecars:
+                background.start_soon(sidecar.run)
             async with trio.open_nursery() as calls:
                 async with trio.open_nursery() as faults:
-                    for state in self.states:
-                        faults.start_soon(self._call, state, calls, self.seconds, 12.0)
+                    for sidecar in self.sidecars:
+                        faults.start_soon(self._call, sidecar, calls, self.seconds, 12.0)
                     faults.start_soon(self._break)
                     faults.start_soon(self._change)
                 for host in self.network.hosts.values():
@@ -108,9 +84,8 @@ class Simulation:
                 await self._all_works(calls)
             background.cancel_scope.cancel()
 
-    def mesh(self) -> Snapshot:
-        self.version += 1
-        text = "---".join(
+    def mesh(self) -> str:
+        return "---".join(
             _SERVICE.format(
                 name=name,
                 number=number,
@@ -122,27 +97,21 @@ class Simulation:
             )
             for number, (name, hosts) in enumerate(self.endpoints.items(), 1)
         )
-        return read_mesh([("mesh.yaml", text)], self.version)
 
     def _endpoint(self, name: str, host: str) -> str:
         meshed = ", tunnel: meshnet, identity: 'spiffe://local/ns/default/sa/x'" if name == "mesh" else ""
         return f"{{address: {host}, weight: {self.dice.randint(1, 3)}{meshed}}}"
 
-    async def _call(self, state: ProxyState, calls: trio.Nursery, seconds: float, every: float) -> None:
+    async def _call(self, sidecar: Sidecar, calls: trio.Nursery, seconds: float, every: float) -> None:
         until = trio.current_time() + seconds
         while trio.current_time() < until:
             await trio.sleep(self.dice.expovariate(1 / every))
             for _ in range(self.dice.choice([1, 1, 1, 4, 30])):  # a burst now and then
-                calls.start_soon(self._one, state, self.dice.choice(["10.96.0.1", "10.96.0.2"]))
+                calls.start_soon(self._one, sidecar, self.dice.choice(["10.96.0.1", "10.96.0.2"]))
 
-    async def _one(self, state: ProxyState, service: str) -> None:
-        CALLER.set(state)
+    async def _one(self, sidecar: Sidecar, service: str) -> None:
         self.called += 1
-        client = cast(socket.socket, Socket())
-        source = Address("10.0.0.1", 1024 + self.called % 60000)
-        record = state.registry.life(Direction.OUTBOUND, source, client)
-        record.original = Address(service, 80)
-        await outbound.carry_on(record, Before(), state)
+        record = await sidecar.call(service, Address("10.0.0.1", 1024 + self.called % 60000))
         self.story.append((round(trio.current_time(), 6), f"{record.endpoint} {record.reason}"))
 
     async def _break(self) -> None:
@@ -156,26 +125,48 @@ class Simulation:
                 host.die()
 
     async def _change(self) -> None:
-        """Endpoints come and go, policies change; a service may lose all of them for a while."""
+        """Endpoints come and go, policies change; a service may lose all of them for a while. Files are no good now and
+        then, and stay so for a while; sidecars are restarted whatever the files are.
+        """
         until = trio.current_time() + self.seconds
         everybody = {"mesh": HOSTS[:5], "plain": HOSTS[5:]}
         while trio.current_time() < until:
-            await trio.sleep(self.dice.expovariate(1 / 120))
-            for name, hosts in everybody.items():
-                self.endpoints[name] = self.dice.sample(hosts, self.dice.randint(0, len(hosts)))
-            snapshot = self.mesh()
-            for state in self.states:
-                await state.apply(snapshot)
+            await trio.sleep(self.dice.expovariate(1 / 100))
+            is_good = self.dice.random() > 0.2
+            if is_good:
+                for name, hosts in everybody.items():
+                    self.endpoints[name] = self.dice.sample(hosts, self.dice.randint(0, len(hosts)))
+                await self._put_in_force(self.mesh())
+            else:
+                await self._spoil_files()
+            if self.dice.random() < (0.1 if is_good else 0.5):
+                self.restarts += 1
+                await self.dice.choice(self.sidecars).restart()
         self.endpoints = everybody
-        snapshot = self.mesh()
-        for state in self.states:
-            await state.apply(snapshot)
+        await self._put_in_force(self.mesh())
+
+    async def _put_in_force(self, text: str) -> None:
+        self.files.write(text)
+        await trio.sleep(LOOKED)
+        for sidecar in self.sidecars:
+            if meaning(sidecar.state.snapshot) != meaning(read_mesh([("mesh.yaml", text)], 1)):
+                self.network.broken.append(f"{sidecar.name} has another mesh than its files say")
+
+    async def _spoil_files(self) -> None:
+        """What is in force is not touched, so nothing that is open can be."""
+        self.refused += 1
+        before = [sidecar.state.snapshot for sidecar in self.sidecars]
+        self.files.write(self.dice.choice(_NO_GOOD))
+        await trio.sleep(LOOKED)
+        for sidecar, snapshot in zip(self.sidecars, before, strict=True):
+            if sidecar.state.snapshot is not snapshot or not sidecar.state.config_problem:
+                self.network.broken.append(f"{sidecar.name} has taken files that are no good")
 
     async def _all_works(self, calls: trio.Nursery) -> None:
         """A while after the last fault nobody is refused."""
         before = [Counter(observer.reasons) for observer in self.observers]
-        for state in self.states:
-            await self._call(state, calls, 120.0, 20.0)
+        for sidecar in self.sidecars:
+            await self._call(sidecar, calls, 120.0, 20.0)
         await trio.sleep(300)
         late = [observer.reasons - reasons for observer, reasons in zip(self.observers, before, strict=True)]
         told = {reason for reasons in late for reason in reasons}
@@ -187,23 +178,20 @@ class Simulation:
 def simulate(seed: int, hours: float, monkeypatch: pytest.MonkeyPatch) -> Simulation:
     """Runs it to its end in virtual time."""
     clock = trio.testing.MockClock(autojump_threshold=0)
-    simulation = Simulation(seed, hours)
 
     async def at_once(function: Any, *arguments: Any, **_: Any) -> Any:
         return function(*arguments)  # a thread would be in no virtual time
 
-    async def everything() -> None:
-        async with AsyncExitStack() as stack:
-            await simulation.run(stack)
-
-    with monkeypatch.context() as patch:
+    with TemporaryDirectory() as directory, monkeypatch.context() as patch:
+        simulation = Simulation(seed, hours, Path(directory))
         patch.setattr(trio.to_thread, "run_sync", at_once)
         patch.setattr(attempt.sockets, "connect", simulation.network.connect)
+        patch.setattr(follow, "awatch", simulation.files.watch)
         patch.setattr(time, "monotonic", clock.current_time)
         patch.setattr(time, "time", clock.current_time)  # ids are made of it, and ages differ by ids
         patch.setattr(record_module, "_sequence", itertools.count())
         # Trio shuffles which of the tasks that could run is first, and lets tests say how.
         patch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         trio._core._run._r.seed(seed)
-        trio.run(everything, clock=clock)
+        trio.run(simulation.run, clock=clock)
     return simulation

@@ -149,6 +149,9 @@ class Pool:
     def lend(self, _key: object) -> None:
         return None
 
+    def close_idle(self) -> None:
+        """There are none."""
+
 
 class Relay:
     """Moves nothing for as long as a session lasts, or until its endpoint dies or somebody aborts it."""

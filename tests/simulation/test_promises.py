@@ -36,7 +36,9 @@ def test_every_connection_ends_in_exactly_one_record_with_one_reason(simulation:
 
 
 def test_nothing_happens_that_must_never_happen(simulation: Simulation) -> None:
-    """A meshed endpoint in plain text; one whose breaker is open; anything refused long after the last fault."""
+    """A meshed endpoint in plain text; one whose breaker is open; anything refused long after the last fault; a mesh
+    lost by a restart or by files that are no good; a connection reset before its time to drain is over.
+    """
     assert simulation.network.broken == []
 
 
@@ -68,8 +70,10 @@ def test_limits_and_retries_keep_to_their_bounds(simulation: Simulation) -> None
 def test_faults_of_all_kinds_were_met_and_told_by_their_own_reasons(simulation: Simulation) -> None:
     assert len(simulation.network.attempts) >= len(CONDITIONS) - 2  # an hour does not have to bring each of them
     reasons = sum((observer.reasons for observer in simulation.observers), Counter[str]())
-    assert reasons["ok"] > simulation.called / 5
-    assert "internal" not in reasons
+    assert reasons["ok"] > simulation.called / 8
+    assert not {"internal", "config.none"} & reasons.keys()
+    assert simulation.restarts
+    assert simulation.refused
     assert any(state.metrics.ejections for state in simulation.states)
     assert {"peer.rst", "breaker.open", "authz.denied", "no_endpoint", "limit.connections"} <= set(reasons)
 
