@@ -12,7 +12,7 @@ import trio.testing
 from meshnet.proxy.lag import LoopLag
 from tests.world import eventually
 
-STALL = 0.05
+STALL = 0.15
 
 
 def stall_until(condition: Callable[[], object]) -> None:
