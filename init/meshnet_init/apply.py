@@ -108,6 +108,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
             other.delete()
             replaced.append(other.name)
     lack = legacy_lack()
+    unseen = tuple(legacy_tables()) if lack else ()
     return Applied(
         backend=chosen.name,
         changed=changed or routed or bool(replaced),
@@ -116,8 +117,8 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         replaced=tuple(replaced),
         missing_cgroups=missing(plan),
         kept=tuple(kept),
-        unseen=tuple(legacy_tables()) if lack else (),
-        blind=lack.in_words(),
+        unseen=unseen,
+        blind=lack.in_words() if unseen else "",
     )
 
 

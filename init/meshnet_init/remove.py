@@ -107,10 +107,11 @@ def _remove(drain: float, waiting: Callable[[int], object], cut: Callable[[], ob
     for backend in every_backend():
         backend.sweep()
     lack = legacy_lack()
+    unseen = tuple(legacy_tables()) if lack else ()
     return Removed(
         backends=tuple(backend.name for backend, _ in found),
         waited_for=first,
         cut=left,
-        unseen=tuple(legacy_tables()) if lack else (),
-        blind=lack.in_words(),
+        unseen=unseen,
+        blind=lack.in_words() if unseen else "",
     )

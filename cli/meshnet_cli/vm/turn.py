@@ -44,17 +44,21 @@ def hold() -> None:
 
 def taken_by(pid: int) -> CommandError:
     """What to say where another command is in the middle of its work; `pid` is 0 where it cannot be seen."""
-    command = _command(pid)
+    command = f" ({typed})" if (typed := _command(pid)) else ""
     return CommandError(
         "another meshnet command is changing this host",
-        why=f"process {pid}{command and f' ({command})'} has not reached its end yet" if pid else "it cannot be seen",
+        why=f"process {pid}{command} has not reached its end yet" if pid else "which one cannot be seen here",
         fix="the same again, in a minute" + (f"; if it does not end: ps -p {pid}, kill {pid}" if pid else ""),
     )
 
 
 def _holders(inode: int) -> Iterator[int]:
-    """Who has locked that file: proc(5), /proc/locks."""
-    for line in Path("/proc/locks").read_text().splitlines():
+    """Who has locked that file: proc(5), /proc/locks. Nobody where that cannot be seen."""
+    try:
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
         fields = line.split()
         if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}"):
             yield int(fields[4])
