@@ -1,5 +1,7 @@
 """The sidecar in the background, where no init system looks after it: started again when it dies, its output kept.
 
+One that hangs is killed after the time that systemd would give it.
+
 `meshnet up` starts this module as a process of its own; it ends when the sidecar ends in order. It never gives up: the
 rules stay where they are, so without a sidecar nothing of the host works, and a mistake in meshnet.toml can be mended.
 """
@@ -32,6 +34,8 @@ from meshnet_cli.configuration import DEFAULT_CONFIG, read_settings
 from meshnet_cli.keeper_process import KeeperProcess
 from meshnet_cli.main import EXIT_CONFIG
 from meshnet_cli.vm import account
+from meshnet_cli.vm.units import START_TIMEOUT, WATCHDOG
+from meshnet_cli.watchdog import Watchdog
 
 LOG_SIZE, LOG_FILES = 10_000_000, 3
 _LOOK_EVERY = 0.5  # seconds between looks at meshnet.toml meanwhile
@@ -353,22 +357,41 @@ class Supervisor:
                 return code
 
     def _run_once(self) -> int:
-        try:
-            self._child = subprocess.Popen(
-                self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, umask=self._umask
-            )
-        except OSError as error:
-            self._log.error("cannot run %s: %s", self._command[0], error.strerror)
-            return _CANNOT_RUN
-        if self._ending.is_set():  # the signal came while there was nobody to pass it on to
-            self._child.terminate()
-        assert self._child.stdout is not None
-        keeper = threading.Thread(target=self._keep, args=(self._child.stdout,), daemon=True)
-        keeper.start()
-        code = self._child.wait()
+        with Watchdog(START_TIMEOUT, WATCHDOG) as watchdog:
+            try:
+                self._child = subprocess.Popen(
+                    self._command,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    umask=self._umask,
+                    env=os.environ | watchdog.environment(),
+                )
+            except OSError as error:
+                self._log.error("cannot run %s: %s", self._command[0], error.strerror)
+                return _CANNOT_RUN
+            guard = threading.Thread(target=self._guard, args=(watchdog, os.pidfd_open(self._child.pid)), daemon=True)
+            guard.start()
+            if self._ending.is_set():  # the signal came while there was nobody to pass it on to
+                self._child.terminate()
+            assert self._child.stdout is not None
+            keeper = threading.Thread(target=self._keep, args=(self._child.stdout,), daemon=True)
+            keeper.start()
+            code = self._child.wait()
+            guard.join()
         # The workers of one that was killed have its output as long as they drain; nobody waits for that.
         keeper.join(_LAST_WORDS)
         return code
+
+    def _guard(self, watchdog: Watchdog, process: int) -> None:
+        """Kills a sidecar that hangs: nothing less ends one that is stopped."""
+        try:
+            if watchdog.is_silent(process):
+                self._log.error("supervise: the sidecar hangs, or its loop stands still: it is killed")
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it has just ended
+        finally:
+            os.close(process)
 
     def _keep(self, output: IO[bytes]) -> None:
         with output:

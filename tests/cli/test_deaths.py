@@ -11,9 +11,10 @@ from contextlib import contextmanager
 import pytest
 
 from meshnet_cli import lock
+from meshnet_cli.vm.units import WATCHDOG
 from tests.cli.machine import Machine, talk
 from tests.proxy.programs import accept, listen
-from tests.world import Host, wait_for
+from tests.world import Host, stand_still, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -27,6 +28,20 @@ def test_a_killed_sidecar_is_started_again_and_traffic_goes_on(machine: Machine,
         assert talk(client, app)
     assert len(machine.connections()) == 1
     assert "the sidecar ended with -9" in machine.log.read_text()
+
+
+def test_a_sidecar_that_hangs_is_killed_after_the_time_that_systemd_gives_it(machine: Machine, peer: Host) -> None:
+    pid, rules = machine.up().pid, machine.rules()
+    stand_still(pid)
+    again = wait_for(
+        lambda: (status := machine.ready()) and status.pid != pid and status,
+        timeout=3.0 * WATCHDOG,
+        what="another sidecar",
+    )
+    assert "supervise: the sidecar hangs" in machine.log.read_text()
+    assert (machine.rules(), again.pid in machine.programs()) == (rules, True)
+    with listen(peer, 8080) as server, machine.host.connect(peer.address, 8080) as client, accept(server) as app:
+        assert talk(client, app)
 
 
 def test_a_killed_supervisor_is_told_by_up_and_status_with_what_to_type(machine: Machine, peer: Host) -> None:

@@ -1,6 +1,7 @@
 """Who looks after a sidecar, with other programs in the sidecar's place."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from meshnet.errors import CommandError
 from meshnet.model.settings import AdminSection, Settings
 from meshnet_cli import lock, supervise
 from tests.cli.sidecar import ROOT, clean_environment
-from tests.world import wait_for
+from tests.world import stand_still, wait_for
 
 # Runs a supervisor whose sidecar is the Python code of the second argument.
 SUPERVISOR = """
@@ -23,6 +24,7 @@ from meshnet_cli import supervise
 settings = Settings(admin=AdminSection(socket=sys.argv[1]))
 supervise.sidecar_command = lambda settings, config: [sys.argv[5], "-c", sys.argv[2]]
 supervise.LOG_SIZE = int(sys.argv[3])
+supervise.START_TIMEOUT, supervise.WATCHDOG = map(float, sys.argv[6:])
 sys.exit(supervise.Supervisor(settings, sys.argv[4]).run())
 """
 
@@ -41,10 +43,16 @@ def run(settings: Settings, tmp_path: Path) -> Iterator[Run]:
     started = []
 
     def start(
-        sidecar: str, log_size: int = supervise.LOG_SIZE, command: str = sys.executable
+        sidecar: str,
+        log_size: int = supervise.LOG_SIZE,
+        command: str = sys.executable,
+        silence: tuple[float, float] = (supervise.START_TIMEOUT, supervise.WATCHDOG),
     ) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
-            [sys.executable, "-c", SUPERVISOR, settings.admin.socket, sidecar, str(log_size), "meshnet.toml", command],
+            [
+                *(sys.executable, "-c", SUPERVISOR, settings.admin.socket, sidecar, str(log_size)),
+                *("meshnet.toml", command, *map(str, silence)),
+            ],
             cwd=tmp_path,
             env=clean_environment()
             | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "cli", "init"))},
@@ -139,6 +147,38 @@ def test_a_sidecar_that_cannot_be_run_at_all_is_told_in_the_log(run: Run, settin
     assert log.read_text().startswith("cannot run /nowhere/setpriv: No such file or directory\n")
     process.send_signal(signal.SIGTERM)
     assert process.wait(5) == 127
+
+
+# It speaks until its second life, in which it says nothing.
+SPEAKS = """
+import os, pathlib, socket, threading
+lives = pathlib.Path("lives")
+lives.touch()
+lives.write_text(lives.read_text() + ".")
+print("life", len(lives.read_text()), os.getpid(), flush=True)
+every = int(os.environ["WATCHDOG_USEC"]) / 2e6
+speaker = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+speaker.connect(os.environ["NOTIFY_SOCKET"].replace("@", chr(0)))
+while len(lives.read_text()) < 2:
+    speaker.send(b"WATCHDOG=1")
+    print("alive", flush=True)
+    threading.Event().wait(every)
+threading.Event().wait()
+"""
+
+
+def test_a_sidecar_that_is_stopped_or_never_says_a_word_is_killed(run: Run, settings: Settings) -> None:
+    log = supervise.log_file(settings)
+    run(SPEAKS, silence=(5.0, 2.0))
+    wait_for(lambda: log.exists() and log.read_text().count("alive") > 6, what="longer than it may be silent")
+    life = re.search(r"^life 1 (\d+)$", log.read_text(), re.MULTILINE)
+    assert life is not None
+    assert "it is killed" not in log.read_text()
+    stand_still(int(life[1]))
+    says = "supervise: the sidecar"
+    killed = f"{says} hangs, or its loop stands still: it is killed\n{says} ended with -9"
+    wait_for(lambda: f"alive\n{killed}" in log.read_text(), what="that it is killed")
+    wait_for(lambda: log.read_text().count(killed) == 2, timeout=20.0, what="that the second one is killed")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

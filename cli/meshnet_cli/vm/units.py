@@ -23,6 +23,7 @@ USER = "meshnet"
 ENVIRONMENT_FILE = "/etc/default/meshnet"
 XTABLES_LOCK = "/run/xtables.lock"  # iptables(8)
 WATCHDOG = 30  # seconds that trio's loop may stand still
+START_TIMEOUT = 60  # seconds until it says its first word
 REMOVAL_DRAIN = 30  # seconds that captured connections get when the rules' unit is stopped
 _SLACK = 15  # seconds beyond a drain until systemd kills
 _WRITTEN_BY = (
@@ -89,7 +90,7 @@ Group={settings.capture.gid}
 Restart=always
 RestartSec=1
 {slower}WatchdogSec={WATCHDOG}
-TimeoutStartSec=60
+TimeoutStartSec={START_TIMEOUT}
 TimeoutStopSec={round(drain) + _SLACK}
 LimitNOFILE=1048576
 # Its listeners: who connects while it is started again waits, and is not refused.
@@ -153,7 +154,7 @@ Restart=always
 RestartSec=1
 WatchdogSec={WATCHDOG}
 EnvironmentFile=-{ENVIRONMENT_FILE}
-TimeoutStartSec=60
+TimeoutStartSec={START_TIMEOUT}
 TimeoutStopSec={REMOVAL_DRAIN + _SLACK}
 
 # Not root: who is that may ask systemd for anything.
