@@ -19,8 +19,10 @@ from meshnet.proxy import record as record_module
 from meshnet.proxy.state import ProxyState
 from tests.simulation.network import CONDITIONS, Network
 from tests.simulation.sidecar import LOOKED, Files, Observer, Sidecar, meaning
+from tests.simulation.tunnels import IDENTITY
 
 HOSTS = [f"10.1.0.{number}" for number in range(1, 9)]
+MESHED = HOSTS[:5]  # those with a sidecar
 MOST = 12  # connections of a sidecar to one service
 CALM = 900.0  # seconds without faults, after which everything has to work
 
@@ -41,22 +43,33 @@ spec:
   timeouts: {{maxAge: {age}, maxAgeGrace: 30s, removed: 20s}}
   onEject: {on_eject}
 """
+_CLOSED = """---
+apiVersion: meshnet.dev/v1
+kind: AccessPolicy
+metadata: {name: closed}
+spec: {action: DENY, services: [mesh], rules: [{from: {principals: ["spiffe://local/*"]}}]}
+"""
 _NO_GOOD = ("kind: Nonsense\n", "spec: [\n", "kind: Service\nspec: {}\n", None)  # None: there are none
 
 
 class Simulation:
     """`story` is what happened, for two runs of one seed to be compared."""
 
-    def __init__(self, seed: int, hours: float, directory: Path, sidecars: int = 2) -> None:
+    def __init__(self, seed: int, hours: float, directory: Path, callers: int = 2) -> None:
         self.dice = random.Random(seed)
         self.seconds = hours * 3600
         self.network = Network(HOSTS, self.dice)
         self.files = Files(directory)
-        self.sidecars = [Sidecar(f"sidecar-{n}", self.files, self.network, self.dice) for n in range(sidecars)]
+        self.callers = [Sidecar(f"caller-{n}", self.files, self.network, self.dice) for n in range(callers)]
+        self.servers = [Sidecar(f"server-{host}", self.files, self.network, self.dice, host) for host in MESHED]
+        self.sidecars = self.callers + self.servers
+        for host, server in zip(MESHED, self.servers, strict=True):
+            self.network.hosts[host].sidecar = server
+        self.is_closed = False  # policy lets nobody call the service `mesh`
         self.called = 0
         self.refused = self.restarts = 0  # files that were no good, and sidecars
         self.story: list[tuple[float, str]] = []
-        self.endpoints = {"mesh": HOSTS[:5], "plain": HOSTS[5:]}
+        self.endpoints = {"mesh": MESHED, "plain": HOSTS[5:]}
 
     @property
     def states(self) -> list[ProxyState]:
@@ -65,7 +78,8 @@ class Simulation:
 
     @property
     def observers(self) -> list[Observer]:
-        return [sidecar.observer for sidecar in self.sidecars]
+        """Of those who call."""
+        return [caller.observer for caller in self.callers]
 
     async def run(self) -> None:
         self.files.write(self.mesh())
@@ -74,8 +88,8 @@ class Simulation:
                 background.start_soon(sidecar.run)
             async with trio.open_nursery() as calls:
                 async with trio.open_nursery() as faults:
-                    for sidecar in self.sidecars:
-                        faults.start_soon(self._call, sidecar, calls, self.seconds, 12.0)
+                    for caller in self.callers:
+                        faults.start_soon(self._call, caller, calls, self.seconds, 12.0)
                     faults.start_soon(self._break)
                     faults.start_soon(self._change)
                 for host in self.network.hosts.values():
@@ -85,7 +99,7 @@ class Simulation:
             background.cancel_scope.cancel()
 
     def mesh(self) -> str:
-        return "---".join(
+        services = "---".join(
             _SERVICE.format(
                 name=name,
                 number=number,
@@ -97,9 +111,10 @@ class Simulation:
             )
             for number, (name, hosts) in enumerate(self.endpoints.items(), 1)
         )
+        return services + (_CLOSED if self.is_closed else "")
 
     def _endpoint(self, name: str, host: str) -> str:
-        meshed = ", tunnel: meshnet, identity: 'spiffe://local/ns/default/sa/x'" if name == "mesh" else ""
+        meshed = f", tunnel: meshnet, identity: '{IDENTITY}'" if name == "mesh" else ""
         return f"{{address: {host}, weight: {self.dice.randint(1, 3)}{meshed}}}"
 
     async def _call(self, sidecar: Sidecar, calls: trio.Nursery, seconds: float, every: float) -> None:
@@ -121,28 +136,32 @@ class Simulation:
             await trio.sleep(self.dice.expovariate(1 / 40))
             host = self.network.hosts[self.dice.choice(HOSTS)]
             host.become(self.dice.choice(["well"] * 6 + list(CONDITIONS)))
-            if self.dice.random() < 0.3:
-                host.die()
+            match self.dice.randrange(10):
+                case 0 | 1 | 2:
+                    host.die()
+                case 3:
+                    host.cut()
 
     async def _change(self) -> None:
         """Endpoints come and go, policies change; a service may lose all of them for a while. Files are no good now and
         then, and stay so for a while; sidecars are restarted whatever the files are.
         """
         until = trio.current_time() + self.seconds
-        everybody = {"mesh": HOSTS[:5], "plain": HOSTS[5:]}
+        everybody = {"mesh": MESHED, "plain": HOSTS[5:]}
         while trio.current_time() < until:
             await trio.sleep(self.dice.expovariate(1 / 100))
             is_good = self.dice.random() > 0.2
             if is_good:
                 for name, hosts in everybody.items():
                     self.endpoints[name] = self.dice.sample(hosts, self.dice.randint(0, len(hosts)))
+                self.is_closed = self.dice.random() < 0.15
                 await self._put_in_force(self.mesh())
             else:
                 await self._spoil_files()
             if self.dice.random() < (0.1 if is_good else 0.5):
                 self.restarts += 1
                 await self.dice.choice(self.sidecars).restart()
-        self.endpoints = everybody
+        self.endpoints, self.is_closed = everybody, False
         await self._put_in_force(self.mesh())
 
     async def _put_in_force(self, text: str) -> None:
@@ -165,8 +184,8 @@ class Simulation:
     async def _all_works(self, calls: trio.Nursery) -> None:
         """A while after the last fault nobody is refused."""
         before = [Counter(observer.reasons) for observer in self.observers]
-        for sidecar in self.sidecars:
-            await self._call(sidecar, calls, 120.0, 20.0)
+        for caller in self.callers:
+            await self._call(caller, calls, 120.0, 20.0)
         await trio.sleep(300)
         late = [observer.reasons - reasons for observer, reasons in zip(self.observers, before, strict=True)]
         told = {reason for reasons in late for reason in reasons}
@@ -182,7 +201,7 @@ def simulate(seed: int, hours: float, monkeypatch: pytest.MonkeyPatch) -> Simula
     async def at_once(function: Any, *arguments: Any, **_: Any) -> Any:
         return function(*arguments)  # a thread would be in no virtual time
 
-    with TemporaryDirectory() as directory, monkeypatch.context() as patch:
+    with TemporaryDirectory(dir="/dev/shm") as directory, monkeypatch.context() as patch:  # where fsync costs nothing
         simulation = Simulation(seed, hours, Path(directory))
         patch.setattr(trio.to_thread, "run_sync", at_once)
         patch.setattr(attempt.sockets, "connect", simulation.network.connect)

@@ -10,12 +10,12 @@ from typing import Any, cast
 import trio
 from watchfiles import Change
 
-from meshnet.errors import Reason
+from meshnet.errors import EndedBy
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.model.settings import MeshSection, Settings
 from meshnet.model.snapshot import Snapshot
-from meshnet.proxy import outbound
+from meshnet.proxy import inbound, outbound
 from meshnet.proxy import sidecar as real
 from meshnet.proxy.in_force import MeshInForce
 from meshnet.proxy.passed import Passed
@@ -24,7 +24,9 @@ from meshnet.proxy.standing_order import Before
 from meshnet.proxy.state import ProxyState
 from meshnet.proxy.upkeep import Upkeep
 from tests.proxy.test_state import a_state
-from tests.simulation.network import CALLER, Network, Pool, Relay, Socket
+from tests.simulation.network import CALLER, Network, Socket
+from tests.simulation.relay import Relay
+from tests.simulation.tunnels import CREDENTIALS, Channel, Pool
 
 DRAIN = 5.0  # seconds
 LOOKED = 1.0  # seconds after which a change of the files is in force, or refused
@@ -73,12 +75,13 @@ class Files:
 
 
 class Sidecar:
-    """`states` has one for each start of it."""
+    """`states` has one for each start of it. It serves tunnels to applications of `host`, if that is said."""
 
-    def __init__(self, name: str, files: Files, network: Network, dice: random.Random) -> None:
+    def __init__(self, name: str, files: Files, network: Network, dice: random.Random, host: str = "") -> None:
         self.observer = Observer()
         self.states: list[ProxyState] = []
         self.name = name
+        self._host = host
         self._files = files
         self._network = network
         self._dice = dice
@@ -103,6 +106,17 @@ class Sidecar:
         if meaning(self.state.snapshot) != meaning(before):
             self._network.broken.append(f"{self.name} has lost its mesh by a restart; its files: {problem or 'good'}")
 
+    async def is_up(self) -> None:
+        await self._ready.wait()
+
+    def serve(self, channel: Channel) -> None:
+        """The other end of a tunnel."""
+        self._serving.start_soon(self._serve, channel, self.state)
+
+    async def _serve(self, channel: Channel, state: ProxyState) -> None:
+        CALLER.set(state)
+        await inbound.serve_tunnel(cast(Any, channel), Address("10.0.0.1", 1), state)
+
     async def call(self, service: str, source: Address) -> Record:
         await self._ready.wait()
         state = self.state
@@ -124,12 +138,16 @@ class Sidecar:
             relay.lasts = lambda: self._dice.expovariate(1 / 40)
             state.relays.available[:] = [cast(Any, relay)]
             state.pool = cast(Any, pool)
+            state.identity.credentials = CREDENTIALS
+            if self._host:
+                state.addresses = cast(Any, {self._host})
             self.states.append(state)
             looked = trio.Event()
             never, reloads = trio.open_memory_channel[None](0)
             async with never, trio.open_nursery() as nursery:
                 nursery.start_soon(MeshInForce(state, looked.set).run, reloads)
                 nursery.start_soon(Upkeep(state).run)
+                self._serving = nursery
                 await looked.wait()
                 self._ready.set()
                 await self._to_end.wait()
@@ -149,7 +167,7 @@ class Sidecar:
             nursery.start_soon(stop_taking)
             await draining._drain()
         for record in self.observer.records[before:]:
-            if record.reason is Reason.DRAIN and record.ended is not None and record.ended < began + DRAIN:
+            if record.ended_by is EndedBy.DRAIN and record.ended is not None and record.ended < began + DRAIN:
                 self._network.broken.append(f"{self.name} has reset {record.id} before its time to drain was over")
         if state.registry.open:
             self._network.broken.append(f"{self.name} ended with {len(state.registry.open)} connections open")

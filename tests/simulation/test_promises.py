@@ -14,10 +14,10 @@ from meshnet.errors import Reason
 from tests.simulation.mesh import MOST, Simulation, simulate
 from tests.simulation.network import CONDITIONS
 
-HOURS = float(os.environ.get("MESHNET_SIMULATED_HOURS", "3"))
+HOURS = float(os.environ.get("MESHNET_SIMULATED_HOURS", "2"))
 _FIRST = int(os.environ.get("MESHNET_SIMULATED_SEED", "0"))
 _LONGEST = 10.0  # hours of one seed: all its records are kept until it is judged
-SEEDS = range(_FIRST, _FIRST + max(3, math.ceil(HOURS / _LONGEST)))
+SEEDS = range(_FIRST, _FIRST + max(2, math.ceil(HOURS / _LONGEST)))
 
 
 @pytest.fixture(scope="module", params=SEEDS)
@@ -30,14 +30,33 @@ def test_every_connection_ends_in_exactly_one_record_with_one_reason(simulation:
     ends = [each for observer in simulation.observers for each in observer.ends.values()]
     assert sum(len(observer.records) for observer in simulation.observers) == simulation.called
     assert set(ends) == {1}
-    assert sum(state.registry.opened_total for state in simulation.states) == simulation.called
+    called = [state for caller in simulation.callers for state in caller.states]
+    assert sum(state.registry.opened_total for state in called) == simulation.called
     assert all(not state.registry.open for state in simulation.states)
     assert all(record.reason is not None for observer in simulation.observers for record in observer.records)
 
 
+def test_a_lease_is_one_record_at_each_end_of_its_tunnel(simulation: Simulation) -> None:
+    served: Counter[str] = Counter()
+    for server in simulation.servers:
+        assert set(server.observer.ends.values()) <= {1}
+        assert sum(state.registry.opened_total for state in server.states) == len(server.observer.records)
+        served.update(record.id for record in server.observer.records if record.connected is not None)
+    leased = {
+        record.id
+        for observer in simulation.observers
+        for record in observer.records
+        if record.connected is not None and record.service == "mesh:80"
+    }
+    assert len(leased) > simulation.called / 20
+    assert leased <= served.keys()
+    assert set(served.values()) == {1}
+
+
 def test_nothing_happens_that_must_never_happen(simulation: Simulation) -> None:
-    """A meshed endpoint in plain text; one whose breaker is open; anything refused long after the last fault; a mesh
-    lost by a restart or by files that are no good; a connection reset before its time to drain is over.
+    """A meshed endpoint in plain text; one whose breaker is open; an application that policy closes; anything refused
+    long after the last fault; a mesh lost by a restart or by files that are no good; a connection reset before its time
+    to drain is over.
     """
     assert simulation.network.broken == []
 
@@ -76,6 +95,9 @@ def test_faults_of_all_kinds_were_met_and_told_by_their_own_reasons(simulation: 
     assert simulation.refused
     assert any(state.metrics.ejections for state in simulation.states)
     assert {"peer.rst", "breaker.open", "authz.denied", "no_endpoint", "limit.connections"} <= set(reasons)
+    served = sum((server.observer.reasons for server in simulation.servers), Counter[str]())
+    assert "internal" not in served
+    assert {"ok", "authz.denied", "connect.refused", "tunnel.lost"} <= set(served)
 
 
 def test_the_same_seed_is_the_same_run() -> None:
