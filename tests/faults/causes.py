@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+from meshnet.errors import CommandError
 from tests.proxy.peer import TUNNEL_PORT
 from tests.traffic.conftest import Hosts
 from tests.world import Host, Sidecar, wait_for
@@ -72,6 +73,20 @@ def descriptors(sidecar: Sidecar, more: int) -> Iterator[None]:
 
 
 @contextmanager
+def ports(host: Host, first: int, last: int) -> Iterator[None]:
+    """What the host may take for connections of its own."""
+    with host.entered():
+        file = Path("/proc/sys/net/ipv4/ip_local_port_range")
+        before = file.read_text()
+        file.write_text(f"{first} {last}")
+    try:
+        yield
+    finally:
+        with host.entered():
+            file.write_text(before)
+
+
+@contextmanager
 def small_disk(directory: Path) -> Iterator[Path]:
     """The directory, which is made, is one of its own."""
     directory.mkdir()
@@ -123,6 +138,18 @@ def memory(sidecar: Sidecar, more: int) -> Iterator[None]:
     finally:
         if sidecar.process.alive:
             resource.prlimit(pid, resource.RLIMIT_AS, before)
+
+
+def is_over(sidecar: Sidecar) -> bool:
+    return sidecar.process is not None and not sidecar.process.alive
+
+
+def answers(sidecar: Sidecar) -> bool:
+    """It listens for applications, and for operators."""
+    try:
+        return sidecar.status().pid > 0 and sidecar.host.listens(sidecar.settings.proxy.outbound_port)
+    except CommandError:
+        return False
 
 
 def impatient(sidecar: Sidecar) -> None:

@@ -6,12 +6,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from meshnet.errors import CommandError
-from tests.faults.causes import SECRET, memory
+from tests.faults.causes import SECRET, answers, is_over, memory
 from tests.faults.strange import another_host, strange
 from tests.proxy.programs import Records, ask, echo, read, reason, reset
 from tests.traffic.conftest import Hosts, Name, traffic
-from tests.world import Host, Sidecar, wait_for
+from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
 
@@ -75,15 +74,3 @@ def talks(caller: Host, name: Name, stack: ExitStack) -> socket.socket:
     client.sendall(SECRET)
     assert read(client, len(SECRET)) == SECRET
     return client
-
-
-def is_over(sidecar: Sidecar) -> bool:
-    return sidecar.process is not None and not sidecar.process.alive
-
-
-def answers(sidecar: Sidecar) -> bool:
-    """It listens for applications, and for operators."""
-    try:
-        return sidecar.status().pid > 0 and sidecar.host.listens(sidecar.settings.proxy.outbound_port)
-    except CommandError:
-        return False

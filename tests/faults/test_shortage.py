@@ -2,16 +2,15 @@
 
 import select
 import socket
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 import msgspec
 import pytest
 
 from meshnet_cli.check import Findings
 from meshnet_cli.finding import Finding
-from tests.faults.causes import SECRET, descriptors, without_tunnels
+from tests.faults.causes import SECRET, descriptors, ports, without_tunnels
 from tests.faults.conftest import once
 from tests.faults.stream import Stream
 from tests.faults.tracked import full_table
@@ -113,20 +112,6 @@ def test_an_endpoint_whose_sidecar_is_short_of_descriptors_is_left_for_another_a
         for _ in range(4):
             assert ask(hosts.web, name.address, name.port, SECRET) == SECRET
     assert {len(record.attempts) for record in out.ended(8)[4:]} == {1}
-
-
-@contextmanager
-def ports(host: Host, first: int, last: int) -> Iterator[None]:
-    """What the host may take for connections of its own."""
-    with host.entered():
-        file = Path("/proc/sys/net/ipv4/ip_local_port_range")
-        before = file.read_text()
-        file.write_text(f"{first} {last}")
-    try:
-        yield
-    finally:
-        with host.entered():
-            file.write_text(before)
 
 
 def connect_from(host: Host, port: int, name: Name) -> socket.socket:

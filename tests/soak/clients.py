@@ -11,6 +11,7 @@ from typing import Self
 
 from meshnet_cli.demo.world import Host, ProgramFailed
 from tests.soak.judge import Call
+from tests.soak.kind import CACHE_CLIENT, EVERYBODY, GREETERS, LONG_TALK
 from tests.soak.stage import (
     ADDRESSES,
     BULK,
@@ -30,7 +31,6 @@ from tests.traffic import servers
 
 _PAUSE = 0.05  # seconds between a client's calls; longer after one that failed
 _PATIENCE = 20.0  # seconds for a program
-GREETERS = tuple(f"server first {number}" for number in range(1, 5))
 
 
 class Clients:
@@ -42,15 +42,16 @@ class Clients:
         self._enough = threading.Event()
         self._works: dict[str, Callable[[], None]] = {
             "curl": self._curl,
-            "redis": self._redis,
+            CACHE_CLIENT: self._redis,
             "postgres": self._postgres,
             "iperf3": self._iperf3,
             "ssh": self._ssh,
-            "long talk": partial(self._lasting, LongTalk, ECHO),
+            LONG_TALK: partial(self._lasting, LongTalk, ECHO),
             "websocket": partial(self._lasting, Conversation, WEBSOCKET),
         }
         greeting = partial(greet, stage.web, ADDRESSES[GREETER], GREETER)
-        self._works |= dict.fromkeys(GREETERS, greeting)
+        self._works |= dict.fromkeys(sorted(GREETERS), greeting)
+        assert self._works.keys() == EVERYBODY
         self._talks: dict[int, LongTalk | Conversation] = {}
         self._threads = [threading.Thread(target=self._go_on, args=item) for item in self._works.items()]
 

@@ -19,15 +19,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """`excuses`: clients may notice, for its whole time and a little after."""
+    """`excuses`: these clients may notice, for its whole time and a little after."""
 
     what: str
     began: float
     ended: float
-    excuses: bool
+    excuses: frozenset[str] = frozenset()
 
     def explains(self, call: Call) -> bool:
-        return self.excuses and call.began <= self.ended + GRACE and call.ended >= self.began
+        return call.client in self.excuses and call.began <= self.ended + GRACE and call.ended >= self.began
 
 
 def unexplained(calls: Iterable[Call], faults: Sequence[Fault]) -> list[str]:

@@ -13,9 +13,10 @@ from meshnet_cli.demo.world import Host, World, wait_for
 from tests.bench.load import pss
 from tests.faults.books import access_lines, held
 from tests.faults.causes import small_disk
-from tests.soak.clients import GREETERS, Clients
+from tests.soak.clients import Clients
 from tests.soak.faults import Faults
 from tests.soak.judge import idle_clients, summary, unexplained
+from tests.soak.kind import GREETERS
 from tests.soak.stage import GREETER, Stage
 from tests.soak.talk import SECRET
 
@@ -41,12 +42,12 @@ class Usage:
         return cls(pss([pid]), held(pid))
 
 
-def soak(seconds: float, seed: int, tell: Callable[[str], None]) -> Report:
+def soak(seconds: float, seed: int, tell: Callable[[str], None], only: str = "") -> Report:
     """Raises ProgramFailed or TimeoutError when something does not come up, or does not come back."""
     tell(f"seed {seed}")
     with World() as world, small_disk(world.directory / "disk") as disk, Stage(world, disk) as stage:
         with Capture(world.switch, SECRET) as wire:
-            faults = Faults(stage, wire, random.Random(seed), tell)
+            faults = Faults(stage, wire, random.Random(seed), tell, only)
             with Clients(stage) as clients:
                 wait_for(lambda: not idle_clients(clients.calls, clients.names), timeout=60.0, what="all are served")
                 end = time.monotonic() + seconds
@@ -89,7 +90,7 @@ def _account(stage: Stage, host: Host, clients: Clients, faults: Faults) -> Iter
     bugs = [line for line in told if line.reason is not None and line.reason.code == "internal"]
     yield from (f"{host.name}: {line.id} ended by a fault of the sidecar: {line.reason}" for line in bugs)
     if host is stage.web:
-        yield from _greetings(told, clients, faults.started.get(host.name))
+        yield from _greetings(told, clients, faults.sidecars.started.get(host.name))
 
 
 def _greetings(told: list[Connection], clients: Clients, started: tuple[float, float] | None) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Three hosts in a mesh and everything that runs on them: `web` calls, `api` and `twin` serve."""
 
+import itertools
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -21,6 +23,7 @@ from tests.soak.websocket import EchoServer
 from tests.traffic import servers
 
 WEB_SITE, CACHE, DATABASE, BULK, GREETER, ECHO, LOGIN, WEBSOCKET = 8080, 6379, 5432, 5201, 7000, 7001, 2222, 8081
+ODD = 7002  # where a fault itself listens for a while
 DEAD = 9999  # nobody listens
 ADDRESSES = {
     WEB_SITE: "10.96.2.1",
@@ -32,6 +35,7 @@ ADDRESSES = {
     LOGIN: "10.96.2.7",
     WEBSOCKET: "10.96.2.8",
     DEAD: "10.96.2.9",
+    ODD: "10.96.2.10",
 }
 CONTENT = bytes(range(256)) * 8192
 
@@ -64,16 +68,17 @@ class Stage:
         self.cache = self._cache()
         self.bulk = self._bulk()
         _, self.key = servers.sshd(self.api, LOGIN)
-        self.talkers: list[Talker | EchoServer] = [Talker(host, GREETER, greets=True) for host in (self.api, self.twin)]
-        self.talkers.append(Talker(self.api, ECHO, greets=False))
-        self.talkers.append(EchoServer(self.api, WEBSOCKET))
+        self.talkers = {host.name: [Talker(host, GREETER, greets=True)] for host in (self.api, self.twin)}
+        self.talkers[self.api.name].append(Talker(self.api, ECHO, greets=False))
+        self.websockets = EchoServer(self.api, WEBSOCKET)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for talker in self.talkers:
+        for talker in itertools.chain(*self.talkers.values()):
             talker.close()
+        self.websockets.close()
         # By SIGKILL it would leave shared memory behind.
         self.database.popen.send_signal(signal.SIGINT)
         self.database.popen.wait(20)
@@ -90,7 +95,7 @@ class Stage:
         """Another state of the mesh files, which means the same for every call."""
         self.revision += 1
         resources: list[AnyResource] = [self._service(port) for port in ADDRESSES]
-        resources.append(self.mesh.service(f"revision-{self.revision}", [1], []))
+        resources.append(self.mesh.service(f"revision-{self.revision}", [1], [self.api]))
         quick = BreakerSpec(open_time="200ms", max_open_time="500ms")
         names = tuple(resource.metadata.name for resource in resources)
         resources.append(
@@ -101,6 +106,22 @@ class Stage:
             )
         )
         self.mesh.write(*resources)
+
+    def write_nonsense(self) -> None:
+        """In the place of the mesh files, until they are written again."""
+        draft = self.world.directory / "nonsense"
+        draft.write_text("kind: Nonsense\n")
+        draft.replace(self.mesh.directory / "mesh.yaml")
+
+    def wait_until_in_force(self) -> None:
+        """Every sidecar has what was written last."""
+        service = f"revision-{self.revision}"
+
+        def has_it(sidecar: Sidecar) -> bool:
+            return bool(sidecar.endpoints(service).items) and not sidecar.status().config.problem
+
+        for name, sidecar in self.mesh.sidecars.items():
+            wait_for(partial(has_it, sidecar), timeout=20.0, what=f"{service} at {name}")
 
     def keep(self, host: Host) -> None:
         """A keeper puts the rules in, and stays."""

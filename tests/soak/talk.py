@@ -4,27 +4,47 @@ import hashlib
 import socket
 import socketserver
 import threading
+from enum import Enum, auto
 
 from meshnet_cli.demo.world import Host
-from tests.proxy.programs import read
+from tests.proxy.programs import read, reset
+from tests.soak.kind import last
 
 SECRET = b"for the endpoint alone"
 """In all that they say; no frame between hosts may hold it."""
 GREETING = b"220 ready\n"
 SIZE = 16384
 
+_TRICKLE = 64  # bytes of an answer that come one by one
+_BETWEEN = 0.01  # seconds
+_LINGER = 0.5  # seconds
+
+
+class Mood(Enum):
+    """How an application treats who calls it."""
+
+    USUAL = auto()
+    SILENT = auto()  # it reads, and never answers
+    RESETS = auto()  # in the middle of what it has to say
+    TRICKLES = auto()
+    LINGERS = auto()  # its own end comes a while after its client's
+
 
 class Talker:
-    """A thread for each connection, so that one that is stuck keeps nobody waiting."""
+    """A thread for each connection, so that one that is stuck keeps nobody waiting. `mood` may be set at any time."""
 
     def __init__(self, host: Host, port: int, *, greets: bool) -> None:
+        self.mood = Mood.USUAL
+        say, linger = self._say, self._linger
+
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
                 try:
                     if greets:
-                        self.request.sendall(GREETING)
+                        say(self.request, GREETING)
                     while data := self.request.recv(65536):
-                        self.request.sendall(data)
+                        say(self.request, data)
+                    linger()
                 except OSError:
                     pass  # a reset is an end like any other
 
@@ -39,15 +59,36 @@ class Talker:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1})
         self._thread.start()
 
+    def _say(self, client: socket.socket, data: bytes) -> None:
+        match self.mood:
+            case Mood.SILENT:
+                return
+            case Mood.RESETS:
+                client.sendall(data[: len(data) // 2])
+                reset(client)
+                raise ConnectionResetError
+            case Mood.TRICKLES:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                for byte in data[:_TRICKLE]:
+                    client.sendall(bytes([byte]))
+                    last(_BETWEEN)
+                client.sendall(data[_TRICKLE:])
+            case _:
+                client.sendall(data)
+
+    def _linger(self) -> None:
+        if self.mood is Mood.LINGERS:
+            last(_LINGER)
+
     def close(self) -> None:
         self._server.shutdown()
         self._thread.join()
         self._server.server_close()
 
 
-def greet(host: Host, address: str, port: int) -> None:
+def greet(host: Host, address: str, port: int, timeout: float = 5.0) -> None:
     """One short connection to who speaks first. Raises OSError or EOFError."""
-    with host.connect(address, port) as client:
+    with host.connect(address, port, timeout) as client:
         if read(client, len(GREETING)) != GREETING:
             raise EOFError("another greeting")
         client.sendall(SECRET)
