@@ -17,7 +17,8 @@ class Here(Machine):
         self._host, self._then = host, then
 
     def run(self, command: str, *, stdin: str | None = None, code: int | None = 0) -> str:
-        _, _, network = (stdin or "").partition("\nnft ")  # the files of this host are many, and nobody's here
+        # The files of this host are many, and neither they nor its processes are this test's.
+        network = (stdin or "").partition("\nnft ")[2].partition("\npgrep ")[0]
         said = self._host.run("sh", "-c", command, stdin=f"nft {network}").stdout
         self._host.run("sh", "-c", self._then)
         self._then = ""
