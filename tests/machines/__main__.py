@@ -126,6 +126,19 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         settings.two_workers(api)
         traffic.all_programs(web, api)
         settings.one_worker(api)
+    with step("rules by legacy: traffic both ways, then back"), settings.by_legacy(web):
+        cases.need_proofs(web)
+        traffic.need_carried(web, api)
+        traffic.need_carried(api, web)
+        direct.need_alive()
+    with step("by TPROXY in clients' names: traffic both ways, then back"), settings.in_clients_names(api):
+        cases.need_proofs(api)
+        traffic.need_carried(web, api)
+        traffic.need_carried(api, web)
+        traffic.need_client_address(web, api)
+        settings.restart_networkd(api)
+        traffic.need_client_address(web, api)
+        direct.need_alive()
     with step("the state's disk is full: the sidecar goes on, errors are clear"):
         cases.full_disk(api)
     with step("reboot of both"):

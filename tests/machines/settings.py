@@ -1,6 +1,7 @@
 """`meshnet set` on a machine that is in the mesh: what it changes, and the way back where it does not reach its end."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +43,61 @@ def two_workers(machine: Machine) -> None:
 def one_worker(machine: Machine) -> None:
     machine.run("meshnet set --unset proxy.workers && systemctl restart meshnet && meshnet wait")
     state.wait_for_capture(machine)
+
+
+@contextmanager
+def by_legacy(machine: Machine) -> Iterator[None]:
+    """The rules go over to the older tables, and back at the end."""
+    before = state.rule_lines(machine)
+    machine.run("meshnet set capture.backend=legacy && meshnet up")
+    state.wait_for_capture(machine)
+    if state.rule_lines(machine) != state.legacy_rules(machine):
+        raise Failed(f"{machine.name}: rules of its own are elsewhere as well: {state.rule_lines(machine)}")
+    yield
+    machine.run(f"meshnet set capture.backend={machine.backend} && meshnet up")
+    _need_rules(machine, before)
+
+
+@contextmanager
+def in_clients_names(machine: Machine) -> Iterator[None]:
+    """What comes in comes by TPROXY, and goes on from the client's address; at the end by a redirect again."""
+    before = state.rule_lines(machine)
+    said = machine.run("meshnet set capture.inbound_mode=tproxy capture.original_source=true")
+    if "they would not fit the sidecar that runs" not in said:
+        raise Failed(f"{machine.name}: {said}")
+    machine.run("meshnet down && meshnet up")
+    state.wait_for_capture(machine)
+    if not re.search(r"tproxy (ip6? )?to :15106", state.rules(machine)) or len(_routing(machine)) != 2:
+        raise Failed(f"{machine.name}: no TPROXY, or no routes: {state.rules(machine)}{_routing(machine)}")
+    yield
+    machine.run("meshnet set --unset capture.inbound_mode --unset capture.original_source")
+    machine.run("meshnet down && meshnet up")
+    _need_rules(machine, before)
+    if _routing(machine):
+        raise Failed(f"{machine.name}: routes are left: {_routing(machine)}")
+
+
+def restart_networkd(machine: Machine) -> None:
+    """It takes out the routing rules of others. Ours are there again before the keeper's next look by the clock."""
+    before, repairs = _routing(machine), _repairs(machine)
+    machine.run("systemctl restart systemd-networkd")
+    wait_for(lambda: _repairs(machine) > repairs, f"a repair on {machine.name}", timeout=10)
+    if _routing(machine) != before:
+        raise Failed(f"{machine.name}: {_routing(machine)}")
+
+
+def _routing(machine: Machine) -> list[str]:
+    return [line for line in machine.run("ip rule; ip -6 rule").splitlines() if "6700" in line]
+
+
+def _repairs(machine: Machine) -> int:
+    return int(json.loads(machine.run("meshnet status -o json"))["capture"]["keeper"]["repairs"])
+
+
+def _need_rules(machine: Machine, before: str) -> None:
+    state.wait_for_capture(machine)
+    if state.rule_lines(machine) != before:
+        raise Failed(f"{machine.name}: its rules are not those of before: {state.rule_lines(machine)}")
 
 
 def fail_proof(machine: Machine) -> None:

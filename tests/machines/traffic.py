@@ -5,6 +5,7 @@ import re
 import subprocess
 from itertools import product
 
+from tests.machines import state
 from tests.machines.machine import Failed, Machine, wait_for
 
 _BULK = 100_000_000  # bytes
@@ -100,6 +101,25 @@ def all_programs(client: Machine, server: Machine) -> None:
         # What is still on its way when the client has sent the last of it is not counted.
         if said["end"]["sum_received"]["bytes"] < _BULK / 2:
             raise Failed(f"iperf3: {said['end']}")
+
+
+def need_carried(client: Machine, server: Machine) -> None:
+    """All programs again, by both sidecars: each program once at least, by either family."""
+    before = {machine: state.opened(machine) for machine in (client, server)}
+    all_programs(client, server)
+    for machine, count in before.items():
+        if state.opened(machine) - count < 2 * len(PORTS):
+            raise Failed(f"{machine.name} has not carried what {client.name} asked of {server.name}")
+
+
+def need_client_address(client: Machine, server: Machine) -> None:
+    """PostgreSQL at `server` sees it: through a tunnel, and in plain text, as the proxy's group on `client` calls."""
+    for uncaptured in ("", "setpriv --regid=15137 --clear-groups "):
+        for address, own in ((server.address, client.address), (server.address6, client.address6)):
+            before = state.opened(server)
+            said = client.run(f"{uncaptured}psql -qAt -h {address} -U postgres -c 'select host(inet_client_addr())'")
+            if said.strip() != own or state.opened(server) == before:
+                raise Failed(f"{uncaptured}{client.name} at {address} is {said!r} to PostgreSQL, and not {own}")
 
 
 def need_mtls(client: Machine, server: Machine) -> None:
