@@ -11,7 +11,7 @@ from functools import partial
 
 import click
 
-from tests.machines import cases, image, settings, state, traffic
+from tests.machines import cases, container, image, settings, state, traffic
 from tests.machines.machine import Failed, Machine, make_switch, remove_switch
 from tests.machines.steps import Steps
 
@@ -58,6 +58,9 @@ def _story(steps: Steps, web: Machine, api: Machine) -> None:
         for machine in both:
             image.build(machine.suite)
             image.wheels(machine.suite)
+    if container.suite() in (web.suite, api.suite):
+        with step("init/Containerfile: its lines, then rules by each backend"):
+            container.build(cases.checkout())
     with step("boot"):
         _at_once(Machine.boot, *both)
     with step("vagrant/provision.sh on both"):

@@ -32,7 +32,7 @@ spec:
 
 
 def provision(machine: Machine) -> None:
-    machine.push(_checkout(), "/vagrant")
+    machine.push(checkout(), "/vagrant")
     machine.run("sh /vagrant/vagrant/provision.sh")
 
 
@@ -325,7 +325,7 @@ def _drop_in(machine: Machine, line: str) -> Iterator[None]:
     machine.run(f"rm -r {folder} && systemctl daemon-reload")
 
 
-def _checkout() -> bytes:
+def checkout() -> bytes:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as archive:
 
