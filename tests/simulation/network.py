@@ -120,7 +120,7 @@ class Network:
             self.broken.append(f"{address} is meshed, and was dialled in plain text")
         if not local:
             self.is_let_through(address)
-        elif snapshot.policies:  # there is one, which denies
+        elif found is not None and snapshot.policies:  # there is one, which denies the service that it is of
             self.broken.append(f"{address} was called, and policy lets nobody in")
         await self._reach(address, timeout, _OF_TUNNELS if local else frozenset())
         return Socket(address.host)
