@@ -19,4 +19,6 @@ other files have are not here again:
 | who reads the log is stuck, or gone | proxy/test_access_log.py |
 | rules vanish, keepers and supervisors die | proxy/test_capture.py, init/test_keep.py, cli/test_deaths.py |
 | frames by the million, under libFuzzer and hypothesis | relay/native/fuzz_frames.c, tunnel/test_protocol_fuzz.py |
+
+Garbage by the million, on every port: `MESHNET_GARBAGE=10000000 scripts/test --deep tests/faults/test_garbage.py`.
 """

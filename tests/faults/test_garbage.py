@@ -1,75 +1,39 @@
-"""Garbage on every port. MESHNET_GARBAGE says how many pieces of each kind (200); a seed makes them all."""
+"""Garbage on every port, from a seed; and much of it, MESHNET_GARBAGE pieces, when asked for (scripts/test --deep)."""
 
-import errno
 import os
 import random
 import socket
-import ssl
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
-from meshnet.codec import frames
-from meshnet.codec.frames import Open
-from tests.faults.conftest import once
+from tests.faults.conftest import RELAYS, once
+from tests.faults.flood import Flood, parse_frames, parse_requests
+from tests.faults.garbage import (
+    GOOD,
+    REQUESTS,
+    Frames,
+    ports_again_at_once,
+    spoilt,
+    throw,
+    throw_frames,
+    throw_many,
+)
+from tests.faults.strange import another_host, strange
 from tests.proxy.metrics import HEALTH_PORT
-from tests.proxy.peer import TUNNEL_PORT, Peer, credentials, issue
-from tests.proxy.programs import Records, accept, converse, listen
+from tests.proxy.peer import TUNNEL_PORT, credentials, issue
+from tests.proxy.programs import Records, accept, converse, echo, listen
 from tests.traffic.conftest import Hosts, Name
 from tests.world import Host, wait_for
 
 pytestmark = pytest.mark.netns
 
-MANY = int(os.environ.get("MESHNET_GARBAGE", "200"))
-SEED = 20261129
-_RESET = (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN)
-
-
-def client_hello() -> bytes:
-    """A good one."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.set_alpn_protocols(["meshnet/1"])
-    out = ssl.MemoryBIO()
-    with pytest.raises(ssl.SSLWantReadError):
-        context.wrap_bio(ssl.MemoryBIO(), out).do_handshake()
-    return out.read()
-
-
-GOOD = {
-    "bytes": b"",
-    "hello": client_hello(),
-    "http": b"GET /metrics HTTP/1.1\r\nHost: api\r\nContent-Length: 5\r\n\r\nhello",
-    "proxy": b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c\x0a\x4d\x00\x02\x0a\x4d\x00\x03\x1f\x90\x00\x50",
-}
-
-
-def spoilt(good: bytes, dice: random.Random) -> bytes:
-    """Some of its bytes changed, a piece gone, repeated, or more behind it; of nothing: anything."""
-    data = bytearray(good or dice.randbytes(dice.randrange(1, 4000)))
-    for _ in range(dice.randrange(1, 8)):
-        data[dice.randrange(len(data))] = dice.randrange(256)
-    start = dice.randrange(len(data))
-    match dice.randrange(4):
-        case 0:
-            del data[max(1, start) :]
-        case 1:
-            data[start:start] = data[start : start + dice.randrange(64)]
-        case 2:
-            data += dice.randbytes(dice.randrange(600))
-    return bytes(data)
-
-
-def throw(host: Host, address: str, port: int, data: bytes) -> None:
-    """All of it, and an end; until the sidecar has had enough, too."""
-    try:
-        with host.connect(address, port) as client:
-            client.sendall(data)
-            client.shutdown(socket.SHUT_WR)
-            while client.recv(65536):
-                pass
-    except OSError as error:
-        if error.errno not in _RESET:
-            raise  # it holds on to us
+MANY, TUNNELS = 200, 300
+PIECES = int(os.environ.get("MESHNET_GARBAGE", "200000"))
+SEED = int(os.environ.get("MESHNET_GARBAGE_SEED", "20261129"))
+_SAY_EVERY = 5.0  # seconds
 
 
 def opened(hosts: Hosts, host: Host) -> int:
@@ -105,39 +69,79 @@ def test_at_the_health_port(hosts: Hosts, name: Name, kind: str) -> None:
 
 @once
 def test_at_the_admin_socket(hosts: Hosts, name: Name) -> None:
-    dice = random.Random(SEED)
-    good = (b'{"type":"explain","id":"3k2j5h1a"}\n', b'{"type":"conns","recent":60.0,"all":true}\n', b"")
-    for number in range(MANY):
-        with socket.socket(socket.AF_UNIX) as client:
-            client.settimeout(5.0)
-            client.connect(hosts.sidecar(hosts.apis[0]).settings.admin.socket)
-            try:
-                client.sendall(spoilt(good[number % len(good)], dice))
-                client.shutdown(socket.SHUT_WR)
-                while client.recv(65536):
-                    pass
-            except (ConnectionResetError, BrokenPipeError):
-                pass
+    dice, api = random.Random(SEED), hosts.apis[0]
+    requests = [spoilt(REQUESTS[number % len(REQUESTS)], dice) for number in range(MANY)]
+    throw_many(api, socket.AF_UNIX, hosts.sidecar(api).settings.admin.socket, requests)
     still_serves(hosts, name)
 
 
 def test_broken_frames_in_a_tunnel_of_somebody_who_may_have_one(hosts: Hosts, name: Name) -> None:
     dice, api = random.Random(SEED), hosts.apis[0]
-    context = credentials(issue(hosts.mesh, "web")).client
-    asked = frames.encode(Open(host=api.address, port=name.port, source="10.77.0.2:1234", id="3k2j5h1a"))
-    good = asked + b"\x00" * 3
-    with listen(api, name.port) as server:
-        server.settimeout(0)
-        for number in range(MANY // 4):
-            with Peer(hosts.web, api, context) as peer:
-                said = b"".join(spoilt(good if number % 2 else b"", dice) for _ in range(dice.randrange(1, 4)))
-                try:
-                    peer.sock.sendall(said)
-                    peer.sock.settimeout(0.05)
-                    peer.sock.recv(4096)
-                except OSError:
-                    pass
+    context, frames = credentials(issue(hosts.mesh, "web")).client, Frames(api.address, name.port)
+    with echo(api, name.port):
+        for _ in range(TUNNELS):
+            throw_frames(hosts.outside, api, context, frames.some(dice))
     still_serves(hosts, name)
+
+
+def test_a_flood_of_everything_is_told_one_by_one_and_leaves_nothing_behind(hosts: Hosts, name: Name) -> None:
+    with flood(hosts, name) as garbage:
+        for _ in garbage.go_on(1):
+            pass
+    assert garbage.recorded > garbage.thrown.total() / 2
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(0)
+def test_a_great_flood_of_everything_over_sockets(
+    hosts: Hosts, name: Name, relay: str, capfd: pytest.CaptureFixture[str], record_property: Callable[[str, str], None]
+) -> None:
+    pieces = PIECES // len(RELAYS)
+    with capfd.disabled(), flood(hosts, name) as garbage:
+        took = watch(f"relay {relay}, over sockets", pieces, garbage.go_on(pieces))
+    record_property(
+        "measured",
+        f"seed {SEED}: {took}, {garbage.recorded:,} connections with one record each, {garbage.grown} KiB more, "
+        f"descriptors and threads as before; {dict(garbage.thrown)}",
+    )
+
+
+@pytest.mark.deep
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("parse", [parse_frames, parse_requests])
+def test_a_great_flood_in_process(
+    parse: Callable[[int, random.Random], Iterator[int]],
+    capfd: pytest.CaptureFixture[str],
+    record_property: Callable[[str, str], None],
+) -> None:
+    with capfd.disabled():
+        took = watch(parse.__name__, PIECES, parse(PIECES, random.Random(SEED)))
+    record_property("measured", f"seed {SEED}: {took}")
+
+
+@contextmanager
+def flood(hosts: Hosts, name: Name) -> Iterator[Flood]:
+    context = credentials(issue(hosts.mesh, "web")).client
+    with (
+        strange(hosts, another_host(hosts), admin={"memory_mib": 1}) as sidecar,
+        echo(sidecar.host, name.port),
+        ports_again_at_once(hosts.outside),
+        ports_again_at_once(sidecar.host),
+    ):
+        yield Flood(sidecar, hosts.outside, context, name.port, random.Random(SEED))
+
+
+def watch(what: str, pieces: int, counts: Iterable[int]) -> str:
+    """Says now and then how far it is, and at the end how long it took."""
+    began = said = time.monotonic()
+    count = 0
+    print(f"\n{what}: seed {SEED}, {pieces:,} pieces", flush=True)
+    for count in counts:
+        if (now := time.monotonic()) - said > _SAY_EVERY:
+            said = now
+            print(f"{now - began:8.1f} s  {count:,}, {count / (now - began):,.0f} a second", flush=True)
+    seconds = time.monotonic() - began
+    return f"{count:,} pieces in {seconds:.0f} s, {count / seconds:,.0f} a second"
 
 
 def still_serves(hosts: Hosts, name: Name) -> None:
