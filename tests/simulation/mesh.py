@@ -205,7 +205,7 @@ def simulate(seed: int, hours: float, monkeypatch: pytest.MonkeyPatch) -> Simula
         simulation = Simulation(seed, hours, Path(directory))
         patch.setattr(trio.to_thread, "run_sync", at_once)
         patch.setattr(attempt.sockets, "connect", simulation.network.connect)
-        patch.setattr(follow, "awatch", simulation.files.watch)
+        patch.setattr(follow, "Inotify", simulation.files.watch)
         patch.setattr(time, "monotonic", clock.current_time)
         patch.setattr(time, "time", clock.current_time)  # ids are made of it, and ages differ by ids
         patch.setattr(record_module, "_sequence", itertools.count())

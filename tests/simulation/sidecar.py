@@ -3,12 +3,11 @@
 import random
 import socket
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import trio
-from watchfiles import Change
 
 from meshnet.errors import EndedBy
 from meshnet.model.address import Address
@@ -55,7 +54,8 @@ class Files:
     def __init__(self, directory: Path) -> None:
         self.directory = directory / "mesh.d"
         self.directory.mkdir()
-        self._changed = trio.Event()
+        self.changes = 0
+        self.changed = trio.Event()
 
     def write(self, text: str | None) -> None:
         """None: they are gone."""
@@ -64,14 +64,32 @@ class Files:
             file.unlink(missing_ok=True)
         else:
             file.write_text(text)
-        self._changed.set()
-        self._changed = trio.Event()
+        self.changes += 1
+        self.changed.set()
+        self.changed = trio.Event()
 
-    async def watch(self, *_paths: str, **_options: Any) -> Any:
-        """In the place of watchfiles.awatch, whose thread would be in no virtual time."""
-        while True:
-            await self._changed.wait()
-            yield cast(Set[tuple[Change, str]], {"something"})
+    def watch(self, folders: Iterable[str]) -> "Watch":
+        return Watch(self)
+
+
+class Watch:
+    """In the place of Inotify, whose descriptor would be in no virtual time."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self._seen = files.changes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    async def changed(self) -> set[str]:
+        while self._seen == self._files.changes:
+            await self._files.changed.wait()
+        self._seen = self._files.changes
+        return {str(self._files.directory / "mesh.yaml")}
 
 
 class Sidecar:
