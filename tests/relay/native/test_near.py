@@ -115,6 +115,7 @@ async def test_one_that_is_idle_is_beside_nobody(relay: NativeRelay) -> None:
                     buffer = buffer_of(leg)
 
 
+@pytest.mark.unsanitized
 async def test_one_stream_alone_is_left_to_the_kernel_and_the_next_one_once_it_has_ended(relay: NativeRelay) -> None:
     for _ in range(2):
         async with another(relay) as (it, alone, _):
