@@ -86,7 +86,6 @@ static bool fails(const char *name)
 WRAP(ssize_t, -1, recv, (int fd, void *bytes, size_t size, int flags), (fd, bytes, size, flags))
 WRAP(ssize_t, -1, send, (int fd, const void *bytes, size_t size, int flags), (fd, bytes, size, flags))
 WRAP(ssize_t, -1, sendmsg, (int fd, const struct msghdr *message, int flags), (fd, message, flags))
-WRAP(int, -1, epoll_ctl, (int epoll, int what, int fd, struct epoll_event *event), (epoll, what, fd, event))
 WRAP(int, -1, epoll_wait, (int epoll, struct epoll_event *events, int most, int timeout),
      (epoll, events, most, timeout))
 WRAP(int, -1, epoll_create1, (int flags), (flags))
@@ -119,6 +118,15 @@ WRAP(int, returned(), pthread_create,
 WRAP(void *, NULL, malloc, (size_t size), (size))
 WRAP(void *, NULL, calloc, (size_t count, size_t size), (count, size))
 WRAP(void *, NULL, realloc, (void *memory, size_t size), (memory, size))
+
+extern int __real_epoll_ctl(int epoll, int what, int fd, struct epoll_event *event);
+extern int __wrap_epoll_ctl(int epoll, int what, int fd, struct epoll_event *event);
+
+/* To take out what is in fails on no kernel (epoll_ctl(2)), and what is over would go on being told of. */
+int __wrap_epoll_ctl(int epoll, int what, int fd, struct epoll_event *event)
+{
+    return what != EPOLL_CTL_DEL && fails("epoll_ctl") ? -1 : __real_epoll_ctl(epoll, what, fd, event);
+}
 
 extern int __real_fcntl(int fd, int command, ...);
 extern int __wrap_fcntl(int fd, int command, ...);

@@ -333,7 +333,10 @@ async def test_a_call_that_fails_costs_one_connection_at_most(
         calls = min(faults.count(call), MOST)
         assert calls, "the scenario makes no such call"
         seen: set[str] = set()
-        for number in range(1, calls + 2):  # one more, for some are made only where the other side is quick
+        # One more, for some are made only where the other side is quick; and again, if it was not.
+        for number in [*range(1, calls + 2)] * 3:
+            if number == 1 and seen and outcomes <= seen:
+                break
             it.outcomes.clear()
             with trio.fail_after(20 * SLOWNESS):
                 seen.add(await it.go(partial(faults.arm, call, code, number)))
