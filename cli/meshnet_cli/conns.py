@@ -199,14 +199,13 @@ def _print(
         if header:
             click.echo("\n".join(notes))
 
+    items = tuple(shown)
     if output in {"json", "jsonl"}:
-        from meshnet_cli.here import ConnectionsHere, seen_here  # only for those who look
+        from meshnet_cli.here import seen_here  # only for those who look
 
-        here = seen_here(shown)
-        print_as(output, ConnectionsHere(metadata, here), here, name=lambda it: it.id, table=table)
-        return
-    whole = ConnectionList(metadata=metadata, items=tuple(shown))
-    print_as(output, whole, shown, name=lambda connection: connection.id, table=table)
+        items = seen_here(shown)
+    whole = ConnectionList(metadata=metadata, items=items)
+    print_as(output, whole, items, name=lambda connection: connection.id, table=table)
 
 
 def _forgotten(metadata: ConnectionListMetadata, earliest: float | None, *, well: bool) -> Iterator[str]:

@@ -59,10 +59,10 @@ def explain_capture(source: str, target: str, socket_path: str, timeout: float) 
 
     `target` may be a service of the mesh with its port, as the sidecar's tables name it.
     """
-    address = _service_address(target, socket_path, timeout)
-    found = _explained(source, address or target)
+    named = _service_route(target, socket_path, timeout)
+    found = _explained(source, named.target if named else target)
     if found.direction == "outbound":
-        return _routed(found, target if address else found.target, socket_path, timeout)
+        return _to(target, named, found) if named else _routed(found, socket_path, timeout)
     return _admitted(found, socket_path, timeout) if found.source else found
 
 
@@ -127,25 +127,29 @@ def _explained(source: str, target: str) -> CaptureExplanation:
     )
 
 
-def _service_address(target: str, socket_path: str, timeout: float) -> str:
-    """HOST:PORT of the service that `target` names, if it names one. Raises CommandError if that has none."""
+def _service_route(target: str, socket_path: str, timeout: float) -> RouteView | None:
+    """To the address of the service that `target` names, if it names one. Raises CommandError if that has none."""
     if is_address(target.rpartition(":")[0]):
-        return ""
-    try:
-        address = ask(socket_path, ExplainRoute(target=target), RouteView, timeout=timeout).target
-    except CommandError:
-        return ""  # no sidecar runs, or it knows no such service: it may be a name in DNS
-    if not is_address(address.rpartition(":")[0]):
-        why = "its endpoints are reached by their own addresses alone"
-        raise CommandError(f"{target} has no address", why=why, fix="meshnet endpoints lists them", code=2)
-    return address
-
-
-def _routed(found: CaptureExplanation, target: str, socket_path: str, timeout: float) -> CaptureExplanation:
+        return None
     try:
         route = ask(socket_path, ExplainRoute(target=target), RouteView, timeout=timeout)
+    except CommandError:
+        return None  # no sidecar runs, or it knows no such service: it may be a name in DNS
+    if not is_address(route.target.rpartition(":")[0]):
+        why = "its endpoints are reached by their own addresses alone"
+        raise CommandError(f"{target} has no address", why=why, fix="meshnet endpoints lists them", code=2)
+    return route
+
+
+def _routed(found: CaptureExplanation, socket_path: str, timeout: float) -> CaptureExplanation:
+    try:
+        route = ask(socket_path, ExplainRoute(target=found.target), RouteView, timeout=timeout)
     except CommandError as error:
         return _noted(found, f"the sidecar does not say where it would go: {error.what}")
+    return _to(found.target, route, found)
+
+
+def _to(target: str, route: RouteView, found: CaptureExplanation) -> CaptureExplanation:
     return _noted(msgspec.structs.replace(found, route=route), f"whether it is let in there: meshnet ping {target}")
 
 

@@ -6,7 +6,6 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from meshnet.model.address import Address, parse_address
-from meshnet.model.admin import ConnectionListMetadata
 from meshnet.model.connection import Connection, Direction, Shape
 from meshnet.model.uncaptured import ProcessView
 from meshnet.net.sock_diag import TcpInfo
@@ -30,13 +29,6 @@ class ConnectionHere(Connection, frozen=True, kw_only=True):
 
     tcp: TcpView | UnsetType = UNSET
     process: ProcessView | UnsetType = UNSET
-
-
-class ConnectionsHere(Shape, frozen=True):
-    metadata: ConnectionListMetadata
-    items: tuple[ConnectionHere, ...] = ()
-    api_version: str = "meshnet.dev/v1"
-    kind: str = "ConnectionList"
 
 
 def seen_here(connections: Sequence[Connection]) -> tuple[ConnectionHere, ...]:

@@ -10,8 +10,8 @@ from meshnet.model.settings import Settings
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.backends import Backend, Installed, differences
 from meshnet_init.backends.cgroups import missing
-from meshnet_init.choose import Choice, choose_for, every_backend, legacy_lack
-from meshnet_init.host import host_facts, legacy_tables, open_connections
+from meshnet_init.choose import Choice, choose_for, every_backend, unseen_legacy
+from meshnet_init.host import host_facts, open_connections
 from meshnet_init.plan import make_plan
 from meshnet_init.routing import connections_in_clients_names, installed_routing, route, routing_differences
 from meshnet_init.rule import Plan
@@ -107,8 +107,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         else:
             other.delete()
             replaced.append(other.name)
-    lack = legacy_lack()
-    unseen = tuple(legacy_tables()) if lack else ()
+    unseen, blind = unseen_legacy()
     return Applied(
         backend=chosen.name,
         changed=changed or routed or bool(replaced),
@@ -118,7 +117,7 @@ def apply_plan(plan: Plan, chosen: Backend) -> Applied:
         missing_cgroups=missing(plan),
         kept=tuple(kept),
         unseen=unseen,
-        blind=lack.in_words() if unseen else "",
+        blind=blind,
     )
 
 

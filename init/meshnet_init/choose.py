@@ -17,7 +17,7 @@ from meshnet_init.backends.iptables_binaries import by_binaries
 from meshnet_init.backends.nft import NftBackend
 from meshnet_init.backends.python_iptables import by_python_iptables, why_it_does_not_work
 from meshnet_init.backends.scratch import tried_in_scratch
-from meshnet_init.host import host_facts, may_see_legacy_rules
+from meshnet_init.host import host_facts, legacy_tables, may_see_legacy_rules
 from meshnet_init.kind import Kind, kinds
 from meshnet_init.plan import make_plan
 from meshnet_init.render import parts_of
@@ -142,6 +142,13 @@ def every_backend() -> list[Backend]:
 
 def _legacy() -> IptablesBackend | None:
     return (by_python_iptables() or by_binaries("legacy", "legacy")) if may_see_legacy_rules() else None
+
+
+def unseen_legacy() -> tuple[tuple[str, ...], str]:
+    """The legacy tables of the kernel that this process cannot look into, and why, where there are some."""
+    lack = legacy_lack()
+    unseen = tuple(legacy_tables()) if lack else ()
+    return unseen, lack.in_words() if unseen else ""
 
 
 def legacy_lack() -> Lack:

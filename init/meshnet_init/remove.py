@@ -18,8 +18,8 @@ from meshnet.model.capture import StandDown
 from meshnet.net.keeper import tell_keeper
 from meshnet_init.apply import in_kernel
 from meshnet_init.backends import need_right_to_change
-from meshnet_init.choose import every_backend, legacy_lack
-from meshnet_init.host import legacy_tables, open_connections
+from meshnet_init.choose import every_backend, unseen_legacy
+from meshnet_init.host import open_connections
 from meshnet_init.routing import connections_in_clients_names, route
 
 _LOOK_AGAIN = 0.2  # seconds
@@ -106,12 +106,11 @@ def _remove(drain: float, waiting: Callable[[int], object], cut: Callable[[], ob
         route(None)
     for backend in every_backend():
         backend.sweep()
-    lack = legacy_lack()
-    unseen = tuple(legacy_tables()) if lack else ()
+    unseen, blind = unseen_legacy()
     return Removed(
         backends=tuple(backend.name for backend, _ in found),
         waited_for=first,
         cut=left,
         unseen=unseen,
-        blind=lack.in_words() if unseen else "",
+        blind=blind,
     )

@@ -13,6 +13,7 @@ from meshnet_cli.client import ask
 from meshnet_cli.endpoints import COLUMNS
 from tests.proxy.conftest import API, Hosts
 from tests.proxy.programs import Records, accept, converse, is_reset, listen
+from tests.proxy.workers.test_merge import VIEW
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/metrics.md").read_text()
@@ -88,17 +89,6 @@ def test_every_field_of_an_endpoint_is_told() -> None:
     )
 
 
-SOME = EndpointView(
-    service="api:80",
-    endpoint="10.0.0.1:80",
-    tunnel="none",
-    identity="",
-    weight=1,
-    breaker="closed",
-    connections=0,
-    pending=0,
-    failures=0,
-)
 OTHERS: dict[Any, Any] = {str: "x", int: 7, float: 7.0, float | None: 7.0}
 """A value of each type that no field of it has."""
 
@@ -109,7 +99,7 @@ def test_a_column_shows_the_field_beside_it_and_a_figure_is_a_metric_too(column:
     name, metric = ENDPOINTS[column]
     (field,) = (each for each in msgspec.structs.fields(EndpointView) if each.encode_name == name)
     change = {"breaker": "open"} if name == "state" else {field.name: OTHERS[field.type]}
-    assert COLUMNS[column](msgspec.structs.replace(SOME, **change)) != COLUMNS[column](SOME)
+    assert COLUMNS[column](msgspec.structs.replace(VIEW, **change)) != COLUMNS[column](VIEW)
     assert set(re.findall(r"meshnet_\w+", metric)) <= METRICS.keys()
     if field.type is not str and name != "workers":
         assert METRICS[metric.strip("`")] == ("gauge", "`service`, `endpoint`")
