@@ -49,10 +49,10 @@ class RetryBudget:
         self._retries = 0.0
         self._faded_at = 0.0
 
-    def dialled(self, now: float) -> None:
-        """A connection begins to look for its endpoint."""
+    def dialled(self, now: float, count: int = 1) -> None:
+        """So many connections begin to look for their endpoints."""
         self._fade(now)
-        self._connects += 1
+        self._connects += count
 
     def take(self, now: float) -> bool:
         """Whether one more retry is within the budget; if so, it is taken."""

@@ -127,7 +127,7 @@ class OwnAnswers:
         while items := list(islice(listing.connections, _AT_ONCE)):
             for item in items:
                 if isinstance(item, Passed):
-                    pieces.append(item.line())
+                    pieces += item.lines().splitlines()
                     continue
                 is_open = item.reason is None
                 still_open += is_open

@@ -1,6 +1,6 @@
 """Counts of how long something took. To add a value is to add an integer."""
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from prometheus_client.core import HistogramMetricFamily
@@ -23,6 +23,19 @@ class Histogram:
     def add(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
+
+    def add_all(self, microseconds: Iterable[int]) -> None:
+        """So many at once cost a fraction of one by one."""
+        values = sorted(microseconds)
+        self._sum += sum(values) / 1e6
+        below = 0
+        for which, bound in enumerate(self._bounds):
+            if below == len(values):
+                return
+            not_above = bisect_right(values, bound * 1e6, below)
+            self._counts[which] += not_above - below
+            below = not_above
+        self._counts[-1] += len(values) - below
 
     def buckets(self) -> tuple[list[tuple[str, float]], float]:
         """How many are not above each bound, and the sum of all."""

@@ -8,7 +8,7 @@ import select
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -37,16 +37,16 @@ def access_format(setting: str) -> Format:
 
 
 class Ended(Protocol):
-    """A record that will not change any more."""
+    """What will not change any more: a record, or many connections that came and went."""
 
-    def view(self) -> Connection: ...
+    def views(self) -> Iterable[Connection]: ...
 
-    def line(self) -> bytes:
-        """The same in JSON."""
+    def lines(self) -> bytes:
+        """The same in JSON, a line for each."""
 
 
 class AccessLog:
-    """Call it with each ended record. A context manager; what waits is written before it closes.
+    """Call it with all that ends. A context manager; what waits is written before it closes.
 
     Its thread makes the lines, many at a time: that costs half of what it does one by one between other work.
 
@@ -56,10 +56,11 @@ class AccessLog:
     """
 
     def __init__(self, form: Format, descriptor: int = 1, lock: int | None = None) -> None:
-        self._line = _text if form == "text" else _json
+        self._lines = _text if form == "text" else _json
         self._descriptor = descriptor
         self._lock = lock
-        self._waiting: deque[Ended] = deque()
+        self._waiting: deque[tuple[Ended, int]] = deque()
+        self._put = self._taken = 0  # how many lines that was so far
         self._lost = 0  # for want of a place among those that wait
         self._unwritten = 0  # for want of room on a disk
         self._told = 0  # of both
@@ -79,11 +80,13 @@ class AccessLog:
         self._wake.set()
         self._thread.join(timeout=2.0)
 
-    def __call__(self, record: Ended) -> None:
-        if len(self._waiting) >= _WAITING_LINES:
-            self._lost += 1
+    def __call__(self, ended: Ended, count: int = 1) -> None:
+        """`count`: how many connections that is."""
+        if self._put - self._taken >= _WAITING_LINES:
+            self._lost += count
             return
-        self._waiting.append(record)
+        self._put += count
+        self._waiting.append((ended, count))
         if not self._wake.is_set():
             self._wake.set()
 
@@ -93,44 +96,41 @@ class AccessLog:
             self._end.wait(_GATHER)
             if not self._end.is_set():
                 self._wake.clear()
-            lines = []
+            lines: list[bytes] = []  # of one or of many each
             while self._waiting:
-                record = self._waiting.popleft()
+                ended, count = self._waiting.popleft()
+                self._taken += count
                 try:
-                    lines.append(self._line(record) + b"\n")
+                    lines.append(self._lines(ended))
                 except Exception:
                     _log.exception("a record could not be logged")
             try:
-                self._write_counted(lines)
+                self._write_counted(b"".join(lines))
             except OSError:
                 return  # nobody reads any more; the proxy goes on
 
-    def _write_counted(self, lines: list[bytes]) -> None:
-        """And how many were lost before; those that do not go now are."""
-        records = len(lines)
+    def _write_counted(self, text: bytes) -> None:
+        """And how many lines were lost before; those that do not go now are."""
         lost = self._lost + self._unwritten - self._told
-        if lost:
-            lines.append(b'{"kind":"LinesLost","count":%d}\n' % lost)
-        if self._is_torn and lines:
-            lines[0] = b"\n" + lines[0]
-        left = self._write(lines)
-        went = 0
-        while went < len(lines) and left >= len(lines[went]):
-            left -= len(lines[went])
-            went += 1
-        if went == len(lines):
+        told = b'{"kind":"LinesLost","count":%d}\n' % lost if lost else b""
+        end = b"\n" if self._is_torn and (text or told) else b""
+        whole = end + text + told
+        written = self._write(whole)
+        if written:
+            self._is_torn = not whole.endswith(b"\n", 0, written)
+        if written == len(whole):
             self._told += lost
-        self._unwritten += max(0, records - went)
-        self._is_torn = left > 0 or (self._is_torn and not went)
+        else:
+            self._unwritten += whole.count(b"\n", max(written, len(end)), len(whole) - len(told))
 
-    def _write(self, lines: Sequence[bytes]) -> int:
+    def _write(self, text: bytes) -> int:
         """How many bytes went: fewer than there are where the disk is full. Raises OSError."""
         if self._lock is None:
-            return _write_all(self._descriptor, b"".join(lines))
+            return _write_all(self._descriptor, text)
         written = 0
         fcntl.lockf(self._lock, fcntl.LOCK_EX)
         try:
-            for piece in _pieces(lines):
+            for piece in _pieces(text):
                 size = _write_all(self._descriptor, piece)
                 written += size
                 if size < len(piece):
@@ -140,16 +140,15 @@ class AccessLog:
         return written
 
 
-def _pieces(lines: Sequence[bytes]) -> Iterator[bytes]:
+def _pieces(text: bytes) -> Iterator[bytes]:
     """As many whole lines each as a pipe takes at once, or one that is longer."""
-    piece = b""
-    for line in lines:
-        if piece and len(piece) + len(line) > select.PIPE_BUF:
-            yield piece
-            piece = b""
-        piece += line
-    if piece:
-        yield piece
+    at = 0
+    while at < len(text):
+        end = len(text)
+        if end - at > select.PIPE_BUF:
+            end = (text.rfind(b"\n", at, at + select.PIPE_BUF) + 1) or (text.index(b"\n", at) + 1)
+        yield text[at:end]
+        at = end
 
 
 def _write_all(descriptor: int, data: bytes) -> int:
@@ -165,12 +164,15 @@ def _write_all(descriptor: int, data: bytes) -> int:
     return len(data) - len(view)
 
 
-def _json(record: Ended) -> bytes:
-    return record.line()
+def _json(ended: Ended) -> bytes:
+    return ended.lines()
 
 
-def _text(record: Ended) -> bytes:
-    connection = record.view()
+def _text(ended: Ended) -> bytes:
+    return b"".join([_in_words(connection) + b"\n" for connection in ended.views()])
+
+
+def _in_words(connection: Connection) -> bytes:
     reason = connection.reason
     source = connection.source.identity or connection.source.address
     ended = f"{reason.code} by {reason.ended_by} in {reason.phase}" if reason else ""

@@ -124,24 +124,25 @@ class Metrics:
             self._authorized[verdict] = self._authorized.get(verdict, 0) + 1
 
     def passed(self, passed: Passed) -> None:
-        """As `ended`, of one that ended well under an order."""
-        told, facts = passed.told, passed.facts
+        """As `ended`, of those that ended well under an order."""
+        told, count = passed.told, len(passed)
         cell = told.cell
         if cell is None:
             key = _key_of(
                 told.flow.direction, told.source_identity, told.service, told.destination_identity, told.security
             )
             cell = told.cell = self._cell(self._within_bounds(key))
-        cell.opened += 1
-        cell.closed += 1
-        cell.sent += facts.sent
-        cell.received += facts.received
-        cell.service.durations.add(facts.ended - facts.opened)
-        cell.service.connects.add(facts.connected - facts.opened)
+        cell.opened += count
+        cell.closed += count
+        column = passed.rows.column
+        cell.sent += sum(column("sent"))
+        cell.received += sum(column("received"))
+        cell.service.durations.add_all(column("ended"))
+        cell.service.connects.add_all(column("connected"))
         if told.call is not None:
             verdict = ("allow", told.policy)
-            self._authorized[verdict] = self._authorized.get(verdict, 0) + 1
-        self._ordered += 1
+            self._authorized[verdict] = self._authorized.get(verdict, 0) + count
+        self._ordered += count
 
     def handshake(self, milliseconds: float, resumed: bool) -> None:
         self._handshakes.add(milliseconds / 1000)

@@ -84,7 +84,7 @@ class Orders:
         if asking is not None:
             depot = self._state.pool.lend(asking.key)
             assert depot is not None  # as the relay takes orders
-            through = Through(depot, asking.opening(), self._state.registry.id_suffix)
+            through = Through(depot, asking.opening())
         order = StandingOrder(
             state=self._state,
             flow=flow,

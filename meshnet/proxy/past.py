@@ -34,16 +34,18 @@ class Past:
         self._most = most
         self.well, self.failed = _Side(), _Side()
 
-    def keep(self, ended: Ended) -> None:
+    def keep(self, ended: Ended, count: int = 1) -> None:
+        """`count`: how many connections that is."""
         side = self.failed if ended.failed else self.well
         side.fresh.append(ended)
-        if len(side.fresh) >= _BATCH:
+        side.waiting += count
+        if side.waiting >= _BATCH:
             side.pack()
             while self.well.size + self.failed.size > self._most:
                 (self.failed if self.failed.size > self._most // 2 else self.well).forget()
 
     def newest(self, *, well: bool) -> tuple[Iterator[Connection], Cursor]:
-        """What is in no full segment, in the order in which it ended: those that failed, and if `well` the others."""
+        """What is in no full segment, in the order in which we heard of it: what failed, and if `well` the others."""
         sides = [self.failed, self.well] if well else [self.failed]
         views = merge(*(side.newest() for side in sides), key=attrgetter("closed_at"))
         return views, (self.well.open_number if well else 0, self.failed.open_number)
@@ -61,12 +63,14 @@ class Past:
 
 
 class _Side:
-    """`forgotten`: how many are; `since`: when the last of these ended, in seconds since the epoch. `size` in bytes."""
+    """`forgotten`: how many are; `since`: when the last of these ended, in seconds since the epoch. `size` in bytes;
+    `waiting`: how many are `fresh`.
+    """
 
     def __init__(self) -> None:
         self.fresh: list[Ended] = []
         self.segments: deque[Segment] = deque()
-        self.size = self.forgotten = 0
+        self.size = self.forgotten = self.waiting = 0
         self.since = 0.0
         self._first = 1  # the number of the oldest segment
 
@@ -81,9 +85,9 @@ class _Side:
             self.segments.append(Segment())
         segment = self.segments[-1]
         before = segment.size
-        segment.add(self.fresh)
+        segment.add(self.fresh, self.waiting)
         self.size += segment.size - before
-        self.fresh = []
+        self.fresh, self.waiting = [], 0
 
     def forget(self) -> None:
         """The oldest segment."""
@@ -95,7 +99,7 @@ class _Side:
 
     def newest(self) -> Iterator[Connection]:
         """Of this moment, however long somebody takes to go through them."""
-        fresh = (each.view() for each in list(self.fresh))
+        fresh = (view for each in list(self.fresh) for view in each.views())
         grows = self.segments and not self.segments[-1].is_full
         return chain(self.segments[-1].packed().views(), fresh) if grows else fresh
 

@@ -39,7 +39,7 @@ _REFUSALS = (Phase.ACCEPT, Phase.QUEUE)
 def new_id(wall: float) -> str:
     """Eight letters that sort by time: 31 bits of milliseconds (24 days), 9 of a counter.
 
-    The upper half of that counter is for a relay that asks by itself, as relay/native/ask.c does.
+    The upper half of that counter is for a relay that dials by itself, as relay/native/dial.c does.
     """
     number = (int(wall * 1000) & 0x7FFFFFFF) << 9 | next(_sequence) & 0xFF
     return _PAIRS[number >> 30] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023] + _PAIRS[number & 1023]
@@ -324,9 +324,12 @@ class Record:
             id=self.id, direction=self.direction, opened_at=rfc3339(self.opened_at), source=str(self.source)
         )
 
-    def line(self) -> bytes:
+    def views(self) -> list[Connection]:
+        return [self.view()]
+
+    def lines(self) -> bytes:
         """`view` in JSON, as the access log has it."""
-        return msgspec.json.encode(self.view())
+        return msgspec.json.encode(self.view()) + b"\n"
 
 
 def milliseconds(seconds: float) -> float:
@@ -335,8 +338,12 @@ def milliseconds(seconds: float) -> float:
 
 
 def rfc3339(wall: float) -> str:
-    whole = int(wall * 1000)
-    return _second(whole // 1000) + _MILLISECONDS[whole % 1000]
+    return moment(int(wall * 1000))
+
+
+def moment(milliseconds: int) -> str:
+    """As `rfc3339`."""
+    return _second(milliseconds // 1000) + _MILLISECONDS[milliseconds % 1000]
 
 
 @functools.lru_cache(maxsize=64)  # a busy second has many records

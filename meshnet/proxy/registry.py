@@ -33,6 +33,11 @@ class Observer(Protocol):
     def passed(self, passed: Passed) -> None: ...
 
 
+class Log(Protocol):
+    def __call__(self, ended: Record | Passed, count: int = 1) -> None:
+        """`count`: how many connections that is."""
+
+
 class Follower:
     """One reader of events. It never makes the proxy wait: what does not fit is counted, and told in its place."""
 
@@ -73,7 +78,7 @@ class Follower:
 class Listing(NamedTuple):
     """Some connections, and where to go on from; None: these were the last.
 
-    Of one that came and went the view is not made: its line is made in a third of the time.
+    Of those that came and went the views are not made: their lines are made in a fraction of the time.
     """
 
     connections: Iterator[Connection | Passed]
@@ -86,9 +91,7 @@ class Registry:
     Those that have ended are remembered in about `memory` bytes.
     """
 
-    def __init__(
-        self, *, memory: int, observer: Observer, log: Callable[[Record | Passed], None] | None, id_suffix: str = ""
-    ) -> None:
+    def __init__(self, *, memory: int, observer: Observer, log: Log | None, id_suffix: str = "") -> None:
         self.id_suffix = id_suffix
         self.open: dict[int, Record] = {}  # by id(): peers choose the ids of inbound ones, and two may choose the same
         self.past = Past(memory)
@@ -130,7 +133,7 @@ class Registry:
                 record.source_identity,
             )
         if self._followers:
-            self._tell("open", record)
+            self._tell("open", record.view())
 
     def ended(self, record: Record) -> None:
         if self.open.pop(id(record), None) is None:
@@ -147,17 +150,18 @@ class Registry:
         if self._log is not None:
             self._log(record)
         if self._followers:
-            self._tell(_EVENTS.get(record.state, "fail"), record)
+            self._tell(_EVENTS.get(record.state, "fail"), record.view())
 
     def passed(self, passed: Passed) -> None:
-        """As `began` and `ended` of a connection that ended well."""
-        self.opened_total += 1
-        self.past.keep(passed)
+        """As `began` and `ended` of connections that ended well."""
+        self.opened_total += len(passed)
+        self.past.keep(passed, len(passed))
         self._observer.passed(passed)
         if self._log is not None:
-            self._log(passed)
+            self._log(passed, len(passed))
         if self._followers:
-            self._tell("close", passed)
+            for view in passed.views():
+                self._tell("close", view)
 
     async def find(self, connection_id: str) -> list[Connection]:
         """Those with that id, the newest first. More than one: peers choose ids."""
@@ -208,8 +212,8 @@ class Registry:
         for record in list(self.open.values()):
             record.abort(reason, ended_by)
 
-    def _tell(self, event: str, record: Record | Passed) -> None:
-        message = ConnectionEvent(event=event, connection=record.view())
+    def _tell(self, event: str, connection: Connection) -> None:
+        message = ConnectionEvent(event=event, connection=connection)
         for follower in self._followers:
             follower.tell(message)
 

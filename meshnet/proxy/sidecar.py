@@ -78,7 +78,7 @@ async def a_sidecar(
         )
     with ExitStack() as stack:
         log = stack.enter_context(AccessLog(form, lock=log_lock)) if form != "off" else None
-        async with best_relay(settings.proxy.relay, settings.proxy.relay_threads, ticket_secret) as relays:
+        async with best_relay(settings.proxy.relay, settings.proxy.relay_threads, ticket_secret, id_suffix) as relays:
             identity = Identity(settings.identity, relays.tls)
             identity.refresh()
             pool = Pool(

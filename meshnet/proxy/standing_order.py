@@ -13,8 +13,9 @@ from meshnet.model.address import parse_address
 from meshnet.model.connection import Attempt, Direction
 from meshnet.net import sockets
 from meshnet.proxy.passed import Passed, Told
-from meshnet.proxy.record import Record, milliseconds, new_id
+from meshnet.proxy.record import Record, milliseconds
 from meshnet.relay import TUNNEL_CLOSED, Facts, Flow, Order, OrderedLink, Outcome, Target, Watcher
+from meshnet.relay.rows import Rows
 from meshnet.tunnel.client import Key, no_answer, refusal
 
 if TYPE_CHECKING:  # it holds orders
@@ -94,23 +95,21 @@ class StandingOrder:
         return _Carried(self, record, link)
 
     def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
-        """A connection that was over before anybody looked."""
+        """A connection that was over before anybody looked, and of which there is something to say."""
         if facts.undone:
             # The application of this host could not be reached. The usual way is taken, which says so to the peer.
             self._leave(facts)
             self.state.orders.revoke([self])
             return
-        if outcome.reason is not Reason.OK or not facts.connected:
-            self.end(self._record(facts), facts, outcome)
-            return
-        self._dialled(facts)
-        self._leave(facts)
+        self.end(self._record(facts), facts, outcome)
+
+    def passed(self, rows: Rows) -> None:
+        """Connections of which there is not: nearly all of a busy host, so nothing is done for each of them."""
+        if self.held is not None:
+            self.held.budget.dialled(time.monotonic(), len(rows))
         if self.known is not None:
             self.known.resets.in_a_row = 0
-        opened_at = time.time() + facts.opened - time.monotonic()
-        registry = self.state.registry
-        connection_id = facts.id or new_id(opened_at) + registry.id_suffix
-        registry.passed(Passed(self.told, facts, outcome, opened_at, connection_id))
+        self.state.registry.passed(Passed(self.told, rows))
 
     def end(self, record: Record, facts: Facts, outcome: Outcome) -> None:
         self._leave(facts)

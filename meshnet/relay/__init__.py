@@ -13,6 +13,7 @@ from meshnet.errors import EndedBy, Reason
 from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.net.tls import Channel, Depot, Tls
+from meshnet.relay.rows import Rows
 
 SILENCE = 60.0
 """Seconds: a peer that has answered nothing for so long, while bytes wait for it, is gone."""
@@ -152,13 +153,11 @@ class Target(NamedTuple):
 class Through(NamedTuple):
     """The tunnels by which the target is reached, and the OPEN that is said there.
 
-    `opening`: what its payload says before, between and behind the port of the source and the id; an id ends with
-    `id_suffix`.
+    `opening`: what its payload says before, between and behind the port of the source and the id.
     """
 
     depot: Depot
     opening: tuple[bytes, bytes, bytes]
-    id_suffix: str
 
 
 class Facts(NamedTuple):
@@ -227,11 +226,15 @@ class Watcher(Protocol):
 
 
 class Issuer(Protocol):
-    """Who gave an order is told what comes of it, of each connection once: by one of the two."""
+    """Who gave an order is told what comes of it, of each connection once: by one of the three."""
 
     def began(self, link: OrderedLink) -> Watcher: ...
 
-    def came_and_went(self, facts: Facts, outcome: Outcome) -> None: ...
+    def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
+        """One that was over before anybody looked, and of which there is something to say."""
+
+    def passed(self, rows: Rows) -> None:
+        """Those of which there is not: they were connected, and ended well."""
 
 
 class Order(Protocol):

@@ -28,11 +28,15 @@ def serving(wanted: str) -> tuple[str, dict[str, str]]:
 
 
 @asynccontextmanager
-async def best_relay(wanted: str, threads: int, ticket_secret: bytes = b"") -> AsyncIterator[Relays]:
+async def best_relay(
+    wanted: str, threads: int, ticket_secret: bytes = b"", id_suffix: str = ""
+) -> AsyncIterator[Relays]:
     """What `serving` says, running. `threads`: of the Python relay. Raises CommandError: it cannot be had.
 
     `ticket_secret`: of all processes that serve the same ports; the native relay resumes their TLS sessions with it.
+    `id_suffix`: of the ids of connections that it dials by itself.
     """
     name, missing = serving(wanted)
-    async with NativeRelay(ticket_secret) if name == "native" else PythonRelay(threads) as relay:
+    native = NativeRelay(ticket_secret, id_suffix=id_suffix)
+    async with native if name == "native" else PythonRelay(threads) as relay:
         yield Relays([relay], missing)

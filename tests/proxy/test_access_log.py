@@ -45,11 +45,11 @@ class Ended:
 
     connection: Connection = ENDED
 
-    def view(self) -> Connection:
-        return self.connection
+    def views(self) -> list[Connection]:
+        return [self.connection]
 
-    def line(self) -> bytes:
-        return msgspec.json.encode(self.connection)
+    def lines(self) -> bytes:
+        return msgspec.json.encode(self.connection) + b"\n"
 
 
 @pytest.fixture

@@ -34,7 +34,10 @@ def logged() -> list[Record]:
 
 @pytest.fixture
 def registry(observed: Observed, logged: list[Record]) -> Registry:
-    return Registry(memory=1 << 20, observer=observed, log=logged.append)
+    def log(ended: Record, count: int = 1) -> None:
+        logged.append(ended)
+
+    return Registry(memory=1 << 20, observer=observed, log=log)
 
 
 def begin(registry: Registry, connection_id: str, direction: Direction = Direction.OUTBOUND) -> Record:
@@ -77,7 +80,7 @@ def parts(registry: Registry, *, everything: bool, recent: float = 60.0) -> list
     """The ids of all parts. While one is looked at more connections end."""
     listing, found, last = registry.listing(recent=recent, everything=everything), list[str](), ""
     while True:
-        part = [it.view() if isinstance(it, Passed) else it for it in listing.connections]
+        part = [view for it in listing.connections for view in (it.views() if isinstance(it, Passed) else [it])]
         found += [it.id for it in part if not it.id.startswith("later")]
         if listing.before is None:
             return found

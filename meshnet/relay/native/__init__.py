@@ -83,13 +83,14 @@ class NativeRelay:
     name = "native"
     takes_orders = True
 
-    def __init__(self, ticket_secret: bytes = b"", *, silence: float = SILENCE) -> None:
+    def __init__(self, ticket_secret: bytes = b"", *, silence: float = SILENCE, id_suffix: str = "") -> None:
         """`ticket_secret`: of all processes that serve the same ports, so that they resume each other's sessions.
 
-        `silence`: see meshnet.relay.
+        `silence`: see meshnet.relay. `id_suffix`: of the ids that it makes, in which they differ from those of others.
         """
         self._ticket_secret = ticket_secret
         self._silence = silence
+        self._id_suffix = id_suffix
         self._cores: list[Core] = []
         self._tls: NativeTls | None = None
         self._orders: set[NativeOrder] = set()  # in force
@@ -106,7 +107,7 @@ class NativeRelay:
             raise RuntimeError(MISSING.why)
         resets = tuple(reset_payload(reason) for reason in REASONS)
         relay, dialled, accepted = self._cores = [
-            _core.Core(resets, "relay", self._silence),
+            _core.Core(resets, "relay", self._silence, self._id_suffix),
             _core.Core(resets, "handshakes"),
             _core.Core(resets, "handshakes-in"),
         ]
@@ -241,9 +242,14 @@ class _Early:
         link.early_frames.clear()
 
 
-def _pieces(through: Through) -> "tuple[Depot, tuple[bytes, bytes, bytes], str]":
+def lines(rows: bytes, pieces: tuple[bytes, ...]) -> bytes:
+    """What is between the pieces is told by each row: see _core.lines. Where the core is MISSING, there are no rows."""
+    return _core.lines(rows, pieces)
+
+
+def _pieces(through: Through) -> "tuple[Depot, tuple[bytes, bytes, bytes]]":
     assert isinstance(through.depot, NativeDepot)
-    return through.depot.handle, through.opening, through.id_suffix
+    return through.depot.handle, through.opening
 
 
 def _leg(leg: PlainLeg | TunnelLeg) -> "int | Tunnel":

@@ -8,22 +8,7 @@
 
 #include <errno.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
-#include <time.h>
-
-/* As new_id in meshnet/proxy/record.py, with the upper half of the counter. */
-static void make_id(struct core *core, char *id)
-{
-    static const char alphabet[] = "0123456789abcdefghjkmnpqrstvwxyz";
-    struct timespec now;
-    clock_gettime(CLOCK_REALTIME, &now);
-    uint64_t milliseconds = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
-    uint64_t number = (milliseconds & 0x7FFFFFFF) << 9 | 0x100 | (core->asked++ & 0xFF);
-    for (int letter = 0; letter < ORDER_ID; letter++)
-        id[letter] = alphabet[number >> 5 * (ORDER_ID - 1 - letter) & 31];
-    id[ORDER_ID] = 0;
-}
 
 /* Asks for `link`, whose endpoint leg is a tunnel. The link may be over when it returns. */
 void ask(struct link *link)
@@ -32,8 +17,6 @@ void ask(struct link *link)
     struct leg *leg = &link->endpoint;
     struct tunnel *tunnel = leg->tunnel;
     uint8_t frame[FRAME_HEADER + FRAME_MAX_CONTROL];
-    make_id(link->core, link->id);
-    memcpy(link->id + ORDER_ID, order->id_suffix, sizeof order->id_suffix);
     /* As long as nothing is said there is no lease to end. FIN: a RESET of the lease before may still come. */
     tunnel->sent_end = tunnel->received_end = FRAME_FIN;
     leg->in_done = true;

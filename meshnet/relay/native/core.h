@@ -6,6 +6,8 @@
  *   depots.c      and for tunnels that it may lease by itself: Depot
  *   core.c        a thread: its epoll, commands in, news out
  *   listen.c      connections come in: the ones that no order covers are for Python
+ *   passed.c      and for connections under an order that came and went well: many at a time
+ *   lines.c       which it writes into the access log's lines
  *   order.c       what Python has decided about all connections of a kind, until it takes that back
  *   dial.c        a connection under an order: its endpoint is dialled here
  *   young.c       when Python hears of it, if it lives that long
@@ -123,7 +125,6 @@ struct order {
     uint64_t patience; /* nanoseconds for the endpoint to answer */
     struct depot *depot; /* the endpoint is reached through one of these tunnels; NULL: it is dialled */
     struct backlog opening[3]; /* what an OPEN says before, between and behind the source's port and the id */
-    char id_suffix[MAX_ID - ORDER_ID + 1];
     void *object;      /* the Python one, which lives until `order_is_done` */
     /* Guarded by core->lock: */
     bool revoked;
@@ -191,7 +192,7 @@ struct link {
     /* Of a link under an order: */
     struct order *order;
     struct address source;
-    char id[MAX_ID + 1];     /* that goes with its OPEN, or empty */
+    char id[MAX_ID + 1];     /* that comes or goes with its OPEN, or is made here */
     const char *cipher_name; /* of the tunnel, or NULL */
     bool undone;             /* Python has got everything back as it came, and begins anew */
     /* Nanoseconds, CLOCK_MONOTONIC, and 0 before it is so; read by Python at any time. */
@@ -212,6 +213,7 @@ struct link {
 struct core {
     pthread_t thread;
     char name[16]; /* as tools show the thread: pthread_setname_np(3) */
+    char id_suffix[MAX_ID - ORDER_ID + 1]; /* of the ids that are made here */
     int epoll, wake, bell; /* eventfds: commands wait; news wait */
     uint8_t *plain;        /* PLAIN_READ bytes, with room for the first frame's header before them */
     uint8_t *cipher;       /* CIPHER_READ */
@@ -236,7 +238,7 @@ struct core {
     uint64_t silence;                 /* nanoseconds without an answer after which a peer is gone */
     uint64_t gone_due;                /* when links are looked at next for peers that are; 0: there are no links */
     struct news *fresh, **last_fresh; /* of this round */
-    unsigned asked;                   /* OPENs so far */
+    unsigned numbered;                /* ids made so far */
     unsigned unrung;                  /* news since the bell was last rung */
     uint64_t unrung_since;
     bool urgent;                      /* somebody waits for one of them */

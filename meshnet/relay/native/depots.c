@@ -2,7 +2,6 @@
 #include "module.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 PyTypeObject *depot_type;
 
@@ -163,15 +162,14 @@ static PyType_Spec depot_spec = {
     .slots = depot_slots,
 };
 
-/* An order's `through`: None, or (Depot, (before, between, behind), id_suffix). False with an exception set. */
+/* An order's `through`: None, or (Depot, (before, between, behind)). False with an exception set. */
 bool depots_through(PyObject *through, struct order *order, PyObject **depot)
 {
     Py_buffer parts[3];
-    const char *suffix;
     *depot = NULL;
     if (through == Py_None)
         return true;
-    if (!PyArg_ParseTuple(through, "O!(y*y*y*)s", depot_type, depot, &parts[0], &parts[1], &parts[2], &suffix))
+    if (!PyArg_ParseTuple(through, "O!(y*y*y*)", depot_type, depot, &parts[0], &parts[1], &parts[2]))
         return false;
     size_t size = sizeof "65535" + MAX_ID;
     for (int part = 0; part < 3; part++) {
@@ -180,9 +178,8 @@ bool depots_through(PyObject *through, struct order *order, PyObject **depot)
             PyErr_NoMemory();
         PyBuffer_Release(&parts[part]);
     }
-    if (size > FRAME_MAX_CONTROL || strlen(suffix) >= sizeof order->id_suffix)
+    if (size > FRAME_MAX_CONTROL)
         PyErr_SetString(PyExc_ValueError, "an OPEN of that size is none");
-    strncpy(order->id_suffix, suffix, sizeof order->id_suffix - 1);
     order->depot = &((DepotObject *)*depot)->depot;
     if (PyErr_Occurred()) {
         depots_forget(order);

@@ -10,7 +10,9 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/epoll.h>
+#include <time.h>
 #include <unistd.h>
 
 /* Seconds, as meshnet/net/sockets.py has them, and says why. */
@@ -129,9 +131,24 @@ static void hand_back(struct link *link, int error)
     link_end(link);
 }
 
+/* As new_id in meshnet/proxy/record.py, with the upper half of the counter. */
+static void make_id(struct core *core, char *id)
+{
+    static const char alphabet[] = "0123456789abcdefghjkmnpqrstvwxyz";
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    uint64_t milliseconds = (uint64_t)now.tv_sec * 1000 + (uint64_t)now.tv_nsec / 1000000;
+    uint64_t number = (milliseconds & 0x7FFFFFFF) << 9 | 0x100 | (core->numbered++ & 0xFF);
+    for (int letter = 0; letter < ORDER_ID; letter++)
+        id[letter] = alphabet[number >> 5 * (ORDER_ID - 1 - letter) & 31];
+    memcpy(id + ORDER_ID, core->id_suffix, sizeof core->id_suffix);
+}
+
 static void begin(struct link *link, struct order *order, const struct address *source)
 {
     struct core *core = order->core;
+    if (!*link->id)
+        make_id(core, link->id);
     link->order = order;
     link->source = *source;
     link->ended.quiet = true;

@@ -17,19 +17,6 @@ typedef struct {
     bool closing;
 } ListenerObject;
 
-typedef struct {
-    PyObject_HEAD
-    struct order order;
-    PyObject *core;
-    PyObject *depot;
-    PyObject *waiter;
-} OrderObject;
-
-static PyObject *told(PyObject *waiter, enum heard what, PyObject *about)
-{
-    return about ? Py_BuildValue("OiN", waiter, (int)what, about) : NULL;
-}
-
 /* Listener */
 
 PyObject *doors_listen(CoreObject *core, PyObject *arguments)
@@ -133,12 +120,12 @@ PyObject *doors_accepted(struct accepted *accepted)
         close(accepted->fd);
     PyObject *waiter = object_of(accepted->listener)->waiter;
     free(accepted);
-    return told(waiter, HEARD_ACCEPTED, about);
+    return module_told(waiter, HEARD_ACCEPTED, about);
 }
 
 PyObject *doors_stuck(struct listener *listener)
 {
-    return told(object_of(listener)->waiter, HEARD_STUCK, PyLong_FromLong(listener->error));
+    return module_told(object_of(listener)->waiter, HEARD_STUCK, PyLong_FromLong(listener->error));
 }
 
 /* Order */
@@ -223,7 +210,8 @@ static void order_dealloc(PyObject *object)
     module_release(object);
 }
 
-static void let_go_of(struct order *order, unsigned heard)
+/* Python has heard of the end of `heard` of its links. */
+void doors_let_go(struct order *order, unsigned heard)
 {
     OrderObject *object = order->object;
     if (!order_is_done(order, heard))
@@ -240,7 +228,7 @@ static PyObject *order_revoked(PyObject *object, PyObject *none)
     if (!order_revoke(order, &unused))
         Py_RETURN_NONE;
     PyObject *answer = PyLong_FromUnsignedLong(unused);
-    let_go_of(order, 0);
+    doors_let_go(order, 0);
     return answer;
 }
 
@@ -339,7 +327,7 @@ PyObject *doors_begun(struct link *link)
         if (!made->waiter)
             Py_RETURN_NONE;
         Py_INCREF(Py_None);
-        return told(made->waiter, HEARD_CONNECTED, Py_None);
+        return module_told(made->waiter, HEARD_CONNECTED, Py_None);
     }
     pthread_mutex_lock(&link->core->lock);
     bool is_over = link->ended.told;
@@ -355,7 +343,7 @@ PyObject *doors_begun(struct link *link)
     Py_INCREF(made->core);
     link->object = made;
     Py_INCREF((PyObject *)made); /* the core's */
-    return told(order->waiter, HEARD_BEGUN, (PyObject *)made);
+    return module_told(order->waiter, HEARD_BEGUN, (PyObject *)made);
 }
 
 /* One that Python never heard of before. */
@@ -364,9 +352,9 @@ PyObject *doors_ended(struct link *link)
     OrderObject *order = link->order->object;
     PyObject *waiter = order->waiter;
     Py_INCREF(waiter);
-    PyObject *answer = told(waiter, HEARD_ENDED, facts(link, true));
+    PyObject *answer = module_told(waiter, HEARD_ENDED, facts(link, true));
     Py_DECREF(waiter);
-    let_go_of(link->order, 1);
+    doors_let_go(link->order, 1);
     link_free(link);
     return answer;
 }
@@ -374,7 +362,7 @@ PyObject *doors_ended(struct link *link)
 void doors_heard_end(struct link *link)
 {
     if (link->order)
-        let_go_of(link->order, 1);
+        doors_let_go(link->order, 1);
 }
 
 int doors_add(PyObject *module)

@@ -13,7 +13,8 @@ from meshnet.model.address import Address
 from meshnet.model.connection import Direction
 from meshnet.net import sockets
 from meshnet.relay import Facts, Flow, Issuer, Outcome, Watcher
-from meshnet.relay.native.reasons import ABORTED, link_outcome, reset_payload
+from meshnet.relay.native.reasons import ABORTED, ENDED_BY, link_outcome, reset_payload
+from meshnet.relay.rows import Rows
 
 if TYPE_CHECKING:
     from meshnet.relay.native._core import Core, Link
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _DIRECTIONS = tuple(Direction)
 _SERVED = 2
+_PASSED = 6  # of what the core says
 
 
 def direction_of(flow: Flow) -> int:
@@ -97,7 +99,10 @@ class NativeOrder:
         return self.handle.state()
 
     def hear(self, what: int, about: "Link | tuple[Any, ...]") -> None:
-        if isinstance(about, tuple):
+        if what == _PASSED:
+            rows, cipher, ended_by = about  # type: ignore[misc] # as passed.c has them
+            self._issuer.passed(Rows(rows, cipher, ENDED_BY[ended_by]))
+        elif isinstance(about, tuple):
             facts = Facts._make(about)  # as doors.c has them
             outcome = link_outcome(facts.reason, facts.ended_by, facts.error, facts.reset, from_client=self._serves)
             self._issuer.came_and_went(facts, outcome)

@@ -26,6 +26,11 @@ void *module_core_is_closed(void)
     return NULL;
 }
 
+PyObject *module_told(PyObject *waiter, enum heard what, PyObject *about)
+{
+    return about ? Py_BuildValue("OiN", waiter, (int)what, about) : NULL;
+}
+
 /* Core */
 
 static void free_resets(struct core *core)
@@ -60,12 +65,15 @@ static bool take_resets(struct core *core, PyObject *resets)
 
 static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *keywords)
 {
-    static char *names[] = {"resets", "name", "silence", NULL};
+    static char *names[] = {"resets", "name", "silence", "id_suffix", NULL};
     PyObject *resets;
-    const char *name;
+    const char *name, *id_suffix = "";
     double silence = 60;
-    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!s|d", names, &PyTuple_Type, &resets, &name, &silence))
+    if (!PyArg_ParseTupleAndKeywords(arguments, keywords, "O!s|ds", names, &PyTuple_Type, &resets, &name, &silence,
+                                     &id_suffix))
         return NULL;
+    if (strlen(id_suffix) >= sizeof ((CoreObject *)0)->core.id_suffix)
+        return PyErr_Format(PyExc_ValueError, "id_suffix must be at most %d letters", MAX_ID - ORDER_ID);
     PyObject *object = module_allocate(type);
     if (!object)
         return NULL;
@@ -73,6 +81,7 @@ static PyObject *core_new(PyTypeObject *type, PyObject *arguments, PyObject *key
     self->core.bell = -1;
     self->core.silence = (uint64_t)(silence * 1e9);
     strncpy(self->core.name, name, sizeof self->core.name - 1);
+    strncpy(self->core.id_suffix, id_suffix, sizeof self->core.id_suffix - 1);
     if (take_resets(&self->core, resets)) {
         if (!core_open(&self->core)) {
             self->open = true;
@@ -206,13 +215,16 @@ static int add(PyObject *waiters, PyObject *told)
     return error;
 }
 
-static int add_news(PyObject *waiters, struct news *news)
+static int add_news(struct passed *passed, struct news *news)
 {
+    PyObject *waiters = passed->waiters;
     PyObject *waiter;
     struct link *link = news->owner;
     switch (news->kind) {
     case NEWS_LINK_ENDED:
-        return link->object ? add_end(waiters, link->object) : add(waiters, doors_ended(link));
+        if (link->object)
+            return add_end(waiters, link->object);
+        return passed_add(passed, link) ? 0 : add(waiters, doors_ended(link));
     case NEWS_LINK_BEGUN:
         return add(waiters, doors_begun(link));
     case NEWS_ACCEPTED:
@@ -246,15 +258,17 @@ static PyObject *core_news(PyObject *object, PyObject *arguments)
         return NULL;
     struct news *news = core_take_news(&self->core, everything);
     int error = 0;
+    struct passed passed;
+    passed_begin(&passed, waiters);
     while (news) {
         struct news *this = news;
         news = news->next;
         pthread_mutex_lock(&self->core.lock);
         this->told = false;
         pthread_mutex_unlock(&self->core.lock);
-        error |= add_news(waiters, this);
+        error |= add_news(&passed, this);
     }
-    if (error) {
+    if (passed_tell(&passed) | error) {
         Py_DECREF(waiters);
         return NULL;
     }
@@ -340,9 +354,10 @@ static PyMethodDef core_methods[] = {
      "Connections that come in at listeners of that direction from host `source` and were going to `original` are\n"
      "dialled to `target` (both are (host, port)) within `patience` seconds and carried, at most `places` at once.\n"
      "Direction 2 is what the peer with the number `identity` asks for through its tunnels. `through`: None, or\n"
-     "(depot, (before, between, behind), id_suffix): the endpoint is asked for through a tunnel of that depot; the\n"
-     "three pieces of its OPEN are those around the port of the source and the id. `news` has (waiter, 0, Link) for\n"
-     "one that goes on, (its own waiter, 1, None) when its endpoint is up, and (waiter, 2, facts) at its end."},
+     "(depot, (before, between, behind)): the endpoint is asked for through a tunnel of that depot; the three pieces\n"
+     "of its OPEN are those around the port of the source and the id. `news` has (waiter, 0, Link) for one that goes\n"
+     "on, and (its own waiter, 1, None) when its endpoint is up; (waiter, 2, facts) for one that is over, but\n"
+     "(waiter, 6, (rows, cipher, ended_by)) for those that ended well: see meshnet/relay/rows.py."},
     {"suspend_orders", core_suspend_orders, METH_NOARGS,
      "suspend_orders()\n\nNo connection begins under any order there is. Each is still to be revoked."},
     {"depot", core_depot, METH_O,
@@ -358,8 +373,9 @@ static PyMethodDef core_methods[] = {
 };
 
 static PyType_Slot core_slots[] = {
-    {Py_tp_doc, "Core(resets, name, silence=60)\n\nAn epoll thread that moves bytes. `resets`: payloads of RESET\n"
-                "frames, by reason. `silence`: seconds without an answer after which a peer is gone. Raises OSError."},
+    {Py_tp_doc, "Core(resets, name, silence=60, id_suffix='')\n\nAn epoll thread that moves bytes. `resets`: payloads\n"
+                "of RESET frames, by reason. `silence`: seconds without an answer after which a peer is gone.\n"
+                "`id_suffix`: of the ids that it makes. Raises OSError."},
     {Py_tp_new, core_new},
     {Py_tp_dealloc, core_dealloc},
     {Py_tp_methods, core_methods},
@@ -384,6 +400,15 @@ static int add_types(PyObject *module)
     return links_add(module) || doors_add(module) || depots_add(module) ? -1 : handles_add(module);
 }
 
+static PyMethodDef module_methods[] = {
+    {"lines", lines, METH_VARARGS,
+     "lines(rows, pieces) -> bytes\n\n"
+     "A line for each row: the pieces, and between them, in this order, its id, port, milliseconds until it was\n"
+     "connected, bytes sent and received, when it was opened and closed (RFC 3339), milliseconds that it lasted,\n"
+     "until it was connected, and since anything moved."},
+    {NULL, NULL, 0, NULL},
+};
+
 static PyModuleDef_Slot module_slots[] = {
     {Py_mod_exec, add_types},
     {0, NULL},
@@ -393,6 +418,7 @@ static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
     .m_name = "_core",
     .m_doc = "The native relay's thread, written in C.",
+    .m_methods = module_methods,
     .m_slots = module_slots,
 };
 

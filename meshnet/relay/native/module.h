@@ -34,7 +34,21 @@ typedef struct {
 } LinkObject;
 
 /* Of what Core.news says beside waiters. Keep in step with Heard in __init__.py. */
-enum heard { HEARD_BEGUN, HEARD_CONNECTED, HEARD_ENDED, HEARD_ACCEPTED, HEARD_STUCK, HEARD_BACK };
+enum heard { HEARD_BEGUN, HEARD_CONNECTED, HEARD_ENDED, HEARD_ACCEPTED, HEARD_STUCK, HEARD_BACK, HEARD_PASSED };
+
+typedef struct OrderObject {
+    PyObject_HEAD
+    struct order order;
+    PyObject *core;
+    PyObject *depot;
+    PyObject *waiter;
+    /* Of those of its links that `passed_add` has taken and `passed_tell` not told: what they have in common. */
+    struct backlog rows;
+    const char *cipher;
+    enum ended_by ended_by;
+    bool has_passed;
+    struct OrderObject *next_passed;
+} OrderObject;
 
 typedef struct {
     PyObject_HEAD
@@ -49,6 +63,8 @@ PyObject *module_allocate(PyTypeObject *type);
 void module_release(PyObject *object);
 /* NULL with an exception set. */
 void *module_core_is_closed(void);
+/* Consumes `about`; NULL if that is. */
+PyObject *module_told(PyObject *waiter, enum heard what, PyObject *about);
 
 int links_add(PyObject *module);
 
@@ -65,6 +81,31 @@ PyObject *doors_ended(struct link *link);
 PyObject *doors_accepted(struct accepted *accepted);
 PyObject *doors_stuck(struct listener *listener);
 void doors_heard_end(struct link *link);
+void doors_let_go(struct order *order, unsigned heard);
+
+/* Of one call of Core.news. */
+struct passed {
+    PyObject *waiters;
+    OrderObject *orders, **last;
+    int64_t epoch; /* nanoseconds from CLOCK_MONOTONIC to CLOCK_REALTIME */
+    int error;
+};
+
+/* Keep in step with ROW in meshnet/relay/rows.py. Times in microseconds. */
+struct row {
+    char id[MAX_ID + 1];
+    int64_t opened; /* since the epoch */
+    uint32_t connected, ended; /* since then */
+    uint32_t idle; /* since its last byte or FIN, when it ended */
+    uint16_t port, none;
+    uint64_t sent, received;
+};
+
+void passed_begin(struct passed *passed, PyObject *waiters);
+bool passed_add(struct passed *passed, struct link *link);
+int passed_tell(struct passed *passed);
+
+PyObject *lines(PyObject *module, PyObject *arguments);
 
 int depots_add(PyObject *module);
 PyObject *depots_new(CoreObject *core, PyObject *waiter);

@@ -93,7 +93,7 @@ async def test_a_listener_that_is_stuck_for_want_of_memory_is_tried_until_there_
 
 async def test_an_order_for_which_there_is_no_memory_is_none(relay: NativeRelay, faults: Faults) -> None:
     flow = Flow(Direction.OUTBOUND, "127.0.0.1", Address(*DIALLED))
-    through = Through(relay.tls.depot(lambda back: None), (b"before", b"between", b"behind"), "")
+    through = Through(relay.tls.depot(lambda back: None), (b"before", b"between", b"behind"))
     target, told = Target(Address("127.0.0.1", 9), 0, False, 5.0), Told()
     faults.arm("realloc")
     relay.order(flow, target, 1, told, through)

@@ -247,7 +247,7 @@ class Served:
 async def asking(host: Host, refuses: bool) -> AsyncIterator[Asked]:
     with host.entered():
         async with standing(host) as stand:
-            order = stand.relay.order(FLOW, TARGET, 5, stand.told, Through(stand.depot, OPENING, ""))
+            order = stand.relay.order(FLOW, TARGET, 5, stand.told, Through(stand.depot, OPENING))
             yield Asked(stand, order, refuses)
             stand.close()
 

@@ -26,10 +26,12 @@ from meshnet.net.tls import Channel, Returned
 from meshnet.relay import Facts, Flow, OrderedLink, Outcome, Target, Through
 from meshnet.relay.native import NativeRelay
 from meshnet.relay.native.tls import NativeChannel, NativeDepot
+from meshnet.relay.rows import Rows
 from meshnet.tunnel.client import ClientTunnel
 from meshnet.tunnel.peer import Peer as KnownPeer
 from meshnet.tunnel.protocol import Role, Tunnel
 from tests.relay.leaks import nothing_left
+from tests.relay.native.heard import facts_of
 from tests.relay.native.test_orders import DIALLED
 from tests.relay.rig import Peer, TunnelPair, tunnel_pair
 from tests.world import Host, eventually
@@ -55,6 +57,9 @@ class Told:
 
     def came_and_went(self, facts: Facts, outcome: Outcome) -> None:
         self.ended.append((facts, outcome))
+
+    def passed(self, rows: Rows) -> None:
+        self.ended += [(facts, Outcome(Reason.OK, rows.ended_by)) for facts in facts_of(rows)]
 
     async def one(self) -> tuple[Facts, Outcome]:
         await eventually(lambda: len(self.ended) == 1, what="the end of the connection")
@@ -95,8 +100,8 @@ class Stand:
         self.depot.park(pair.client.channel)
         return pair, Peer(pair.server)
 
-    def order(self, suffix: str = "", target: Target = TARGET) -> None:
-        self.relay.order(FLOW, target, 1000, self.told, Through(self.depot, OPENING, suffix))
+    def order(self, target: Target = TARGET) -> None:
+        self.relay.order(FLOW, target, 1000, self.told, Through(self.depot, OPENING))
 
     def call(self, data: bytes = b"") -> socket.socket:
         client = self.host.connect(*DIALLED)
@@ -120,7 +125,7 @@ async def standing(host: Host) -> AsyncIterator[Stand]:
     """Connections that no order covers are kept."""
     with socket.create_server(("127.0.0.1", 15101), backlog=4096) as listener:
         listener.setblocking(False)
-        async with NativeRelay() as relay, trio.open_nursery() as nursery:
+        async with NativeRelay(id_suffix="w2") as relay, trio.open_nursery() as nursery:
             stand = Stand(host, relay)
 
             async def accept() -> None:
@@ -165,7 +170,7 @@ async def converse(client: socket.socket, peer: Peer) -> None:
 
 async def test_one_lease_after_another_and_each_tunnel_is_told_when_it_is_taken_back(stand: Stand) -> None:
     pair, peer = await stand.tunnel()
-    stand.order(suffix="w2")
+    stand.order()
     ids, before = set(), time.monotonic()
     for _ in range(3):
         await stand.counts(1, 0)

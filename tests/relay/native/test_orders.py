@@ -15,7 +15,9 @@ import pytest
 
 from meshnet.relay import Facts
 from meshnet.relay.native._core import Core, Link, Listener, Order
-from meshnet.relay.native.reasons import REASONS
+from meshnet.relay.native.reasons import ENDED_BY, REASONS
+from meshnet.relay.rows import Rows
+from tests.relay.native.heard import PASSED, facts_of
 from tests.relay.rig import no_descriptors_leaked
 from tests.world import Host, wait_for
 
@@ -63,7 +65,11 @@ class Gate:
 
     def hear(self) -> None:
         for said in self.core.news(True):
-            if isinstance(said, tuple):
+            if isinstance(said, tuple) and said[1] == PASSED:
+                rows, cipher, ended_by = said[2]
+                passed = facts_of(Rows(rows, cipher, ENDED_BY[ended_by]))
+                self.heard += [(said[0], ENDED, about) for about in passed]
+            elif isinstance(said, tuple):
                 self.heard.append(said)
                 if said[1] == BEGUN:
                     said[2].await_end(f"link {len(self.links)}")

@@ -9,7 +9,9 @@ import pytest
 
 from meshnet.relay import Facts
 from meshnet.relay.native._core import Core
-from tests.relay.native.test_orders import BEGUN, CONNECTED, ENDED, Gate, closed_gate, converse
+from meshnet.relay.rows import ROW, Row
+from tests.relay.native.heard import PASSED
+from tests.relay.native.test_orders import BEGUN, CONNECTED, Gate, closed_gate, converse
 from tests.relay.native.test_orders import gate as gate  # the fixture
 from tests.world import Host, wait_for
 
@@ -29,7 +31,7 @@ def test_what_was_over_soon_is_told_once(gate: Gate) -> None:
     gate.order()
     converse(gate.client(), gate.app())
     ((_, kind, facts),) = told(gate.core)
-    assert (kind, Facts(*facts).sent) == (ENDED, 8)
+    assert (kind, Row._make(ROW.unpack(facts[0])).sent) == (PASSED, 8)
 
 
 def test_what_lasts_is_told_without_being_asked_for(gate: Gate) -> None:
