@@ -7,9 +7,8 @@ behind by whoever is killed meanwhile: the kernel takes the namespace, and with 
 import errno
 import json
 import os
+import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,8 +19,8 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from meshnet.model.canary import FAMILIES, INBOUND_CANARY, IpFamily
 from meshnet.net.sockets import reset
+from meshnet_init.visitor_child import add_address, start
 
-_IFA_F_NODAD = 0x02  # linux/if_addr.h: usable at once, as nobody else is on the cable
 _OUR_END, _THEIR_END = "mnproof0", "mnproof1"
 _VISITOR: dict[IpFamily, str] = {"ipv4": "192.0.2.10", "ipv6": "2001:db8::a"}
 _PREFIX: dict[IpFamily, int] = {"ipv4": 30, "ipv6": 126}
@@ -64,7 +63,8 @@ def a_visitor() -> Iterator[dict[IpFamily, socket.socket]]:
             with suppress(OSError):  # it has ended: then it says nothing either
                 line.send(json.dumps({"interface": _THEIR_END, "addresses": addresses}).encode())
             told, descriptors = _heard(line)
-            child.wait()  # until then it holds them, too, and to close them here would end nothing
+            # Until its end it holds them, too, and to close them here would end nothing.
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
             sockets = {
                 family: socket.socket(fileno=number)
                 for family, number in zip(told["families"], descriptors, strict=True)
@@ -97,19 +97,18 @@ def _lay_cable(netlink: IPRoute, place: int) -> None:
 
 
 @contextmanager
-def _started() -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
-    """The line to a visitor, who ends with the block at the latest, and its process."""
+def _started() -> Iterator[tuple[socket.socket, int]]:
+    """The line to a visitor, who ends with the block at the latest, and its process id."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours:
         ours.settimeout(_PATIENCE)
-        command = [sys.executable, "-m", "meshnet_init.visitor_child"]
         with theirs:
-            child = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
-        with child:
-            try:
-                yield ours, child
-            finally:
-                child.kill()
+            child = start(theirs)
+        try:
+            yield ours, child
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
 
 
 def _heard(line: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -122,17 +121,6 @@ def _heard(line: socket.socket) -> tuple[dict[str, Any], list[int]]:
     if "error" in told:
         raise NoVisitor(told["error"])
     return told, descriptors
-
-
-def add_address(netlink: IPRoute, index: int, family: IpFamily, address: str, prefix: int) -> bool:
-    """False where the namespace does without the family. Raises NetlinkError."""
-    try:
-        netlink.addr("add", index=index, address=address, prefixlen=prefix, flags=_IFA_F_NODAD)
-    except NetlinkError as error:
-        if family == "ipv6" and error.code in (errno.EACCES, errno.EPERM, errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
-            return False
-        raise
-    return True
 
 
 def _why(error: NetlinkError | OSError) -> str:
