@@ -10,6 +10,7 @@ from pathlib import Path
 from meshnet.errors import CommandError
 from meshnet.model.admin import GetStatus, ListConnections, Status
 from meshnet.model.connection import Connection
+from meshnet.net.keeper import ask_keeper
 from meshnet_cli.client import ask
 from meshnet_cli.listing import listing
 from tests.cli.sidecar import ROOT
@@ -96,6 +97,12 @@ class Machine:
 
     def keepers(self) -> list[int]:
         return [pid for pid in self._processes() if _KEEPER in _command_line(pid)]
+
+    def is_kept(self) -> bool:
+        """Whether the keeper says that it keeps the rules."""
+        with self.host.entered():
+            report = ask_keeper()
+        return report is not None and report.state == "keeping"
 
     def switch(self) -> int:
         """The dead-man switch of a command that has not reached its end."""

@@ -29,7 +29,7 @@ class Before:
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         wait_for(machine.keepers, what="a keeper")
-        wait_for(lambda: "keeper: keeping" in machine.meshnet("status").stdout, what="that it keeps the rules")
+        wait_for(machine.is_kept, what="that it keeps the rules")
         self._was = self._look()
 
     def is_back(self) -> bool:
@@ -37,7 +37,7 @@ class Before:
 
     def rules_are_kept(self) -> bool:
         """Whoever takes them out, those of before are there again."""
-        wait_for(lambda: "keeper: keeping" in self._machine.meshnet("status").stdout, what="that they are kept")
+        wait_for(self._machine.is_kept, what="that they are kept")
         self._machine.host.run("nft", "delete", "table", "inet", "meshnet")
         wait_for(lambda: rules(self._machine), what="a repair")
         return self.is_back()
