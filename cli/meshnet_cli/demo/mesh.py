@@ -29,8 +29,10 @@ from meshnet.model.resource import API_VERSION, AnyResource, EndpointSpec, Metad
 from meshnet.model.service import TunnelKind
 from meshnet.model.settings import Settings
 from meshnet_cli.client import ask
+from meshnet_cli.configuration import read_settings
 from meshnet_cli.demo.world import Host, Process, ProgramFailed, World, wait_for
 from meshnet_cli.listing import listing
+from meshnet_init.apply import apply
 
 READY_TIMEOUT = 20.0
 
@@ -150,8 +152,10 @@ class Sidecar:
         return self.process.terminate(timeout)
 
     def capture(self) -> None:
-        """Put the redirect rules into the host's kernel."""
-        self.meshnet("init", "--config", self.config)
+        """Put the redirect rules into the host's kernel, as `meshnet init` does."""
+        settings = read_settings(str(self.config))
+        with self.host.entered():  # a process for each host would take longer to import what it needs than to do it
+            apply(settings)
 
     def release(self, drain: str = "30s") -> None:
         """Take the redirect rules out: new connections go direct, captured ones are waited for."""
