@@ -64,8 +64,9 @@ class Explanation(Connection, frozen=True, kw_only=True):
 def command(*, what: tuple[str, ...], output: str, socket_path: str, timeout: float) -> None:
     """One connection step by step, and what to do about it.
 
-    ID is as `meshnet conns` shows it; it is the same on both hosts. The rule that captures it, told to who may read
-    rules, and the endpoints that are listed below are those of now.
+    ID is as `meshnet conns` shows it; it is the same on both hosts. The steps tell which endpoints were weighed, as
+    they were then. The rule that captures it, told to who may read rules, and the endpoints below the steps are those
+    of now.
 
     With a REASON code, as breaker.open: what it means, and what to do about it.
 

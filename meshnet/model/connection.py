@@ -51,11 +51,23 @@ class TlsView(Shape, frozen=True):
     resumed: bool = False
 
 
+class Weighed(Shape, frozen=True, omit_defaults=True):
+    """An endpoint as it was when one was chosen."""
+
+    endpoint: str
+    connections: int = 0
+    score: float | None = None  # (connections + 1) / (weight * warmth); None: it was passed over
+    why_not: str = ""  # beside a score: all were out, and it was taken all the same
+
+
 class Attempt(Shape, frozen=True):
+    """`weighed`: what there was to choose from, of more than eight what the balancer asked last."""
+
     endpoint: str
     result: str  # "ok" or a reason code
     ms: float
     detail: str = ""
+    weighed: tuple[Weighed, ...] = ()
 
 
 class ReasonView(Shape, frozen=True):

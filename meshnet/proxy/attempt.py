@@ -187,10 +187,12 @@ def standing_request(
 
 def _note(record: Record, endpoint: str, started: float, failure: ConnectionFailed | None) -> None:
     milliseconds = round((time.monotonic() - started) * 1000, 3)
-    attempt = (
-        Attempt(endpoint=endpoint, result=str(failure.reason), ms=milliseconds, detail=failure.detail)
-        if failure
-        else Attempt(endpoint=endpoint, result="ok", ms=milliseconds)
+    attempt = Attempt(
+        endpoint=endpoint,
+        result=str(failure.reason) if failure else "ok",
+        ms=milliseconds,
+        detail=failure.detail if failure else "",
+        weighed=record.weighed,
     )
     record.attempts.append(attempt)
     # A peer may have said what stands in id and detail.

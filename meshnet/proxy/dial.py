@@ -60,6 +60,7 @@ async def dial_service(
             await trio.sleep(step.seconds)
             continue
         assert endpoint is not None  # or there would have been nothing to try
+        record.weighed = candidates.weighed(endpoints)
         tried.add(endpoint.address)
         if endpoint.tunnel is not TunnelKind.NONE and not early:
             early = client.early_data()

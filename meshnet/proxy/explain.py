@@ -11,7 +11,7 @@ from meshnet.errors import ConnectionFailed, Phase, Reason
 from meshnet.model.address import Address, parse_address
 from meshnet.model.admin import Admission, AdmissionView, Candidate, Refused, RouteView
 from meshnet.model.canary import is_canary
-from meshnet.model.connection import Connection, Direction, Security
+from meshnet.model.connection import Connection, Direction, Security, Weighed
 from meshnet.model.service import NOWHERE, Endpoint, ServicePort
 from meshnet.proxy.admission import admit
 from meshnet.proxy.candidates import DOUBTFUL, Candidates, Out
@@ -43,6 +43,8 @@ def trace(it: Connection) -> tuple[str, ...]:
     if it.ordered:
         steps.append("order: decided before, for all connections from there to here; the relay dialled by itself")
     for number, attempt in enumerate(it.attempts, 1):
+        if attempt.weighed:
+            steps.append(f"weighed: {'; '.join(map(_weighed, sorted(attempt.weighed, key=_best_first)))}")
         detail = f": {attempt.detail}" if attempt.detail else ""
         steps.append(f"attempt {number}: {attempt.endpoint} {attempt.result} after {attempt.ms:g} ms{detail}")
     if it.retry_denied:
@@ -66,6 +68,17 @@ def trace(it: Connection) -> tuple[str, ...]:
         detail = f": {it.reason.message}" if it.reason.message else ""
         steps.append(f"end: {it.reason.code} by {it.reason.ended_by} in phase {it.reason.phase}{detail}")
     return tuple(steps)
+
+
+def _best_first(it: Weighed) -> tuple[bool, float]:
+    return it.score is None, it.score or 0.0
+
+
+def _weighed(it: Weighed) -> str:
+    if it.score is None:
+        return f"{it.endpoint} was passed over: {it.why_not}"
+    doubt = f", although {it.why_not}" if it.why_not else ""
+    return f"{it.endpoint} had score {it.score:.3g}, {it.connections} connections{doubt}"
 
 
 def _told_by_connect(it: Connection) -> str:
@@ -161,8 +174,7 @@ def _admission(identity: str, source: str, target: Address, state: ProxyState) -
 
 def _candidate(endpoint: Endpoint, out: Out | None, candidates: Candidates, state: ProxyState) -> Candidate:
     known = state.endpoints.get(endpoint.address)
-    connections = known.connections if known else 0
-    warmth = candidates.warmth(endpoint)
+    warmth, connections = candidates.warmth(endpoint), candidates.connections(endpoint)
     placed = state.here != NOWHERE and endpoint.locality != NOWHERE
     return Candidate(
         endpoint=endpoint.name,
@@ -172,6 +184,6 @@ def _candidate(endpoint: Endpoint, out: Out | None, candidates: Candidates, stat
         warmth=round(warmth, 3),
         connections=connections,
         connect_ms=known.connect_time.ms if known else None,
-        score=None if out else round((connections + 1) / (endpoint.weight * warmth), 6),
+        score=None if out else candidates.score(endpoint, connections),
         why_not=candidates.in_words(endpoint, out) if out else "",
     )

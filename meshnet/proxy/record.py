@@ -16,7 +16,7 @@ from meshnet.decide.access import Call
 from meshnet.errors import ConnectionFailed, EndedBy, Phase, Reason
 from meshnet.model.address import Address
 from meshnet.model.admin import ConnectionKey
-from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView
+from meshnet.model.connection import Attempt, Connection, Direction, Peer, ReasonView, Security, State, TlsView, Weighed
 from meshnet.net import sockets
 from meshnet.relay import Link, OrderedLink, Outcome, Tally
 
@@ -101,6 +101,7 @@ class Record:
         "source_identity",
         "tally",
         "tls_version",
+        "weighed",
     )
 
     def __init__(
@@ -140,6 +141,7 @@ class Record:
         self.policy = ""
         self.relay = ""
         self.attempts: list[Attempt] = []
+        self.weighed: tuple[Weighed, ...] = ()  # endpoints, for the attempt that is being made
         self.passed_over: tuple[str, ...] = ()  # endpoints, with why, when there was none left to try
         self.tally = Tally()
         self.flushed_sent = 0

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from meshnet.model.admin import EndpointView, Family, FamilyList, GetMetrics
-from meshnet.model.connection import Attempt, Connection, Peer, ReasonView, TlsView
+from meshnet.model.connection import Attempt, Connection, Peer, ReasonView, TlsView, Weighed
 from meshnet_cli.client import ask
 from meshnet_cli.endpoints import COLUMNS
 from tests.proxy.conftest import API, Hosts
@@ -60,7 +60,7 @@ def test_every_field_of_a_record_has_a_row_and_no_other() -> None:
     assert list(FIELDS) == [field.encode_name for field in fields]
 
 
-@pytest.mark.parametrize("kind", [Attempt, Peer, ReasonView, TlsView])
+@pytest.mark.parametrize("kind", [Attempt, Peer, ReasonView, TlsView, Weighed])
 def test_the_parts_of_a_record_are_told(kind: type[msgspec.Struct]) -> None:
     records = PAGE.partition("\n## Records\n")[2]
     assert {field.encode_name for field in msgspec.structs.fields(kind)} <= set(re.findall(r"`(\w+)`", records))

@@ -166,3 +166,25 @@ def test_an_endpoint_that_is_added_beside_others_gets_its_share_little_by_little
         assert seen["api-3"] < 8  # an even share would be 20, this is 0.3
         hosts.write(hosts.service(name, hosts.apis), traffic(name, balance="random", slowStart={"window": "0s"}))
         assert Counter(who(hosts.web, name) for _ in range(60))["api-3"] > 8
+
+
+def test_explain_tells_what_the_choice_was_among_when_it_was_made(hosts: Hosts, name: Name) -> None:
+    hosts.write(hosts.service(name, hosts.apis), traffic(name, breaker={"failures": 1, "openTime": "60s"}))
+    first, second, third = (f"{host.address}:{name.port}" for host in hosts.apis)
+    sidecar = hosts.sidecar(hosts.web)
+    with hosts.apps(name.port, hosts.apis[:2]), Call(hosts.web, hosts.apis[0].address, name.port):
+        wait_for(lambda: bool([who(hosts.web, name)]) and hosts.endpoints(name)["api-3"].breaker == "open")
+        wait_for(lambda: hosts.endpoints(name)["api-2"].connections == 0)
+        out = Records(sidecar)
+        assert who(hosts.web, name) == "api-2"
+    record = out.ended(1)[0]
+    wait_for(lambda: hosts.endpoints(name)["api-1"].connections == 0)  # now it is another choice
+    (attempt,) = record.attempts
+    assert [(each.endpoint, each.connections, each.score) for each in attempt.weighed] == [
+        (first, 1, 2.0),
+        (second, 0, 1.0),
+        (third, 0, None),
+    ]
+    told = sidecar.meshnet("explain", record.id)
+    assert f"weighed: {second} had score 1, 0 connections; {first} had score 2, 1 connections; {third} was pas" in told
+    assert "was passed over: its breaker is open for " in told
