@@ -24,7 +24,16 @@ class Breaker:
     `settings` may be replaced at any time. `failures` counts those in a row.
     """
 
-    __slots__ = ("_attempts", "_closed_at", "_open_time", "_open_until", "_probing", "failures", "settings")
+    __slots__ = (
+        "_attempts",
+        "_closed_at",
+        "_failed_at",
+        "_open_time",
+        "_open_until",
+        "_probing",
+        "failures",
+        "settings",
+    )
 
     def __init__(self, settings: BreakerSettings) -> None:
         self.settings = settings
@@ -33,7 +42,7 @@ class Breaker:
         self._probing = False
         self._open_until: float | None = None  # None: closed
         self._open_time = 0.0  # of the last opening, without jitter; 0: none to remember
-        self._closed_at = float("-inf")
+        self._closed_at = self._failed_at = float("-inf")
 
     def state(self, now: float) -> BreakerState:
         if self._open_until is None:
@@ -71,6 +80,7 @@ class Breaker:
         if self._open_until is not None and not self._probing:
             return  # begun before it opened: says nothing new
         self.failures += 1
+        self._failed_at = now
         if self._probing or self.failures >= self.settings.failures:
             self._open(now, dice)
 
@@ -85,9 +95,11 @@ class Breaker:
 
     @property
     def lasts_until(self) -> float:
-        """Until when it remembers that it has opened: `reset_after` from when it closed, or a probe may go."""
-        since = self._closed_at if self._open_until is None else self._open_until
-        return since + self.settings.reset_after if self._open_time else float("-inf")
+        """Until when it remembers: `reset_after` from when it closed, or a probe may go, or it failed last."""
+        since = self._failed_at if self.failures else float("-inf")
+        if self._open_time:
+            since = max(since, self._closed_at if self._open_until is None else self._open_until)
+        return since + self.settings.reset_after
 
     def _open(self, now: float, dice: Dice) -> None:
         settings = self.settings

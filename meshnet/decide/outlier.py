@@ -22,13 +22,15 @@ K = TypeVar("K", bound=Hashable)
 class Outcomes:
     """How the connects to one endpoint went within a window of `window` seconds, and when it was ejected.
 
+    `lasts_until`: there is a failure in it, or an ejection after which the next is longer.
+
     `now` is monotonic seconds.
     """
 
-    __slots__ = ("_bucket", "_counts", "_ejections", "ejected_until")
+    __slots__ = ("_bucket", "_counts", "_ejections", "ejected_until", "lasts_until")
 
     def __init__(self) -> None:
-        self.ejected_until = float("-inf")
+        self.ejected_until = self.lasts_until = float("-inf")
         self._ejections = 0  # in a row, of which each is longer
         self._bucket = 0
         self._counts = [(0, 0)] * _BUCKETS  # connects and failures, the newest bucket first
@@ -38,6 +40,8 @@ class Outcomes:
         self._turn(window, now)
         connects, failures = self._counts[0]
         self._counts[0] = (connects + 1, failures + (not ok))
+        if not ok:
+            self.lasts_until = max(self.lasts_until, now + window)
 
     def seen(self, window: float, now: float) -> tuple[int, int]:
         """Connects and failures."""
@@ -49,15 +53,19 @@ class Outcomes:
 
     def eject(self, settings: Outlier, now: float, dice: Dice) -> float:
         """For how many seconds. What was counted is forgotten: it is judged anew when it comes back."""
-        # Calm for as long as it was out last, and it begins from the shortest again.
-        if now - self.ejected_until > min(settings.ejection_time * 2.0**self._ejections, settings.max_ejection_time):
+        # Calm for as long as the next would be, and it begins from the shortest again.
+        if now - self.ejected_until > self._next_time(settings):
             self._ejections = 0
-        seconds = min(settings.ejection_time * 2.0**self._ejections, settings.max_ejection_time)
-        seconds *= 1 + settings.jitter * dice.random()
+        seconds = self._next_time(settings) * (1 + settings.jitter * dice.random())
         self._ejections += 1
         self.ejected_until = now + seconds
+        self.lasts_until = self.ejected_until + self._next_time(settings)
         self._counts = [(0, 0)] * _BUCKETS
         return seconds
+
+    def _next_time(self, settings: Outlier) -> float:
+        """How long the next ejection is, without jitter."""
+        return min(settings.ejection_time * 2.0**self._ejections, settings.max_ejection_time)
 
     def _turn(self, window: float, now: float) -> None:
         bucket = int(now / (window / _BUCKETS))

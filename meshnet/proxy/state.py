@@ -74,8 +74,8 @@ class EndpointState:
 
     @property
     def lasts_until(self) -> float:
-        """Until when there is something in it for which the endpoint is treated otherwise than a new one."""
-        return max(self.breaker.lasts_until, self.outcomes.ejected_until)
+        """Until when something in it has the endpoint treated otherwise than a new one, now or once it fails again."""
+        return max(self.breaker.lasts_until, self.outcomes.lasts_until)
 
 
 @dataclass(slots=True)

@@ -83,6 +83,16 @@ def test_that_it_has_opened_lasts_until_it_is_closed_for_long() -> None:
     assert breaker.lasts_until == 31 + 60
 
 
+def test_a_failure_that_opens_nothing_lasts_as_long_as_one_that_did() -> None:
+    breaker = Breaker(EXACT)
+    assert breaker.admit(7.0)
+    breaker.failed(7.0, random.Random(1))
+    assert breaker.lasts_until == 7 + 60
+    assert breaker.admit(8.0)
+    breaker.succeeded(8.0)
+    assert breaker.lasts_until < 0
+
+
 def test_while_open_it_admits_nobody_and_tells_for_how_long() -> None:
     breaker = opened()
     assert not breaker.admit(0.5)

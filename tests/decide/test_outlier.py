@@ -83,6 +83,14 @@ def test_each_ejection_in_a_row_is_twice_as_long_and_calm_makes_it_short_again()
     assert outcomes.eject(SETTINGS, now + 301, DICE) == 30
 
 
+def test_it_lasts_as_long_as_a_failure_counts_or_the_next_ejection_would_be_longer() -> None:
+    assert Outcomes().lasts_until == seen(20, 0).lasts_until < 0
+    outcomes = seen(0, 1)
+    assert outcomes.lasts_until == 130
+    outcomes.eject(SETTINGS, 100.0, DICE)
+    assert outcomes.lasts_until == 130 + 60
+
+
 def test_who_comes_back_is_judged_anew() -> None:
     outcomes = seen(0, 20)
     outcomes.eject(SETTINGS, 100.0, DICE)

@@ -4,11 +4,12 @@ import gc
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from itertools import pairwise
 
+import pytest
 import trio
 import trio.testing
 from trio.abc import Instrument
@@ -209,27 +210,43 @@ def open_breaker(known: EndpointState) -> None:
     known.breaker.failed(time.monotonic(), random.Random(1))
 
 
+def fail_once(known: EndpointState) -> None:
+    """Which opens nothing yet."""
+    known.breaker.settings = BreakerSettings(failures=5, reset_after=60.0)
+    assert known.breaker.admit(time.monotonic())
+    known.breaker.failed(time.monotonic(), random.Random(1))
+
+
+def fail_within_a_window(known: EndpointState) -> None:
+    known.outcomes.note(False, 40.0, time.monotonic())
+
+
 def eject(known: EndpointState) -> None:
+    """For 45 s, and for another 90 the next one would be for as long."""
     known.outcomes.eject(Outlier(ejection_time=45.0, jitter=0.0), time.monotonic(), random.Random(1))
 
 
-async def test_an_endpoint_that_was_away_comes_back_to_its_breaker_and_ejection_as_long_as_they_last() -> None:
+@pytest.mark.parametrize(
+    ("spoil", "lasts"), [(open_breaker, 120.0), (fail_once, 60.0), (fail_within_a_window, 40.0), (eject, 135.0)]
+)
+async def test_an_endpoint_that_was_away_comes_back_to_what_it_did_as_long_as_that_counts(
+    spoil: Callable[[EndpointState], None], lasts: float
+) -> None:
     here, away = mesh(1), Snapshot(version=2)
     async with a_state(here) as state:
         (service,) = here.services
         (endpoint,) = service.endpoints
-        for spoil, lasts in ((open_breaker, 120.0), (eject, 45.0)):
-            known = state.endpoint(endpoint, service)
-            spoil(known)
-            now = time.monotonic()
-            await state.apply(away)
-            await state.apply(here)
-            assert state.endpoint(endpoint, service) is known
-            await state.apply(away)
-            await state.forget_gone(now + lasts - 20)
-            assert state.endpoints == {endpoint.address: known}
-            await state.forget_gone(now + lasts + 1)
-            assert (state.endpoints, state.gone) == ({}, set())
+        known = state.endpoint(endpoint, service)
+        spoil(known)
+        now = time.monotonic()
+        await state.apply(away)
+        await state.apply(here)
+        assert state.endpoint(endpoint, service) is known
+        await state.apply(away)
+        await state.forget_gone(now + lasts - 20)
+        assert state.endpoints == {endpoint.address: known}
+        await state.forget_gone(now + lasts + 1)
+        assert (state.endpoints, state.gone) == ({}, set())
 
 
 async def test_the_slow_start_of_one_that_comes_back_begins_when_its_ejection_is_over() -> None:
