@@ -48,8 +48,9 @@ ADVICE: Mapping[Reason, Advice] = {
         "meshnet status on both hosts shows the end; renew it with meshnet ca, and compare the clocks: timedatectl",
     ),
     Reason.TLS_NOT_YET_VALID: Advice(
-        "a certificate's time has not begun: a clock is behind",
-        "compare the clocks of both hosts: timedatectl",
+        "a certificate's time has not begun: this host's clock is behind, or that of its issuer was ahead",
+        "timedatectl shows this host's clock, and whether something keeps it right; meshnet status on the other host "
+        "shows when its certificate begins: if that is still to come, issue another with meshnet ca",
     ),
     Reason.TLS_NO_IDENTITY: Advice(
         "this sidecar has no certificate that its peer takes, or by its own clock none that is valid now, and never "

@@ -111,7 +111,15 @@ class Breaker:
 
 
 def counts_against_endpoint(reason: Reason) -> bool:
-    """Whether an attempt that ended so, before it was up, is the endpoint's fault."""
+    """Whether the breaker leaves the endpoint alone for an attempt that ended so, before it was up."""
+    return reason in _ENDPOINTS_FAULT or reason is Reason.TLS_NOT_YET_VALID
+
+
+def is_endpoints_fault(reason: Reason) -> bool:
+    """Whether it is the endpoint's own as well: then it may be ejected for it, and what is open to it closed.
+
+    A certificate begins by its issuer's clock and is looked at by ours. Not even the endpoint's clock has a part in it.
+    """
     return reason in _ENDPOINTS_FAULT
 
 
@@ -123,7 +131,6 @@ _ENDPOINTS_FAULT = frozenset(
         Reason.TLS_HANDSHAKE,
         Reason.TLS_PEER_IDENTITY,
         Reason.TLS_EXPIRED,
-        Reason.TLS_NOT_YET_VALID,
         Reason.TUNNEL_PROTOCOL,
         Reason.TUNNEL_LOST,
         Reason.NOT_LOCAL,  # its sidecar does not know the address: discovery is behind, and it cannot serve

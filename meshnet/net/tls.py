@@ -187,7 +187,8 @@ def not_verified(code: int, message: str) -> ConnectionFailed:
     if code in _NOT_LOOKED_AT:
         return ConnectionFailed(Reason.TLS_HANDSHAKE, f"the peer's certificate was not verified: {message}")
     reason = _VERIFY_REASONS.get(code, Reason.TLS_PEER_IDENTITY)
-    hint = "; are both clocks right?" if code in _VERIFY_REASONS else ""
+    of_clocks = code in _VERIFY_REASONS
+    hint = f"; this host's clock says {utc(time.time())}: is that right (timedatectl)?" if of_clocks else ""
     return ConnectionFailed(reason, f"the peer's certificate: {message}{hint}")
 
 

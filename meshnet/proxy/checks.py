@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from meshnet.codec.frames import Check, Open
-from meshnet.decide.breaker import counts_against_endpoint
+from meshnet.decide.breaker import is_endpoints_fault
 from meshnet.decide.health import Health, Healths, first_check_after, next_check_after
 from meshnet.errors import ConnectionFailed, Reason
 from meshnet.model.address import Address
@@ -155,7 +155,7 @@ class Checks:
         try:
             await self._try(checked.endpoint, checked.service.name, checked.health.settings)
         except ConnectionFailed as failure:
-            if counts_against_endpoint(failure.reason):
+            if is_endpoints_fault(failure.reason):
                 self._judge(checked, failure)
             else:
                 self.counts["undecided"] += 1

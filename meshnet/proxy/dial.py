@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import trio
 
 from meshnet.decide.balance import Balancer
-from meshnet.decide.breaker import BreakerState, counts_against_endpoint
+from meshnet.decide.breaker import BreakerState, counts_against_endpoint, is_endpoints_fault
 from meshnet.decide.names import nameless
 from meshnet.decide.retry import Dial, GiveUp, Wait
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
@@ -133,10 +133,11 @@ async def _try(
         if counts_against_endpoint(failure.reason):
             now = time.monotonic()
             known.breaker.failed(now, state.dice)
-            known.outcomes.note(False, window, now)
             state.orders.revoke(known.orders)
             judged = True
-            state.blamed(service, endpoint, known, now)
+            if is_endpoints_fault(failure.reason):
+                known.outcomes.note(False, window, now)
+                state.blamed(service, endpoint, known, now)
         raise
     finally:
         known.pending -= 1

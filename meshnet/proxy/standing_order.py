@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 from meshnet.codec.frames import decode_refused
-from meshnet.decide.breaker import BreakerState, counts_against_endpoint
+from meshnet.decide.breaker import BreakerState, counts_against_endpoint, is_endpoints_fault
 from meshnet.errors import ConnectionFailed, EndedBy, Reason
 from meshnet.model.address import parse_address
 from meshnet.model.connection import Attempt, Direction
@@ -182,7 +182,8 @@ class StandingOrder:
         # Dialled before it opened says nothing new, and is not the probe either.
         if known.breaker.state(now) is BreakerState.CLOSED and known.breaker.admit(now):
             known.breaker.failed(now, self.state.dice)
-            if found := self.state.snapshot.by_endpoint.get(parse_address(self.told.endpoint)):
+            found = self.state.snapshot.by_endpoint.get(parse_address(self.told.endpoint))
+            if found and is_endpoints_fault(failure.reason):
                 self.state.blamed(*found, known, now)
 
 

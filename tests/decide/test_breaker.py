@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from meshnet.decide.breaker import Breaker, BreakerState, counts_against_endpoint
+from meshnet.decide.breaker import Breaker, BreakerState, counts_against_endpoint, is_endpoints_fault
 from meshnet.errors import Reason
 from meshnet.model.service import BreakerSettings
 
@@ -216,6 +216,12 @@ def test_settings_can_change_while_it_runs() -> None:
 )
 def test_what_the_endpoint_did_counts_against_it(reason: Reason) -> None:
     assert counts_against_endpoint(reason)
+    assert is_endpoints_fault(reason)
+
+
+def test_a_certificate_that_has_not_begun_by_our_clock_is_left_alone_and_blamed_on_nobody() -> None:
+    assert counts_against_endpoint(Reason.TLS_NOT_YET_VALID)
+    assert not is_endpoints_fault(Reason.TLS_NOT_YET_VALID)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +245,7 @@ def test_what_the_endpoint_did_counts_against_it(reason: Reason) -> None:
 )
 def test_policy_limits_drain_the_client_and_our_own_faults_do_not(reason: Reason) -> None:
     assert not counts_against_endpoint(reason)
+    assert not is_endpoints_fault(reason)
 
 
 class BreakerLife(RuleBasedStateMachine):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from meshnet.control.authority import Authority, Issued
+from meshnet.control.authority import Authority, Issued, save_issued
 from tests.faults.causes import HOUR, SECRET, off_by, wrong_clock
 from tests.faults.conftest import once
 from tests.faults.strange import another_host, strange
@@ -117,7 +117,7 @@ def test_a_host_whose_clock_is_an_hour_behind_takes_nobody_and_both_sides_speak_
         put(hosts, back, web, sidecar)
         assert call(hosts, back, sidecar, web, heard=False) == ("tls.no_identity by proxy in tls",)
         messages = [record.reason.message for record in sidecar.connections() if record.reason is not None]
-        assert all("are both clocks right?" in each or "this host's clock says" in each for each in messages)
+        assert all("is that right (timedatectl)?" in each or "this host's clock says" in each for each in messages)
 
 
 @once
@@ -137,6 +137,30 @@ def test_a_host_whose_clock_is_behind_blames_no_endpoint_for_it_and_its_status_s
         said = sidecar.meshnet("status", check=False)
         assert f"NOT VALID before {sidecar.status().certificate.not_before}" in said
         assert "set the clock" in said
+
+
+@once
+def test_who_has_renewed_a_certificate_that_our_clock_does_not_take_yet_is_left_alone_and_keeps_what_is_open(
+    hosts: Hosts, name: Name
+) -> None:
+    """Nor is it ejected: it is our own clock, or its issuer's, that is wrong."""
+    web, host = hosts.sidecar(hosts.web), another_host(hosts)
+    with strange(hosts, host) as sidecar, listen(host, name.port) as server:
+        policy = traffic(name, connect=ONE_ATTEMPT, breaker={"failures": 2, "openTime": "60s"}, onEject="close")
+        hosts.write(hosts.service(name, [host]), policy)
+        wait_for(lambda: web.endpoints(name.name).items, what="the service")
+        with hosts.web.connect(name.address, name.port) as held, accept(server) as answering:
+            began = sidecar.status().certificate.not_before
+            save_issued(issue(hosts, "not yet valid", host.name), sidecar.config.parent)
+            wait_for(lambda: sidecar.status().certificate.not_before > began, what="the other certificate")
+            out = Records(web)
+            assert all(is_reset(hosts.web, name) for _ in range(3))
+            reasons = sorted(reason(record) for record in out.ended(3))
+            assert reasons == ["breaker.open by proxy in queue", *["tls.not_yet_valid by proxy in tls"] * 2]
+            (view,) = web.endpoints(name.name).items
+            assert (view.state, view.ejected_for_seconds) == ("open", 0)
+            held.sendall(b"still here")
+            assert answering.recv(100) == b"still here"
 
 
 @once
