@@ -1,15 +1,19 @@
-"""The keeper of the rules beside a sidecar that a supervisor looks after: started again when it dies."""
+"""The keeper of the rules beside a sidecar that a supervisor looks after: started again when it dies or hangs."""
 
 import logging
+import os
 import subprocess
 import threading
 import time
 
 from meshnet.decide.pauses import Pauses
 from meshnet_cli.keep import keeper_command
+from meshnet_cli.vm.units import START_TIMEOUT, WATCHDOG
+from meshnet_cli.watchdog import Watchdog
 
 # It ends with the supervisor, however that ends: rules that nobody can be told to leave alone are nobody's.
 _TIED = ("setpriv", "--pdeathsig", "TERM", "--")
+_END_TIMEOUT = 5.0  # seconds to end in order: one that is stopped hears no signal
 
 
 class KeeperProcess:
@@ -34,6 +38,9 @@ class KeeperProcess:
         if self._process is not None:
             self._process.terminate()
         if self._thread is not None:
+            self._thread.join(_END_TIMEOUT)
+            if self._thread.is_alive() and self._process is not None:
+                self._process.kill()
             self._thread.join()
 
     def _run(self) -> None:
@@ -42,23 +49,35 @@ class KeeperProcess:
         while not self._ending.is_set():
             started = time.monotonic()
             try:
-                self._process = subprocess.Popen(
-                    self._command,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                    errors="backslashreplace",
-                )
+                code = self._run_once()
             except OSError as error:
                 self._log.error("cannot run %s: %s", self._command[0], error.strerror)
                 return
+            if not self._ending.is_set():
+                pause = pauses.after(time.monotonic() - started)
+                self._log.error("supervise: the keeper of the rules ended with %d; again in %.1f s", code, pause)
+                self._ending.wait(pause)
+
+    def _run_once(self) -> int:
+        """Raises OSError where it cannot be started."""
+        with Watchdog(START_TIMEOUT, WATCHDOG) as watchdog:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="backslashreplace",
+                env=os.environ | watchdog.environment(),
+            )
+            guard = watchdog.guard(self._process.pid, self._say_that_it_hangs)
             if self._ending.is_set():
                 self._process.terminate()
             assert self._process.stdout is not None
             for line in self._process.stdout:
                 self._log.info("%s", line.rstrip("\n"))
             code = self._process.wait()
-            if not self._ending.is_set():
-                pause = pauses.after(time.monotonic() - started)
-                self._log.error("supervise: the keeper of the rules ended with %d; again in %.1f s", code, pause)
-                self._ending.wait(pause)
+            guard.join()
+        return code
+
+    def _say_that_it_hangs(self) -> None:
+        self._log.error("supervise: the keeper of the rules hangs: it is killed")

@@ -1,6 +1,6 @@
 """The sidecar in the background, where no init system looks after it: started again when it dies, its output kept.
 
-One that hangs is killed after the time that systemd would give it.
+One that hangs is killed after the time that systemd would give it. So is the keeper of the rules (`keeper_process.py`).
 
 `meshnet up` starts this module as a process of its own; it ends when the sidecar ends in order. It never gives up: the
 rules stay where they are, so without a sidecar nothing of the host works, and a mistake in meshnet.toml can be mended.
@@ -369,8 +369,7 @@ class Supervisor:
             except OSError as error:
                 self._log.error("cannot run %s: %s", self._command[0], error.strerror)
                 return _CANNOT_RUN
-            guard = threading.Thread(target=self._guard, args=(watchdog, os.pidfd_open(self._child.pid)), daemon=True)
-            guard.start()
+            guard = watchdog.guard(self._child.pid, self._say_that_it_hangs)
             if self._ending.is_set():  # the signal came while there was nobody to pass it on to
                 self._child.terminate()
             assert self._child.stdout is not None
@@ -382,16 +381,8 @@ class Supervisor:
         keeper.join(_LAST_WORDS)
         return code
 
-    def _guard(self, watchdog: Watchdog, process: int) -> None:
-        """Kills a sidecar that hangs: nothing less ends one that is stopped."""
-        try:
-            if watchdog.is_silent(process):
-                self._log.error("supervise: the sidecar hangs, or its loop stands still: it is killed")
-                signal.pidfd_send_signal(process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it has just ended
-        finally:
-            os.close(process)
+    def _say_that_it_hangs(self) -> None:
+        self._log.error("supervise: the sidecar hangs, or its loop stands still: it is killed")
 
     def _keep(self, output: IO[bytes]) -> None:
         with output:

@@ -4,8 +4,12 @@ What a word says is not looked at, nor who says it: any program may speak to the
 patient.
 """
 
+import os
 import select
+import signal
 import socket
+import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import Self
 
@@ -55,6 +59,22 @@ class Watchdog:
                 self._sock.recv(4096)  # descriptors that come with it are closed by the kernel
                 patience.heard(monotonic())
         return True
+
+    def guard(self, pid: int, hangs: Callable[[], object]) -> threading.Thread:
+        """Kills that child if it hangs, after a call of `hangs`. The thread ends with the child: join it then."""
+        thread = threading.Thread(target=self._guard, args=(os.pidfd_open(pid), hangs), name="watchdog", daemon=True)
+        thread.start()
+        return thread
+
+    def _guard(self, process: int, hangs: Callable[[], object]) -> None:
+        try:
+            if self.is_silent(process):
+                hangs()
+                signal.pidfd_send_signal(process, signal.SIGKILL)  # nothing less ends one that is stopped
+        except ProcessLookupError:
+            pass  # it has just ended
+        finally:
+            os.close(process)
 
     def __enter__(self) -> Self:
         return self

@@ -83,6 +83,27 @@ def test_the_rules_are_kept_and_whoever_keeps_them_too(machine: Machine) -> None
     assert machine.rules() == before
 
 
+def test_a_keeper_that_hangs_is_killed_after_the_time_that_systemd_gives_it(machine: Machine) -> None:
+    """istio#61182: rules vanish later."""
+    machine.up()
+    (keeper,) = wait_for(machine.keepers, what="a keeper")
+    stand_still(keeper)
+    machine.host.run("nft", "delete", "table", "inet", "meshnet")
+    wait_for(lambda: "table inet meshnet" in machine.rules(), timeout=3.0 * WATCHDOG, what="the rules again")
+    assert "supervise: the keeper of the rules hangs: it is killed\n" in machine.log.read_text()
+    wait_for(lambda: "keeper: keeping" in machine.meshnet("status").stdout, what="another keeper")
+    assert keeper not in machine.keepers()
+
+
+def test_a_keeper_that_hangs_does_not_keep_its_supervisor_from_ending(machine: Machine) -> None:
+    machine.up()
+    (keeper,) = wait_for(machine.keepers, what="a keeper")
+    (supervisor,) = (program for program in machine.programs() if program != machine.status().pid)
+    stand_still(keeper)
+    os.kill(supervisor, signal.SIGTERM)
+    wait_for(lambda: not (machine.programs() or machine.keepers()), timeout=20.0, what="the end of every process")
+
+
 def test_a_keeper_does_not_outlive_its_supervisor(machine: Machine) -> None:
     pid = machine.up().pid
     wait_for(machine.keepers, what="a keeper")
