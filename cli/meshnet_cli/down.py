@@ -45,8 +45,8 @@ def command(config: str | None, drain: float, purge: bool) -> None:
 
     preflight.need_right()
     turn.hold()
-    deadman.finish_set(Path(config or DEFAULT_CONFIG).resolve())
-    deadman.finish(note_of_up(settings))
+    _need_here(settings)
+    _finish(settings, Path(config or DEFAULT_CONFIG).resolve())
     service = systemd.Service(settings, config) if systemd.is_here() and systemd.is_installed() else None
     keeper = service or supervise.Supervised(settings, config)
     stopped = False
@@ -80,6 +80,29 @@ def command(config: str | None, drain: float, purge: bool) -> None:
         )
     if purge:
         _purge(settings, service)
+
+
+def _need_here(settings: Settings) -> None:
+    """Raises CommandError where the sidecar is elsewhere: it would end, and its rules stay. One that is mute may be."""
+    try:
+        sidecar = supervise.running(settings)
+    except CommandError:
+        return
+    if sidecar is not None:
+        preflight.need_here(sidecar)
+
+
+def _finish(settings: Settings, file: Path) -> None:
+    """What was stopped in its middle; where nobody can know what that was, all of it goes. Raises CommandError."""
+    try:
+        deadman.finish_set(file)
+    except deadman.Unreadable as error:
+        warn(f"{error}: {error.why}")  # it stays, for the old text of that file is in it
+    try:
+        deadman.finish(note_of_up(settings))
+    except deadman.Unreadable as error:
+        warn(f"{error}: {error.why}")
+        note_of_up(settings).unlink()
 
 
 def _purge(settings: Settings, service: systemd.Service | None) -> None:

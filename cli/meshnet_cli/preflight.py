@@ -93,12 +93,25 @@ def need_right() -> None:
         )
 
 
+def need_here(sidecar: Status) -> None:
+    """Its admin socket is found from elsewhere too, its rules are not. Raises CommandError."""
+    if sidecar.network in (0, os.stat("/proc/thread-self/ns/net").st_ino):
+        return
+    raise CommandError(
+        f"the sidecar of these settings (pid {sidecar.pid}) is in another network namespace than this command",
+        why="its rules are there, and those of here would be changed",
+        fix=f"the same there: sudo nsenter --net=/proc/{sidecar.pid}/ns/net meshnet ...; for a sidecar of here name "
+        "another meshnet.toml, with another admin.socket, by --config",
+    )
+
+
 def need_fit(settings: Settings, sidecar: Status) -> None:
     """The rules must lead to the sidecar that runs and let it pass. Raises CommandError and ConfigError."""
     from meshnet_init.host import host_facts
     from meshnet_init.plan import make_plan
     from meshnet_init.sidecar import misfits
 
+    need_here(sidecar)
     plan = make_plan(settings, host_facts())
     found = misfits(plan.rules, plan.routing, sidecar)
     if found:

@@ -251,6 +251,7 @@ class Status(Shape, frozen=True):
     # What keeps its own connections out of the rules; None where a sidecar does not say, mark 0 where it may not mark.
     mark: int | None = None
     gid: int | None = None
+    network: int = 0  # its network namespace: the inode of /proc/self/ns/net; 0 where it does not say
     inbound_mode: str = ""  # how it takes inbound connections, redirect or tproxy; empty where it does not say
     original_source: bool | None = None
     readiness_port: int | None = None  # where readiness is asked for through the rules; 0: nowhere

@@ -68,6 +68,7 @@ def status(state: ProxyState, listeners: Mapping[str, str], capture: CaptureProo
         ),
         mark=state.mark,
         gid=os.getegid(),
+        network=os.stat("/proc/self/ns/net").st_ino,
         inbound_mode=state.settings.capture.inbound_mode,
         original_source=state.settings.capture.original_source,
         readiness_port=state.settings.capture.readiness_port,

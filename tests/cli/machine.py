@@ -50,9 +50,11 @@ class Machine:
             f"bundle = '{self.identity}/bundle.pem'\n{more}"
         )
 
-    def meshnet(self, *arguments: str, by: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-        """What a `meshnet` command does here; it is started through the command `by`."""
-        return self.host.run(*by, *self._line(*arguments), check=False, **self.environment)
+    def meshnet(
+        self, *arguments: str, by: tuple[str, ...] = (), on: Host | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """What a `meshnet` command does here, or `on` another host; it is started through the command `by`."""
+        return (on or self.host).run(*by, *self._line(*arguments), check=False, **self.environment)
 
     def start(self, *arguments: str, **environment: str) -> Process:
         """The same, while the test goes on."""

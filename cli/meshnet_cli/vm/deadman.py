@@ -45,6 +45,18 @@ def rollback_option(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
+class Unreadable(CommandError):
+    """There is a note, and what it says cannot be known: of another version of meshnet, say."""
+
+    def __init__(self, note: Path, error: Exception) -> None:
+        super().__init__(
+            f"what has to be put back cannot be read from {note}: a meshnet command was stopped in its middle",
+            why=str(error),
+            fix="sudo meshnet with the version that wrote it, or sudo meshnet down with this one; "
+            f"then, if the file is still there: sudo mv {note} {note}.old",
+        )
+
+
 class Switch:
     """Armed by a command before it changes anything. Raises CommandError where the file cannot be written."""
 
@@ -121,7 +133,7 @@ class Switch:
 def finish(note: Path) -> bool:
     """Puts back what a run left when machine and switch were both stopped in the middle of it. Whether there was any.
 
-    Raises CommandError.
+    Raises CommandError; Unreadable is one.
     """
     found = _read(note)
     if found is None or _is_under_way(found) or not _claim(note):
@@ -195,7 +207,11 @@ def watch(file: Path, pid: int, state: Path, keep: int) -> None:
     seen = False
     while True:
         gone = process < 0 or bool(select.select([process], [], [], _LOOK_EVERY)[0])
-        found = _read(file)
+        try:
+            found = _read(file)
+        except Unreadable as error:  # who comes next says so as well
+            print(f"{error}: {error.why}", flush=True)
+            return
         if found is None and seen:
             return
         seen = found is not None
@@ -250,10 +266,13 @@ def _claim(file: Path) -> bool:
 
 
 def _read(file: Path) -> Unfinished | None:
+    """None where there is none. Raises Unreadable."""
     try:
         return msgspec.json.decode(file.read_bytes(), type=Unfinished)
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, ValueError) as error:
+        raise Unreadable(file, error) from error
 
 
 def _lives(pid: int) -> bool:
