@@ -62,7 +62,7 @@ def start(folder: Path, *wrapper: str, tests: list[str], **environment: str) -> 
     """`tests`, pytest's arguments, in a copy of the tree; their output is a pipe."""
     command = [*wrapper, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return subprocess.Popen(
-        [*command, "--timeout", "900", *tests],
+        [*command, "--timeout", "900", "--tb=short", *tests],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

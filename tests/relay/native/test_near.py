@@ -22,6 +22,7 @@ MEGABYTE = 1 << 20
 MUCH = 16 * MEGABYTE
 SO_RCVBUFFORCE = 33  # asm-generic/socket.h; Python does not name it
 BOUND = MEGABYTE  # twice what is asked for: socket(7)
+DROPS = ("TCPRcvQDrop", "TCPZeroWindowDrop", "BeyondWindow", "RcvPruned", "OfoPruned", "TCPBacklogDrop")
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x1, 0x1000  # linux/if_tun.h
 
 
@@ -45,10 +46,13 @@ def buffer_of(sock: socket.socket) -> int:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
 
 
-def times(counter: str) -> int:
-    """What TcpExt says about this network namespace (/proc/net/netstat)."""
+def dropped() -> dict[str, str]:
+    """What TcpExt counts in this network namespace of segments that had no room (/proc/net/netstat).
+
+    No timeouts: where the machine is busy, and a sanitizer slow, an acknowledgement is late of itself.
+    """
     names, values, *_ = map(str.split, Path("/proc/thread-self/net/netstat").read_text().splitlines())
-    return int(values[names.index(counter)])
+    return {name: value for name, value in zip(names, values, strict=True) if name in DROPS and value != "0"}
 
 
 async def pump(sender: trio.SocketStream, receiver: trio.SocketStream) -> None:
@@ -146,8 +150,7 @@ async def test_the_buffers_of_near_peers_are_bounded_and_nothing_is_dropped_for_
             assert buffer_of(looks[1]) <= BOUND
             for sock in looks:
                 sock.close()
-        assert times("TCPTimeouts") == 0  # a buffer that shrinks drops what is on its way
-        assert times("TCPRcvQDrop") == 0
+        assert dropped() == {}  # a buffer that shrinks drops what is on its way
 
 
 async def test_so_are_those_of_tunnels(relay: NativeRelay) -> None:
