@@ -5,6 +5,7 @@ It is optional: `MISSING` says why it is not here, and then the Python relay ser
 
 import logging
 import socket
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -94,6 +95,7 @@ class NativeRelay:
         self._cores: list[Core] = []
         self._tls: NativeTls | None = None
         self._orders: set[NativeOrder] = set()  # in force
+        self._untold: deque[object] = deque()  # news that the core has given away
 
     @property
     def tls(self) -> NativeTls:
@@ -123,15 +125,22 @@ class NativeRelay:
         for core in cores:
             core.stop()
             trio.lowlevel.notify_closing(core.fileno())
-            _wake(core.news())
+            self._tell(core)
 
     async def _listen(self, core: "Core") -> None:
         try:
             while self._cores:  # or it would wait once more, had it just been woken when the relay stopped
                 await trio.lowlevel.wait_readable(core.fileno())
-                _wake(core.news())
+                self._tell(core)
         except trio.ClosedResourceError:
             pass  # the relay has stopped
+
+    def _tell(self, core: "Core", *, everything: bool = False) -> None:
+        """Who is told may ask to `catch_up`: what was fetched before is told first, or a link's end would be known
+        before its beginning."""
+        _wake(self._untold)
+        self._untold.extend(core.news(everything))
+        _wake(self._untold)
 
     def fits(self, link: Link) -> bool:
         tunnels = [leg for leg in (link.client, link.endpoint) if isinstance(leg, TunnelLeg)]
@@ -212,7 +221,7 @@ class NativeRelay:
 
     def catch_up(self) -> None:
         if self._cores:
-            _wake(self._cores[0].news(True))
+            self._tell(self._cores[0], everything=True)
 
 
 class _Early:
@@ -289,8 +298,9 @@ def _outcome(link: Link, handle: "_core.Link", early: _Early) -> Outcome:
     return Outcome(told.reason, told.ended_by, told.detail, reusable=reusable, late=late)
 
 
-def _wake(news: list[object]) -> None:
-    for said in news:
+def _wake(news: deque[object]) -> None:
+    while news:
+        said = news.popleft()
         try:
             if type(said) is tuple:
                 who, what, about = said
