@@ -62,7 +62,7 @@ class AccessLog:
         self._waiting: deque[tuple[Ended, int]] = deque()
         self._put = self._taken = 0  # how many lines that was so far
         self._lost = 0  # for want of a place among those that wait
-        self._unwritten = 0  # for want of room on a disk
+        self._unwritten = 0  # for want of room on a disk, or as they could not be made
         self._told = 0  # of both
         self._is_torn = False  # the last line that was written has no end
         self._wake = threading.Event()
@@ -103,6 +103,7 @@ class AccessLog:
                 try:
                     lines.append(self._lines(ended))
                 except Exception:
+                    self._unwritten += count
                     _log.exception("a record could not be logged")
             try:
                 self._write_counted(b"".join(lines))

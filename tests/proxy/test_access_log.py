@@ -118,6 +118,21 @@ def test_a_stuck_reader_stops_nobody_and_is_told_how_many_lines_it_lost(pipe: tu
     assert json.loads(lines[-1]) == {"kind": "LinesLost", "count": 500}
 
 
+class Broken(Ended):
+    def lines(self) -> bytes:
+        raise ValueError("it cannot be told")
+
+
+def test_what_cannot_be_made_into_lines_is_counted_as_lost(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    with AccessLog("json", writer) as log:
+        log(Broken(), 3)
+        log(Ended())
+        lines = read_lines(reader, 2)
+    assert {"kind": "LinesLost", "count": 3} in map(json.loads, lines)
+    assert ENDED.id in [json.loads(line).get("id") for line in lines]
+
+
 def test_a_reader_that_hung_up_stops_nobody(pipe: tuple[int, int]) -> None:
     reader, writer = pipe
     os.close(reader)

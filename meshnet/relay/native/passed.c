@@ -73,6 +73,7 @@ bool passed_add(struct passed *passed, struct link *link)
     order->ended_by = link->ended_by;
     if (!order->has_passed) {
         order->has_passed = true;
+        Py_INCREF((PyObject *)order); /* the list's: its last link may be told by itself, and it is done then */
         order->next_passed = NULL;
         *passed->last = order;
         passed->last = &order->next_passed;
@@ -90,6 +91,7 @@ int passed_tell(struct passed *passed)
         order->has_passed = false;
         if (order->rows.size)
             tell(passed, order);
+        Py_DECREF((PyObject *)order);
     }
     return passed->error;
 }

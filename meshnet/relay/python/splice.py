@@ -55,7 +55,7 @@ class Pipes:
             return None
         try:
             size = fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, PIPE_SIZE)
-        except PermissionError:  # over the user's share, see pipe(7)
+        except OSError:  # over the user's share, see pipe(7), or no memory
             size = fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ)
         pipe = Pipe(reader, writer)
         if size < _USEFUL_PIPE:

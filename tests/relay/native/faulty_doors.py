@@ -22,7 +22,8 @@ from tests.relay.leaks import nothing_left
 from tests.relay.native.faults import EVER, Faults
 from tests.relay.native.test_depots import Told
 from tests.relay.native.test_lifetimes import plain_link
-from tests.relay.native.test_orders import ACCEPTED, DIALLED, ENDED, STUCK, Gate, closed_gate
+from tests.relay.native.test_orders import ACCEPTED, DIALLED, ENDED, STUCK, Gate, closed_gate, converse
+from tests.relay.native.test_passed import hang_up_first
 from tests.relay.rig import descriptors
 from tests.world import Host, eventually, wait_for
 
@@ -137,6 +138,27 @@ def test_a_connection_under_an_order_is_carried_or_given_back(host: Host, faults
         wait_for(lambda: descriptors() == before, what="every descriptor closed")
         assert _ask(gate) == "the answer"
         door.close()
+
+
+def test_an_order_whose_last_row_has_no_memory_is_there_until_all_are_told(host: Host, faults: Faults) -> None:
+    """Its second connection ends otherwise than the first, so that one is told, and then nothing keeps the order."""
+    with closed_gate(host) as gate:
+        door = gate.open()
+        _two_under_an_order_that_nobody_has(gate)
+        faults.arm("realloc", errno.ENOMEM, 2)
+        assert [facts.port > 0 for facts in gate.facts(2)] == [True, True]
+        assert faults.count("realloc") == 2
+        door.close()
+
+
+def _two_under_an_order_that_nobody_has(gate: Gate) -> None:
+    order = gate.order()
+    converse(gate.client(), gate.app())
+    hang_up_first(gate)
+    wait_for(lambda: order.state()[1] == 0, what="both are over")
+    wait_for(lambda: select.select([gate.core.fileno()], [], [], 0)[0], what="the news of them")
+    gate.orders.clear()
+    order.revoke()
 
 
 def _ask(gate: Gate) -> str:
