@@ -21,7 +21,6 @@ from meshnet.errors import CommandError
 from meshnet_cli.demo.mesh import Mesh, Sidecar
 from meshnet_cli.demo.sandbox import enter_sandbox
 from meshnet_cli.demo.world import Host, Process, ProgramFailed, World, wait_for
-from meshnet_init.apply import apply
 
 __all__ = [
     "SLOWNESS",
@@ -82,8 +81,7 @@ def into_the_mesh(mesh: Mesh, hosts: Iterable[Host], **sections: dict[str, Any])
         sidecar.spawn()
     for sidecar in sidecars:
         sidecar.wait_until_ready()
-        with sidecar.host.entered():
-            apply(sidecar.settings)
+        sidecar.capture()
 
 
 def still_alive(mesh: Mesh, request: pytest.FixtureRequest) -> None:

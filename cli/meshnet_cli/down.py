@@ -45,7 +45,7 @@ def command(config: str | None, drain: float, purge: bool) -> None:
 
     preflight.need_right()
     turn.hold()
-    _need_here(settings)
+    preflight.need_here(supervise.heard(settings))  # else it would end, and its rules stay; one that is mute may be
     _finish(settings, Path(config or DEFAULT_CONFIG).resolve())
     service = systemd.Service(settings, config) if systemd.is_here() and systemd.is_installed() else None
     keeper = service or supervise.Supervised(settings, config)
@@ -80,16 +80,6 @@ def command(config: str | None, drain: float, purge: bool) -> None:
         )
     if purge:
         _purge(settings, service)
-
-
-def _need_here(settings: Settings) -> None:
-    """Raises CommandError where the sidecar is elsewhere: it would end, and its rules stay. One that is mute may be."""
-    try:
-        sidecar = supervise.running(settings)
-    except CommandError:
-        return
-    if sidecar is not None:
-        preflight.need_here(sidecar)
 
 
 def _finish(settings: Settings, file: Path) -> None:

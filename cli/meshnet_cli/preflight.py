@@ -93,9 +93,9 @@ def need_right() -> None:
         )
 
 
-def need_here(sidecar: Status) -> None:
+def need_here(sidecar: Status | None) -> None:
     """Its admin socket is found from elsewhere too, its rules are not. Raises CommandError."""
-    if sidecar.network in (0, os.stat("/proc/thread-self/ns/net").st_ino):
+    if sidecar is None or sidecar.network in (0, os.stat("/proc/thread-self/ns/net").st_ino):
         return
     raise CommandError(
         f"the sidecar of these settings (pid {sidecar.pid}) is in another network namespace than this command",

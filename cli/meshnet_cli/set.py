@@ -79,8 +79,7 @@ def command(
         return
     before = _settings(old, str(file))
     sidecar = supervise.running(settings if before is None else before)
-    if sidecar is not None:
-        preflight.need_here(sidecar)
+    preflight.need_here(sidecar)
     change = _Change(file, new, settings, before, sidecar)
     in_force, why_not = _rules_to_change(settings, sidecar)
     if in_force:

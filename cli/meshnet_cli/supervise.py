@@ -61,6 +61,14 @@ def running(settings: Settings) -> Status | None:
         return None
 
 
+def heard(settings: Settings) -> Status | None:
+    """The same; None also for one that cannot be asked now."""
+    try:
+        return running(settings)
+    except CommandError:
+        return None
+
+
 def start(settings: Settings, config: str | None) -> None:
     """Starts it detached from this terminal. Raises CommandError if one already runs for this admin socket."""
     folder, own = Path(settings.admin.socket).parent, lock.folder_of(settings.admin.socket)

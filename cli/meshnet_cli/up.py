@@ -251,7 +251,7 @@ def _wait_until_ready(
     """Raises CommandError with the sidecar's last words when it does not come up."""
     deadline = time.monotonic() + _READY_TIMEOUT
     while True:
-        status = _status(settings)
+        status = supervise.heard(settings)
         if status is not None and status.waits_for_rules:
             return status
         codes = output.exit_codes()
@@ -276,11 +276,3 @@ def _never_ready(what: str, keeper: Keeper, output: "systemd.Output | supervise.
     fixes = [line.removeprefix("fix: ") for line in said if line.startswith("fix: ")]
     because = [re.sub("^(error|why): +", "", line).strip() for line in said if not line.startswith("fix: ")]
     return CommandError(what, why="; ".join(because) or "it said nothing", fix="; or ".join([*fixes, keeper.log()]))
-
-
-def _status(settings: Settings) -> Status | None:
-    """One that is not yet in a state to answer is asked again."""
-    try:
-        return supervise.running(settings)
-    except CommandError:
-        return None

@@ -1,6 +1,7 @@
 """A host on which `meshnet up` and `meshnet down` are run as its administrator would."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -64,6 +65,14 @@ class Machine:
         done = self.meshnet("up")
         assert done.returncode == 0, done.stdout + done.stderr
         return self.status()
+
+    def cut_off_up(self) -> None:
+        """As by a power cut: command and dead-man switch are both gone when the rules are in, before the end."""
+        up = self.start("up")
+        wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), timeout=30.0, what="the rules")
+        os.kill(self.switch(), signal.SIGKILL)
+        up.popen.kill()
+        up.popen.wait()
 
     def status(self) -> Status:
         return ask(str(self.admin), GetStatus(), Status)

@@ -91,7 +91,7 @@ def test_a_keeper_that_hangs_is_killed_after_the_time_that_systemd_gives_it(mach
     machine.host.run("nft", "delete", "table", "inet", "meshnet")
     wait_for(lambda: "table inet meshnet" in machine.rules(), timeout=3.0 * WATCHDOG, what="the rules again")
     assert "supervise: the keeper of the rules hangs: it is killed\n" in machine.log.read_text()
-    wait_for(lambda: "keeper: keeping" in machine.meshnet("status").stdout, what="another keeper")
+    wait_for(machine.is_kept, what="another keeper")
     assert keeper not in machine.keepers()
 
 

@@ -1,15 +1,13 @@
 """Commands on the wrong host, and on a host that another version of meshnet has left in the middle of its work."""
 
 import json
-import os
 import re
-import signal
 
 import pytest
 
 from meshnet_cli.vm.unfinished import NAME
 from tests.cli.machine import Machine
-from tests.world import Host, wait_for
+from tests.world import Host
 
 pytestmark = pytest.mark.netns
 
@@ -52,7 +50,7 @@ def test_who_is_told_to_go_there_can(machine: Machine, peer: Host) -> None:
 def test_what_another_version_has_left_half_done_is_not_passed_over(machine: Machine) -> None:
     """`up` says so and changes nothing; `down` takes everything out, as it would anyway."""
     note = machine.home / NAME
-    left_in_the_middle(machine)
+    machine.cut_off_up()
     written = json.loads(note.read_text())
     written["settings"]["admin"]["recent"] = 1000  # which once was a setting
     note.write_text(json.dumps(written))
@@ -70,12 +68,3 @@ def test_what_another_version_has_left_half_done_is_not_passed_over(machine: Mac
     assert not machine.programs()
     assert "meshnet" not in machine.rules()
     assert machine.meshnet("up").returncode == 0
-
-
-def left_in_the_middle(machine: Machine) -> None:
-    """As by a power cut: command and switch are both gone before the end."""
-    up = machine.start("up")
-    wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), timeout=30.0, what="the rules")
-    os.kill(machine.switch(), signal.SIGKILL)
-    up.popen.kill()
-    up.popen.wait()

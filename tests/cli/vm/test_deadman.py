@@ -1,7 +1,6 @@
 """Whatever becomes of `meshnet up`, the host is in the mesh afterwards, or as it was before."""
 
 import json
-import os
 import re
 import signal
 
@@ -70,11 +69,7 @@ def test_what_was_up_before_stays_when_a_second_up_is_killed(machine: Machine) -
 
 
 def test_the_switch_is_killed_too_and_the_next_up_puts_back(machine: Machine) -> None:
-    up = machine.start("up")
-    wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), timeout=30.0, what="the rules")
-    os.kill(machine.switch(), signal.SIGKILL)
-    up.popen.kill()
-    up.popen.wait()
+    machine.cut_off_up()
     note = machine.home / unfinished.NAME
     assert json.loads(note.read_bytes())["captures"]
     rules = machine.rules()

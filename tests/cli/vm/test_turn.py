@@ -1,7 +1,6 @@
 """Of the commands that change a host one at a time does, and the others say which."""
 
 import fcntl
-import os
 import re
 import signal
 from collections.abc import Iterator
@@ -106,11 +105,7 @@ def test_a_switch_that_puts_back_has_the_turn_of_the_command_that_is_gone(machin
 
 def test_down_puts_back_first_what_a_killed_up_and_its_killed_switch_have_left(machine: Machine) -> None:
     before = (machine.rules(), sorted(machine.home.rglob("*")), machine.files())
-    up = machine.start("up")
-    wait_for(lambda: re.search(r"^. rules ", up.output, re.MULTILINE), timeout=30.0, what="the rules")
-    os.kill(machine.switch(), signal.SIGKILL)
-    up.popen.kill()
-    up.popen.wait()
+    machine.cut_off_up()
     done = machine.meshnet("down", "--purge")
     assert done.returncode == 0, done.stderr
     assert "what it had done is put back first" in done.stderr
